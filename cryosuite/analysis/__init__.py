@@ -1,0 +1,1 @@
+"""Latents -> PCA, UMAP, clusters -> volumes, plots and ChimeraX scripts."""

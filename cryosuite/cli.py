@@ -1,0 +1,115 @@
+"""The Typer application: one line per command, and the one place where errors become messages and exit codes."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import warnings
+from importlib import import_module
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from cryosuite import __version__
+from cryosuite.console import say
+from cryosuite.errors import InputError, UserNotice
+
+# name -> (module, stage shown in --help); in the order of a day's work
+COMMANDS = {
+    "simulate": ("simulate", "Prepare"),
+    "preprocess": ("preprocess", "Prepare"),
+    "check": ("check", "Prepare"),
+    "backproject": ("backproject", "Reconstruct"),
+    "train-hype": ("train_hype", "Train"),
+    "analyze": ("analyze", "Look"),
+    "eval-fsc": ("eval_fsc", "Look"),
+    "export": ("export", "Look"),
+}
+
+
+class LazyGroup(TyperGroup):
+    """Imports a command's module only when it is asked for, so that help and start-up stay fast."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """All command names in the order of a day's work."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of that name, built by Typer from its module; None when unknown."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, panel = COMMANDS[cmd_name]
+        function = import_module(f"cryosuite.commands.{module}").main
+        single = typer.Typer(add_completion=False, rich_markup_mode="rich")
+        single.command(cmd_name, rich_help_panel=panel)(function)
+        command = typer.main.get_command(single)
+        command.name = cmd_name
+        return command
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Add --debug to any command to see the traceback behind an error.",
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"cryosuite {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def cryosuite(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    """From cryo-EM particle images to the many 3D shapes behind them."""
+
+
+def _print_notices() -> None:
+    """Print each notice of ours once; leave other libraries' warnings out of the user's way."""
+    seen: set[str] = set()
+
+    def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+        if issubclass(category, UserNotice) and str(message) not in seen:
+            seen.add(str(message))
+            say(f"note: {message}")
+
+    warnings.showwarning = show
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("always", UserNotice)
+
+
+def _describe_os_error(error: OSError) -> str:
+    """One sentence for an operating-system error, naming the file."""
+    name = f"{error.filename}: " if error.filename else ""
+    if error.errno == errno.ENOSPC:
+        return f"{name}the disk is full; nothing was written in place of the old file. Free some space and run again."
+    return f"{name}{error.strerror or error}"
+
+
+def main() -> None:
+    """Run the command line; exit code 0, 2 for bad input, 130 when interrupted."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    _print_notices()
+    try:
+        app(args=arguments, prog_name="cryosuite")
+    except InputError as error:
+        if debug:
+            raise
+        say(f"error: {error}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        say("interrupted")
+        sys.exit(130)
+    except OSError as error:
+        if debug:
+            raise
+        say(f"error: {_describe_os_error(error)}")
+        sys.exit(2)

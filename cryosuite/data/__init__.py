@@ -1,0 +1,1 @@
+"""Particle sets, preprocessing and the layout of work and run folders."""

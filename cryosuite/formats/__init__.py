@@ -1,0 +1,1 @@
+"""Bytes <-> arrays: mrc, star, cs, pickles, yaml and atomic models."""

@@ -1,0 +1,1 @@
+"""Pure tensor functions: Fourier, CTF, slices, rotations, shells, density."""

@@ -1,0 +1,1 @@
+"""FSC and AUC, clustering scores, maps against ground truth."""

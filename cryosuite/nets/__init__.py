@@ -1,0 +1,1 @@
+"""torch.nn modules: everything with parameters that are learnt."""

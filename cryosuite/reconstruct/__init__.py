@@ -1,0 +1,1 @@
+"""Backprojection and the diagnosis of sign, hand and pose convention."""

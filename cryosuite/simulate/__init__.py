@@ -1,0 +1,1 @@
+"""Phantoms and atoms -> images: data sets with a known truth."""

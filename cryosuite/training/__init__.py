@@ -1,0 +1,1 @@
+"""The training loop, checkpoints and schedules; knows no method by name."""

@@ -1,0 +1,38 @@
+"""What all tests share: the folder of real data and golden outputs, one torch thread, no stray warnings."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(os.environ.get("CRYOSUITE_SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests run beside each other and compare bits: one thread each."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Say where the shared fixtures are taken from, or that they are missing."""
+    found = "found" if (SHARED / "golden").is_dir() else "MISSING: golden and real-data tests will be skipped"
+    return f"CRYOSUITE_SHARED={SHARED} ({found})"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The shared/ folder with golden outputs and real data; skips the test where it is absent."""
+    if not (SHARED / "golden").is_dir():
+        pytest.skip(f"no shared fixtures at {SHARED}: set CRYOSUITE_SHARED to the folder that holds golden/ and data/")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def golden(shared: Path) -> Path:
+    """The outputs of RELION, cryoDRGN and others."""
+    return shared / "golden"
