@@ -1,0 +1,85 @@
+"""What the benchmarks share: timing a whole process, result files, the versions they were made with."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+CRYOSUITE = [sys.executable, "-m", "cryosuite"]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One finished process: CPU seconds of it and its children, wall seconds, peak memory in MiB, its output."""
+
+    cpu_s: float
+    wall_s: float
+    rss_mib: float
+    output: str
+
+
+def timed(command: list[str], cwd: Path | None = None, env: dict[str, str] | None = None) -> Timing:
+    """Run a command to its end and account for it as the operating system does; a failure stops the benchmark."""
+    began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    script = "import resource,subprocess,sys;c=subprocess.run(sys.argv[1:]).returncode;"
+    script += "sys.stderr.write('\\nPEAK %d' % resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss);sys.exit(c)"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *command],
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    output, _, peak = done.stdout.rpartition("\nPEAK ")
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed with exit code {done.returncode}:\n{output[-3000:]}")
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Timing(cpu, time.monotonic() - began, int(peak) / 1024, output)
+
+
+def best(command: list[str], runs: int = 2, **options: object) -> Timing:
+    """The run with the least CPU time of several: the machine's noise only ever adds."""
+    return min((timed(command, **options) for _ in range(runs)), key=lambda timing: timing.cpu_s)
+
+
+def peer(name: str, variable: str, fallback: str) -> str | None:
+    """Path of a peer program: from the environment variable, else the fallback, else PATH; None when absent."""
+    for candidate in (os.environ.get(variable, ""), fallback, shutil.which(name) or ""):
+        if candidate and Path(candidate).exists():
+            return candidate
+    return None
+
+
+def versions() -> dict[str, str]:
+    """The versions a result was made with."""
+    names = ("cryosuite", "torch", "numpy", "scipy", "timm", "scikit-learn", "lightning-fabric")
+    found = {"python": platform.python_version(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def save(name: str, result: dict) -> Path:
+    """Write one result as JSON with the command that made it, the date and the versions."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    stamp = {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"), "versions": versions()}
+    path.write_text(json.dumps({**stamp, **result}, indent=1) + "\n")
+    print(f"wrote {path}")
+    return path

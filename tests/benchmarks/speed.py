@@ -1,0 +1,131 @@
+"""Speed and memory beside cryoDRGN and RELION: ratios of CPU seconds in one run on one machine.
+
+    python tests/benchmarks/speed.py [--work DIR] [--images 5000] [--only preprocess,backproject,...]
+
+cryoDRGN is taken from the virtual environment in CRYODRGN_VENV (``make bench`` makes one from PyPI), RELION from PATH
+(Debian: apt-get install relion). Absent peers leave their columns blank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+
+from common import CRYOSUITE, Timing, best, peer, save, timed
+
+SEED = 7
+
+
+def cryodrgn(name: str = "cryodrgn") -> str | None:
+    """The peer's executable in its own environment."""
+    return peer(name, "", os.path.join(os.environ.get("CRYODRGN_VENV", "/nonexistent"), "bin", name))
+
+
+def simulate(folder: Path, box: int, images: int, pixel_size: float) -> Path:
+    """A phantom set to time on; what is in it does not matter, its size does."""
+    out = folder / f"sim{box}"
+    if not (out / "dataset.yaml").exists():
+        options = ["--structures", "phantom:2", "-n", str(images), "-D", str(box), "--Apix", str(pixel_size)]
+        timed([*CRYOSUITE, "simulate", "-o", str(out), *options, "--render-box", str(box), "--seed", str(SEED)])
+    return out
+
+
+def entry(ours: Timing, images: int | None = None, **peers: Timing | None) -> dict:
+    """One row: our figures, each peer's, and the ratio of CPU seconds peer / ours."""
+    row: dict = {"cpu_s": round(ours.cpu_s, 2), "wall_s": round(ours.wall_s, 2), "rss_mib": round(ours.rss_mib)}
+    if images:
+        row["images_per_cpu_s"] = round(images / ours.cpu_s)
+    for name, timing in peers.items():
+        if timing is not None:
+            row[name] = {
+                "cpu_s": round(timing.cpu_s, 2),
+                "wall_s": round(timing.wall_s, 2),
+                "rss_mib": round(timing.rss_mib),
+                "ratio": round(timing.cpu_s / ours.cpu_s, 2),
+            }
+    return row
+
+
+def bench_preprocess(work: Path, images: int, runs: int) -> dict:
+    """128 -> 64 of one stack; cryoDRGN's downsample of the same stack."""
+    source = simulate(work, 128, images, 2.5)
+    ours = best(
+        [*CRYOSUITE, "preprocess", str(source / "particles.star"), "-D", "64", "-o", str(work / "pre"), "--overwrite"],
+        runs,
+    )
+    theirs = None
+    if program := cryodrgn():
+        theirs = best(
+            [program, "downsample", str(source / "particles.mrcs"), "-D", "64", "-o", str(work / "drgn64.mrcs")], runs
+        )
+    return entry(ours, images, cryodrgn=theirs)
+
+
+def bench_backproject(work: Path, images: int, box: int, runs: int) -> dict:
+    """All images into map, half maps and FSC; RELION's time is for one map without half maps or FSC."""
+    source = simulate(work, box, images, 320 / box)
+    star, stack = source / "particles.star", source / "particles.mrcs"
+    ours = best([*CRYOSUITE, "backproject", str(source), "-o", str(work / f"bp{box}"), "--overwrite"], runs)
+    theirs = relion = None
+    if program := cryodrgn():
+        pickles = ["--poses", str(source / "poses.pkl"), "--ctf", str(source / "ctf.pkl"), "--uninvert-data"]
+        theirs = timed([program, "backproject_voxel", str(stack), *pickles, "-o", str(work / f"drgn_bp{box}")])
+    if program := peer("relion_reconstruct", "RELION_RECONSTRUCT", ""):
+        options = ["--i", star.name, "--o", str(work / f"relion{box}.mrc"), "--ctf"]
+        relion = best([program, *options], runs, cwd=source)
+    return entry(ours, images, cryodrgn=theirs, relion=relion)
+
+
+def bench_fsc(work: Path, box: int, runs: int) -> dict:
+    """FSC of two random maps."""
+    import numpy as np
+
+    from cryosuite.formats.mrc import write_map
+
+    rng = np.random.default_rng(SEED)
+    signal = rng.standard_normal((box,) * 3, dtype=np.float32)
+    names = [work / f"{letter}{box}.mrc" for letter in "ab"]
+    for name in names:
+        write_map(name, signal + rng.standard_normal((box,) * 3, dtype=np.float32), 1.0)
+    ours = best([*CRYOSUITE, "eval-fsc", *map(str, names), "-o", str(work / "fsc")], runs)
+    theirs = None
+    if program := cryodrgn("cryodrgn_utils"):
+        theirs = best([program, "fsc", *map(str, names), "-o", str(work / "fsc.txt")], runs)
+    return entry(ours, cryodrgn=theirs)
+
+
+def bench_help(work: Path, runs: int) -> dict:
+    """The time to an answer of --help."""
+    ours = best([*CRYOSUITE, "--help"], max(runs, 3))
+    program = cryodrgn()
+    return entry(ours, cryodrgn=best([program, "--help"], runs) if program else None)
+
+
+def main() -> None:
+    """Run the chosen benchmarks and write results/speed.json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "cryosuite-bench")
+    parser.add_argument("--images", type=int, default=5000)
+    parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--only", default="help,fsc,preprocess,backproject64,backproject128")
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    work, images, runs = arguments.work, arguments.images, arguments.runs
+    every = {
+        "help": lambda: bench_help(work, runs),
+        "fsc": lambda: bench_fsc(work, 256, runs),
+        "preprocess": lambda: bench_preprocess(work, images, runs),
+        "backproject64": lambda: bench_backproject(work, images, 64, runs),
+        "backproject128": lambda: bench_backproject(work, images, 128, runs),
+    }
+    rows = {}
+    for name in arguments.only.split(","):
+        rows[name] = every[name]()
+        print(name, rows[name], flush=True)
+    save("speed", {"seed": SEED, "images": images, "runs": runs, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
