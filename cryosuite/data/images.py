@@ -1,0 +1,161 @@
+"""Images on demand from one or thousands of stacks: which file and which slice each row is, never the pixels."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Lock
+from typing import Any, Protocol
+
+import numpy as np
+
+from cryosuite.errors import InputError
+
+OPEN_STACKS = 64  # memory maps kept open at a time, however many stacks there are
+
+
+class Images(Protocol):
+    """What a particle set needs of its images."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Images (b, D, D) float32 of the rows, in their order."""
+        ...
+
+    def subset(self, rows: np.ndarray) -> Images:
+        """The images of some rows, renumbered from 0."""
+        ...
+
+
+class ArrayImages:
+    """Images held in memory, (N, D, D); for tests and small synthetic sets."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Images (b, D, D) float32 of the rows (a copy)."""
+        return np.array(self.array[rows], dtype=np.float32)
+
+    def subset(self, rows: np.ndarray) -> ArrayImages:
+        """The images of some rows."""
+        return ArrayImages(self.array[rows])
+
+    def identity(self) -> np.ndarray:
+        """A number (N,) int64 per row, the same for rows that show the same image."""
+        return np.arange(len(self), dtype=np.int64)
+
+
+class StackCache:
+    """At most ``OPEN_STACKS`` open stack readers, shared by all subsets of a set; safe to use from several threads."""
+
+    def __init__(self, limit: int = OPEN_STACKS) -> None:
+        self.limit = limit
+        self._readers: OrderedDict[str, Any] = OrderedDict()
+        self._lock = Lock()
+
+    def get(self, path: Path | str) -> Any:
+        """An open reader of the stack; the one unused for longest is let go when there are too many."""
+        from cryosuite.formats.mrc import StackReader
+
+        key = str(path)
+        with self._lock:
+            reader = self._readers.pop(key, None)
+            if reader is None:
+                reader = StackReader(Path(path))
+            self._readers[key] = reader
+            while len(self._readers) > self.limit:
+                # not closed here: another thread may still read from it; its map goes with the last reference
+                self._readers.popitem(last=False)
+            return reader
+
+    def __getstate__(self) -> dict[str, int]:
+        return {"limit": self.limit}
+
+    def __setstate__(self, state: dict[str, int]) -> None:
+        self.__init__(state["limit"])
+
+
+class StackImages:
+    """Rows that live in stacks on disk: per row the number of its file and its slice in it, 8 bytes together.
+
+    Args:
+        files: the stacks.
+        file_id: (N,) row -> position in ``files``.
+        slices: (N,) row -> image in that stack, counted from 0.
+        signs: (N,) int8 +1/-1 for sets in which the contrast differs from row to row, else None.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path | str],
+        file_id: np.ndarray,
+        slices: np.ndarray,
+        signs: np.ndarray | None = None,
+        cache: StackCache | None = None,
+    ) -> None:
+        self.files = list(files)
+        self.file_id = np.asarray(file_id, dtype=np.int32)
+        self.slices = np.asarray(slices, dtype=np.int32)
+        self.signs = signs
+        self.cache = cache or StackCache()
+
+    @classmethod
+    def of_stack(cls, path: Path | str, count: int) -> StackImages:
+        """All ``count`` images of one stack, in order."""
+        return cls([path], np.zeros(count, np.int32), np.arange(count, dtype=np.int32))
+
+    def __len__(self) -> int:
+        return len(self.slices)
+
+    def subset(self, rows: np.ndarray) -> StackImages:
+        """The images of some rows; open files are shared with this set."""
+        signs = None if self.signs is None else self.signs[rows]
+        return StackImages(self.files, self.file_id[rows], self.slices[rows], signs, self.cache)
+
+    def identity(self) -> np.ndarray:
+        """A number (N,) int64 per row, the same for rows that show the same image."""
+        return (self.file_id.astype(np.int64) << 32) | self.slices
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Images (b, D, D) float32 of the rows, in their order; each file is visited once, its slices in order."""
+        rows = np.asarray(rows)
+        file_id, slices = self.file_id[rows], self.slices[rows]
+        if len(rows) == 0 or (file_id[0] == file_id).all():
+            images = self._read_file(int(file_id[0]) if len(rows) else 0, slices)
+        else:
+            images = self._read_files(file_id, slices)
+        if self.signs is not None:
+            images *= self.signs[rows, None, None]
+        return images
+
+    def _read_file(self, number: int, slices: np.ndarray) -> np.ndarray:
+        reader = self.cache.get(self.files[number])
+        if len(slices) > 1 and (np.diff(slices) < 0).any():
+            order = np.argsort(slices, kind="stable")
+            images = np.empty((len(slices), *reader.box_size), np.float32)
+            images[order] = reader.read(slices[order])
+            return images
+        return reader.read(slices)
+
+    def _read_files(self, file_id: np.ndarray, slices: np.ndarray) -> np.ndarray:
+        order = np.lexsort((slices, file_id))
+        starts = np.flatnonzero(np.diff(file_id[order], prepend=-1))
+        images: np.ndarray | None = None
+        for begin, end in zip(starts, [*starts[1:], len(order)], strict=True):
+            part = order[begin:end]
+            found = self.cache.get(self.files[file_id[part[0]]]).read(slices[part])
+            if images is None:
+                images = np.empty((len(order), *found.shape[1:]), np.float32)
+            elif found.shape[1:] != images.shape[1:]:
+                raise InputError(
+                    f"{self.files[file_id[part[0]]]}: box {found.shape[1]}, but other stacks of the set have box "
+                    f"{images.shape[1]}. Run `cryosuite preprocess` first: it brings all images to one box."
+                )
+            images[part] = found
+        return images

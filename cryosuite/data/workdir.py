@@ -1,0 +1,359 @@
+"""Where the files of a work directory, a run and an analysis lie: the one place that knows their names.
+
+    particles.star --preprocess--> WorkDir --train-*--> RunDir --analyze--> RunDir.analysis(n)
+
+A folder made by ``simulate`` is a work directory too and carries its ground truth (``Truth``).
+Epochs in file names count from 1, labels and volumes from 0.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cryosuite.errors import InputError
+
+DATASET = "dataset.yaml"
+CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True)
+class WorkDir:
+    """A folder with one particle set in the form all commands take: stack, star, poses, CTF, noise, dataset.yaml."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
+
+    @property
+    def particles(self) -> Path:
+        """The image stack."""
+        return self.path / "particles.mrcs"
+
+    @property
+    def star(self) -> Path:
+        """The particle table in RELION 3.1 form; image names are relative to this folder."""
+        return self.path / "particles.star"
+
+    @property
+    def poses(self) -> Path:
+        """Rotations and shifts as cryoDRGN writes them."""
+        return self.path / "poses.pkl"
+
+    @property
+    def ctf(self) -> Path:
+        """CTF table as cryoDRGN writes it."""
+        return self.path / "ctf.pkl"
+
+    @property
+    def index(self) -> Path:
+        """Position of each particle in the original set, (N,) int64; absent means 0, 1, 2, ..."""
+        return self.path / "index.pkl"
+
+    @property
+    def noise(self) -> Path:
+        """Noise power per optics group and shell, (G, D//2 + 1) float32."""
+        return self.path / "noise.pkl"
+
+    @property
+    def dataset(self) -> Path:
+        """What this folder is and where it came from; written last, so its presence says the folder is complete."""
+        return self.path / DATASET
+
+    @property
+    def labels(self) -> Path:
+        """Ground-truth state of each particle (simulated sets only)."""
+        return self.path / "labels.pkl"
+
+    @property
+    def mask(self) -> Path:
+        """Ground-truth mask (simulated sets only)."""
+        return self.path / "mask.mrc"
+
+    def volume(self, state: int) -> Path:
+        """Ground-truth map of a state, counted from 0 (simulated sets only)."""
+        return self.path / "volumes" / f"vol_{state:03d}.mrc"
+
+    def exists(self) -> bool:
+        """True when the folder holds a finished particle set."""
+        return self.dataset.is_file()
+
+    def read_dataset(self) -> dict[str, Any]:
+        """The contents of dataset.yaml; InputError when the folder holds no finished particle set."""
+        from cryosuite.formats.config import read_yaml
+
+        if not self.exists():
+            raise InputError(
+                f"{self.path}: not a work directory (it has no {DATASET}). Give a folder made by "
+                "`cryosuite preprocess` or `cryosuite simulate`, or a .star, .cs or .mrcs file."
+            )
+        return read_yaml(self.dataset)
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """A folder with one training run: config, weights, latents and poses per epoch, logs, checkpoint."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
+
+    @property
+    def config(self) -> Path:
+        """The options of the run and the method's name."""
+        return self.path / CONFIG
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per line: loss and rates."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def log(self) -> Path:
+        """What was printed."""
+        return self.path / "run.log"
+
+    @property
+    def checkpoint(self) -> Path:
+        """Everything needed to go on exactly where the run stopped."""
+        return self.path / "checkpoint.pt"
+
+    def weights(self, epoch: int) -> Path:
+        """Averaged model weights after an epoch, counted from 1."""
+        return self.path / f"weights.{epoch}.pkl"
+
+    def z(self, epoch: int) -> Path:
+        """Latents (N, zdim) after an epoch, counted from 1."""
+        return self.path / f"z.{epoch}.pkl"
+
+    def poses(self, epoch: int) -> Path:
+        """Poses after an epoch, counted from 1."""
+        return self.path / f"poses.{epoch}.pkl"
+
+    @property
+    def index(self) -> Path:
+        """Original index of each row of the latents, (N,) int64."""
+        return self.path / "index.pkl"
+
+    def epochs(self) -> list[int]:
+        """Epochs with latents on disk, in order."""
+        found = (re.fullmatch(r"z\.(\d+)\.pkl", entry.name) for entry in self.path.glob("z.*.pkl"))
+        return sorted(int(match.group(1)) for match in found if match)
+
+    def last_epoch(self) -> int:
+        """The last epoch with latents on disk; InputError when there is none."""
+        epochs = self.epochs()
+        if not epochs:
+            raise InputError(
+                f"{self.path}: no z.N.pkl here. Give the folder of a training run (-o of `cryosuite train-hype`)."
+            )
+        return epochs[-1]
+
+    def epoch(self, wanted: int | None) -> int:
+        """The epoch asked for (None or -1: the last); InputError when its latents are absent."""
+        if wanted is None or wanted == -1:
+            return self.last_epoch()
+        if not self.z(wanted).is_file():
+            have = ", ".join(map(str, self.epochs())) or "none"
+            raise InputError(f"{self.path}: epoch {wanted} has no {self.z(wanted).name}; epochs here: {have}.")
+        return wanted
+
+    def analysis(self, epoch: int) -> AnalysisDir:
+        """The folder of an epoch's analysis."""
+        return AnalysisDir(self.path / f"analyze.{epoch}")
+
+    def exists(self) -> bool:
+        """True when the folder holds a run."""
+        return self.config.is_file()
+
+    def read_config(self) -> dict[str, Any]:
+        """The contents of config.yaml; InputError when the folder holds no run."""
+        from cryosuite.formats.config import read_yaml
+
+        if not self.exists():
+            raise InputError(
+                f"{self.path}: not a training run (it has no {CONFIG}). Give the -o folder of a train command."
+            )
+        return read_yaml(self.config)
+
+
+@dataclass(frozen=True)
+class AnalysisDir:
+    """A folder with the plots, clusters and volumes of one epoch, named as cryoDRGN users expect."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
+
+    @property
+    def umap(self) -> Path:
+        """UMAP coordinates (N, 2)."""
+        return self.path / "umap.pkl"
+
+    @property
+    def labels(self) -> Path:
+        """Cluster of each particle, counted from 0."""
+        return self.path / "labels.pkl"
+
+    @property
+    def chimerax(self) -> Path:
+        """The ChimeraX script that shows the cluster volumes."""
+        return self.path / "view.cxc"
+
+    @property
+    def report(self) -> Path:
+        """The page with all results."""
+        return self.path / "report.html"
+
+    @property
+    def summary(self) -> Path:
+        """What was done, as YAML."""
+        return self.path / "analyze.yaml"
+
+    def plot(self, name: str) -> Path:
+        """A picture, e.g. ``plot("z_pca")`` -> z_pca.png."""
+        return self.path / f"{name}.png"
+
+    def learning_curve(self, epoch: int) -> Path:
+        """The learning curve up to an epoch."""
+        return self.path / f"learning_curve_epoch{epoch}.png"
+
+    def kmeans(self, k: int) -> VolumeDir:
+        """The folder of k-means with k clusters."""
+        return VolumeDir(self.path / f"kmeans{k}")
+
+    def gmm(self, k: int) -> VolumeDir:
+        """The folder of a Gaussian mixture with k clusters."""
+        return VolumeDir(self.path / f"gmm{k}")
+
+    def pc(self, component: int) -> VolumeDir:
+        """The folder of a walk along a principal component, counted from 1 as cryoDRGN does."""
+        return VolumeDir(self.path / f"pc{component}")
+
+    def cluster_star(self, label: int) -> Path:
+        """The particles of one cluster as a star file."""
+        return self.path / "clusters" / f"cluster_{label:03d}.star"
+
+    def cluster_indices(self, label: int) -> Path:
+        """The original indices of the particles of one cluster."""
+        return self.path / "clusters" / f"cluster_{label:03d}.ind.pkl"
+
+
+@dataclass(frozen=True)
+class VolumeDir:
+    """A folder of volumes decoded at latent points: vol_000.mrc, ... beside their z values."""
+
+    path: Path
+
+    def volume(self, number: int) -> Path:
+        """Volume of a number; numbers equal labels and count from 0."""
+        return self.path / f"vol_{number:03d}.mrc"
+
+    def preview(self, number: int) -> Path:
+        """Picture of that volume."""
+        return self.path / f"vol_{number:03d}.png"
+
+    def volumes(self) -> list[Path]:
+        """The volumes present, in order of their numbers."""
+        found = [(re.fullmatch(r"vol_(\d+)\.mrc", entry.name), entry) for entry in self.path.glob("vol_*.mrc")]
+        return [entry for _, entry in sorted((int(match.group(1)), entry) for match, entry in found if match)]
+
+    @property
+    def labels(self) -> Path:
+        """Cluster of each particle, counted from 0."""
+        return self.path / "labels.pkl"
+
+    @property
+    def z_values(self) -> Path:
+        """Latent points of the volumes, one row each."""
+        return self.path / "z_values.txt"
+
+    @property
+    def centers(self) -> Path:
+        """Cluster centres."""
+        return self.path / "centers.txt"
+
+    @property
+    def centers_index(self) -> Path:
+        """Rows of the particles nearest to the cluster centres."""
+        return self.path / "centers_ind.txt"
+
+    def plot(self, name: str) -> Path:
+        """A picture in this folder."""
+        return self.path / f"{name}.png"
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The ground truth of a simulated set; labels are rows of the ORIGINAL (simulated) stack, counted from 0."""
+
+    path: Path
+    volumes: list[Path]
+    labels: Path
+    mask: Path | None
+    dataset: dict[str, Any] = field(repr=False)
+
+    def labels_of(self, index: Any) -> Any:
+        """True states (n,) int64 of particles given by their original ``index`` (n,)."""
+        import numpy as np
+
+        from cryosuite.formats.pickles import read_labels
+
+        labels = np.asarray(read_labels(self.labels)).astype(np.int64)
+        index = np.asarray(index)
+        if len(index) and int(index.max()) >= len(labels):
+            raise InputError(f"{self.labels}: has {len(labels)} labels, but a particle has the index {index.max()}.")
+        return labels[index]
+
+
+def find_truth(path: Path | str) -> Truth | None:
+    """The ground truth behind a simulated folder, a work directory or a run; None when there is none.
+
+    Follows ``particles`` of a run's config.yaml and ``source`` of a preprocessed dataset.yaml.
+    """
+    folder = Path(path)
+    for _ in range(8):
+        folder = folder if folder.is_dir() else folder.parent
+        work, run = WorkDir(folder), RunDir(folder)
+        if work.exists():
+            dataset = work.read_dataset()
+            if isinstance(dataset.get("truth"), dict):
+                return _truth(folder, dataset)
+            link = dataset.get("source")
+        elif run.exists():
+            link = run.read_config().get("particles")
+        else:
+            return None
+        if not link:
+            return None
+        folder = resolve_link(str(link), folder)
+        if not folder.exists():
+            return None
+    return None
+
+
+def resolve_link(link: str, folder: Path) -> Path:
+    """A path written into a YAML file of ``folder``: absolute, relative to that folder, or to where we are."""
+    path = Path(link)
+    if path.is_absolute() or not (folder / path).exists():
+        return path
+    return folder / path
+
+
+def _truth(folder: Path, dataset: dict[str, Any]) -> Truth:
+    """The Truth described by the ``truth`` mapping of a dataset.yaml."""
+    entry = dataset["truth"]
+    work = WorkDir(folder)
+    mask = folder / entry["mask"] if entry.get("mask") else work.mask
+    return Truth(
+        path=folder,
+        volumes=[folder / name for name in entry.get("volumes", [])],
+        labels=folder / entry["labels"] if entry.get("labels") else work.labels,
+        mask=mask if mask.is_file() else None,
+        dataset=dataset,
+    )
