@@ -1,8 +1,8 @@
 """Batches for training and inference: a deterministic order, contiguous reads, a prefetch thread.
 
-Order: the rows are cut into blocks of neighbours (about 0.5 MB), the blocks are shuffled, and the rows of several blocks
-(a window, at most 64 MB) are shuffled together. So a disk sees long runs, memory stays flat (three windows), and a set smaller than
-one window is shuffled fully. The order depends on (seed, epoch, N, D, world size) alone.
+Order: the rows are cut into blocks of neighbours (about 0.5 MB), the blocks are shuffled, and the rows of several
+blocks (a window, at most 64 MB) are shuffled together. So a disk sees long runs, memory stays flat (three windows),
+and a set smaller than one window is shuffled fully. The order depends on (seed, epoch, N, D, world size) alone.
 """
 
 from __future__ import annotations

@@ -121,12 +121,12 @@ class ParticleSet:
 
     def ctf_params(self, rows: np.ndarray | None = None) -> CtfParams | None:
         """CTF of the rows (all when None) as tensors, aberrations included; None when the set has no CTF."""
+        if self.ctf is None:
+            return None
         import torch
 
         from cryosuite.kernels.ctf import CtfParams
 
-        if self.ctf is None:
-            return None
         rows = slice(None) if rows is None else rows
         params = CtfParams.from_table(torch.from_numpy(np.ascontiguousarray(self.ctf[rows])))
         if not self.extras:
