@@ -1,0 +1,277 @@
+"""Stacks of images: read at any row without holding a file handle or the stack, written as a stream.
+
+Reads are positional (``pread``) into the caller's rows rather than through a mapped view: a mapping keeps its file
+open, counts every page it touched as memory of the program, and dies by a signal when a file shrinks under it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from mrcfile.dtypes import HEADER_DTYPE
+
+from cryosuite.errors import InputError, notice
+from cryosuite.formats.atomic import atomic_path, write_error
+from cryosuite.formats.checks import name_rows
+from cryosuite.formats.mrc_header import HEADER_BYTES, MrcHeader, read_header
+
+OPEN_FILES = 64  # descriptors kept for all stacks together, however many files a data set has
+_MODE_OF = {np.dtype(np.float32): 2, np.dtype(np.float16): 12}
+
+
+class _OpenFiles:
+    """A small pool of file descriptors shared by all readers; the longest unused one is closed first."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._lock = threading.Lock()
+        self._files: OrderedDict[str, list[int]] = OrderedDict()  # path -> [descriptor, users]
+
+    @contextlib.contextmanager
+    def borrow(self, path: Path) -> Iterator[int]:
+        """A descriptor of ``path`` that stays open at least until the block ends."""
+        key = str(path)
+        with self._lock:
+            entry = self._files.get(key)
+            if entry is None:
+                entry = [os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)), 0]
+                self._files[key] = entry
+            entry[1] += 1
+            self._files.move_to_end(key)
+        try:
+            yield entry[0]
+        finally:
+            with self._lock:
+                entry[1] -= 1
+                if self._files.get(key) is not entry:  # forgotten while in use
+                    if entry[1] == 0:
+                        os.close(entry[0])
+                else:
+                    self._shrink()
+
+    def _shrink(self) -> None:
+        for key in [key for key, entry in self._files.items() if entry[1] == 0]:
+            if len(self._files) <= self.limit:
+                break
+            os.close(self._files.pop(key)[0])
+
+    def forget(self, path: Path) -> None:
+        """Close the descriptor of ``path``, now or when its last user is done."""
+        with self._lock:
+            entry = self._files.pop(str(path), None)
+            if entry is not None and entry[1] == 0:
+                os.close(entry[0])
+
+
+_FILES = _OpenFiles(OPEN_FILES)
+
+
+class StackReader:
+    """Images of one MRC stack, read on demand as float32 (b, ny, nx).
+
+    The header is read and checked when the reader is made (``check`` also asks for square images of even size), the
+    file is opened when images are asked for. ``warn=False`` keeps quiet about odd but readable headers: thousands of
+    files of one data set would say the same. Safe to use from several threads.
+    """
+
+    def __init__(self, path: str | os.PathLike, check: bool = False, warn: bool = True) -> None:
+        self.header: MrcHeader = read_header(path)
+        self.path = self.header.path
+        self.count, self.pixel_size = self.header.nz, self.header.pixel_size
+        self.shape = (self.header.ny, self.header.nx)
+        if self.header.compressed:
+            raise InputError(f"{self.path}: a stack is read at random places: uncompress it first (gunzip)")
+        if check:
+            self.require_square()
+        if warn:
+            for problem in self.header.problems:
+                notice(problem)
+
+    @property
+    def box_size(self) -> tuple[int, int]:
+        """(ny, nx)."""
+        return self.shape
+
+    def require_square(self) -> int:
+        """The box size; raises InputError unless the images are square with an even number of pixels."""
+        ny, nx = self.shape
+        if ny != nx:
+            raise InputError(f"{self.path}: images are {nx} x {ny} pixels: they must be square")
+        if nx % 2:
+            raise InputError(f"{self.path}: images are {nx} pixels wide: the box size must be even; crop or pad them")
+        return nx
+
+    def read(self, rows: np.ndarray | list[int] | slice | None = None, out: np.ndarray | None = None) -> np.ndarray:
+        """Images ``rows`` (0-based, any order, repeats allowed; None for all) as float32 (b, ny, nx).
+
+        Contiguous runs are read at once. ``out`` takes the images when given. Raises InputError for a row outside the
+        stack or a file that became shorter.
+        """
+        rows = np.arange(self.count)[rows] if rows is None or isinstance(rows, slice) else np.asarray(rows)
+        rows = rows.astype(np.int64).reshape(-1)
+        bad = rows[(rows < 0) | (rows >= self.count)]
+        if len(bad):
+            raise InputError(f"{self.path}: {name_rows(bad, 'image')} (0-based) asked for, the stack has {self.count}")
+        if out is None:
+            out = np.empty((len(rows), *self.shape), np.float32)
+        order = np.argsort(rows, kind="stable") if np.any(np.diff(rows) < 0) else np.arange(len(rows))
+        ordered = rows[order]
+        starts = np.flatnonzero(np.diff(ordered, prepend=-2) != 1)
+        ends = np.append(starts[1:], len(rows))
+        try:
+            with _FILES.borrow(self.path) as descriptor:
+                for start, end in zip(starts, ends, strict=True):
+                    out[order[start:end]] = self._run(descriptor, int(ordered[start]), int(end - start))
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot read this stack: {error.strerror or error}") from None
+        return out
+
+    def _run(self, descriptor: int, first: int, count: int) -> np.ndarray:
+        """``count`` images from ``first`` in the type of the file, (count, ny, nx)."""
+        images = np.empty((count, *self.shape), self.header.dtype)
+        left = memoryview(images.view(np.uint8).reshape(-1))
+        position = self.header.data_offset + first * images[0].nbytes
+        while len(left):
+            done = os.preadv(descriptor, [left], position)
+            if done == 0:
+                raise InputError(f"{self.path}: the file became shorter while it was read")
+            left, position = left[done:], position + done
+        return images
+
+    def close(self) -> None:
+        """Give the file back; the reader opens it again when needed."""
+        _FILES.forget(self.path)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __enter__(self) -> StackReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class StackScan:
+    """Images (0-based) that hold NaN or infinity, and images whose pixels are all equal."""
+
+    not_finite: np.ndarray
+    constant: np.ndarray
+
+
+def scan_stack(reader: StackReader, rows: np.ndarray | None = None, chunk_bytes: int = 1 << 26) -> StackScan:
+    """Look through images ``rows`` (default all) for those that must not be used, a chunk at a time."""
+    rows = np.arange(reader.count) if rows is None else np.asarray(rows)
+    step = max(1, chunk_bytes // (4 * reader.shape[0] * reader.shape[1]))
+    broken, constant = [], []
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        images = reader.read(part).reshape(len(part), -1)
+        low, high = images.min(axis=1), images.max(axis=1)  # NaN and infinity pass through min and max
+        finite = np.isfinite(low) & np.isfinite(high)
+        broken.append(part[~finite])
+        constant.append(part[finite & (low == high)])
+    none = np.zeros(0, np.int64)
+    return StackScan(np.concatenate(broken or [none]), np.concatenate(constant or [none]))
+
+
+class StackWriter:
+    """Write a stack of ``count`` images as a stream: a context manager with ``write(images)``.
+
+    The file appears under its name only when all images were written; header statistics are those of what was
+    written. ``pixel_size`` in A; ``dtype`` float32 (mode 2) or float16 (mode 12). Raises InputError for a full disk
+    (with the space needed), a wrong image size, or a wrong number of images at the end.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        count: int,
+        box_size: int,
+        pixel_size: float | None,
+        dtype: np.dtype | type = np.float32,
+    ) -> None:
+        self.path, self.count, self.box_size = Path(path), int(count), int(box_size)
+        self.pixel_size, self.dtype = pixel_size, np.dtype(dtype)
+        if self.dtype not in _MODE_OF:
+            raise InputError(f"{path}: stacks are written as float32 or float16, not {self.dtype}")
+        if self.count < 1 or self.box_size < 1:
+            raise InputError(f"{path}: cannot write a stack of {count} images of {box_size} pixels")
+        self.needed = HEADER_BYTES + self.count * self.box_size**2 * self.dtype.itemsize
+        self.written, self._sum, self._squares, self._low, self._high = 0, 0.0, 0.0, np.inf, -np.inf
+
+    def __enter__(self) -> StackWriter:
+        self._context = atomic_path(self.path, needed=self.needed)
+        temporary = self._context.__enter__()
+        self._file = open(temporary, "wb")  # noqa: SIM115  closed in __exit__
+        self._file.write(bytes(HEADER_BYTES))
+        return self
+
+    def write(self, images: np.ndarray) -> None:
+        """Append images (b, D, D) or one image (D, D)."""
+        images = np.asarray(images)
+        images = images[None] if images.ndim == 2 else images
+        if images.shape[1:] != (self.box_size, self.box_size):
+            raise InputError(f"{self.path}: expected images of {self.box_size} pixels, got shape {images.shape}")
+        if self.written + len(images) > self.count:
+            raise InputError(f"{self.path}: more images than the {self.count} announced")
+        with np.errstate(over="ignore"):
+            stored = np.ascontiguousarray(images, self.dtype.newbyteorder("<"))
+        if len(stored):
+            wide = stored.astype(np.float64)
+            self._low, self._high = min(self._low, wide.min()), max(self._high, wide.max())
+            self._sum, self._squares = self._sum + wide.sum(), self._squares + np.square(wide).sum()
+        try:
+            self._file.write(stored.data)
+        except OSError as error:
+            raise write_error(self.path, error, self.needed) from error
+        self.written += len(images)
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None and self.written != self.count:
+                error = InputError(f"{self.path}: {self.written} of {self.count} images were written: file not kept")
+                kind, trace = InputError, None
+            elif kind is None:
+                self._file.seek(0)
+                self._file.write(self._header())
+            self._file.close()
+        except OSError as failure:
+            error = write_error(self.path, failure, self.needed)
+            kind, trace = InputError, None
+        if kind is None:
+            self._context.__exit__(None, None, None)
+            return
+        with contextlib.suppress(OSError):
+            self._file.close()
+        with contextlib.suppress(kind):
+            self._context.__exit__(kind, error, trace)
+        if isinstance(error, InputError):
+            raise error
+
+    def _header(self) -> bytes:
+        header = np.zeros((), HEADER_DTYPE.newbyteorder("<"))
+        size = float(self.pixel_size or 0.0)
+        header["nx"] = header["ny"] = header["mx"] = header["my"] = self.box_size
+        header["nz"], header["mz"], header["mode"] = self.count, 1, _MODE_OF[self.dtype]
+        header["cella"] = (size * self.box_size, size * self.box_size, size)
+        header["cellb"] = (90.0, 90.0, 90.0)
+        header["mapc"], header["mapr"], header["maps"] = 1, 2, 3
+        number = self.count * self.box_size**2
+        mean = self._sum / number
+        with np.errstate(over="ignore", invalid="ignore"):
+            header["dmin"], header["dmax"], header["dmean"] = self._low, self._high, mean
+            header["rms"] = np.sqrt(max(self._squares / number - mean * mean, 0.0))
+        header["map"], header["machst"], header["nversion"] = b"MAP ", (0x44, 0x44, 0, 0), 20141
+        header["nlabl"] = 1
+        header["label"][0] = b"cryosuite"
+        return header.tobytes()
