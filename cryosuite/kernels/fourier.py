@@ -1,7 +1,7 @@
 """Centred Fourier transforms and the half disc: the set of coefficients that training and reconstruction work on.
 
 Conventions: arrays are `[..., y, x]` or `[..., z, y, x]`, the box size D is even, the origin is voxel D//2 on every
-axis in real and in Fourier space, forward transforms are unnormalised. A coefficient at integer frequency k = (kx, ky) is
+axis in real and in Fourier space, forward transforms are unnormalised. A coefficient at integer frequency (kx, ky) is
 `F(k) = sum_x f(x) exp(-2 pi i k.x / D)` with x counted from voxel D//2. The transform of a real image is Hermitian,
 so the half disc (one of each pair k, -k inside a radius) holds all there is: a loss over it equals one over the image.
 """

@@ -5,8 +5,8 @@ is padded (factor 2) so that trilinear interpolation is accurate, and what inter
 multiplication by sinc^2 along each axis, is divided out before (extraction) or after (reconstruction).
 
 Layout (opaque to callers): only x >= 0 is stored, a point q with qx < 0 is read at -q and conjugated. The grid holds
-z and y from -N to N and x from 0 to N with N = pad D/2 + 1, as real numbers interleaved per voxel: (re, im) in a transform,
-(re, im, weight) in an accumulator, so that the two x-neighbours of a corner share a cache line.
+z and y from -N to N and x from 0 to N with N = pad D/2 + 1, as real numbers interleaved per voxel: (re, im) in a
+transform, (re, im, weight) in an accumulator, so that the two x-neighbours of a corner share a cache line.
 """
 
 from __future__ import annotations
