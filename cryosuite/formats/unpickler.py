@@ -1,0 +1,223 @@
+"""A reader of pickles that builds numbers, text, containers and numpy arrays, and refuses everything else by name.
+
+Nothing of the file is ever called: the few globals that numpy writes are replaced by small classes of our own that
+only keep what they were given, and arrays are made at the end from plain bytes. Allowing "anything in numpy" would not
+be safe: the package holds functions that run text as code.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import pickle
+import pickletools
+import re
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cryosuite.errors import InputError
+from cryosuite.formats.checks import read_bytes
+
+_DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|c8|c16|[SUV]\d{1,6}|O8?|\?)")
+_MAX_DEPTH = 50
+
+
+class _Dtype:
+    """Stands in for numpy.dtype: remembers its text and byte order."""
+
+    def __init__(self, spec: object, *_: object) -> None:
+        if not isinstance(spec, str) or not _DTYPE.fullmatch(spec):
+            raise ValueError(f"array type {spec!r} is not a plain number type")
+        self.spec, self.order = spec, "="
+
+    def __setstate__(self, state: object) -> None:
+        if not isinstance(state, tuple) or len(state) < 5 or state[1] not in ("<", ">", "|", "="):
+            raise ValueError("damaged array type")
+        if state[2] is not None or state[3] is not None or state[4] is not None:
+            raise ValueError("arrays with named fields are not expected here")
+        self.order = state[1]
+
+    def resolve(self) -> np.dtype:
+        """The numpy type; objects are refused here, after the whole file was looked through."""
+        if "O" in self.spec:
+            raise ValueError("an array of Python objects is refused: only arrays of numbers or text are read")
+        dtype = np.dtype(self.spec)
+        return dtype.newbyteorder(self.order) if self.order in "<>" else dtype
+
+
+class _Array:
+    """Stands in for an array under construction, and for ``numpy.ndarray`` itself as a name."""
+
+    def __init__(self, *_: object) -> None:
+        self.parts: tuple | None = None
+
+    def __setstate__(self, state: object) -> None:
+        if not isinstance(state, tuple) or len(state) != 5:
+            raise ValueError("damaged array")
+        _, shape, dtype, fortran, data = state
+        self.parts = (data, dtype, shape, "F" if fortran else "C")
+
+    def resolve(self) -> np.ndarray:
+        """The array; the bytes must be exactly those that shape and type ask for."""
+        if self.parts is None:
+            raise ValueError("damaged array")
+        data, dtype, shape, order = self.parts
+        if not isinstance(dtype, _Dtype):
+            raise ValueError("damaged array type")
+        dtype = dtype.resolve()
+        if isinstance(data, str):  # pickles of Python 2 read as Latin-1
+            data = data.encode("latin-1")
+        if not isinstance(data, (bytes, bytearray)) or order not in ("C", "F"):
+            raise ValueError("damaged array")
+        if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape) or len(shape) > 32:
+            raise ValueError("damaged array shape")
+        if math.prod(shape) * dtype.itemsize != len(data):
+            raise ValueError(f"an array of shape {shape} does not fit its {len(data)} bytes")
+        return np.frombuffer(data, dtype).reshape(shape, order=order).copy(order="K")
+
+
+def _reconstruct(*_: object) -> _Array:
+    return _Array()
+
+
+def _frombuffer(data: object, dtype: object, shape: object, order: object, *_: object) -> _Array:
+    array = _Array()
+    array.parts = (data, dtype, shape, order)
+    return array
+
+
+def _scalar(dtype: object, data: object = b"") -> _Array:
+    array = _Array()
+    array.parts = (data, dtype, (), "C")
+    return array
+
+
+def _latin1(text: object, encoding: object = "latin1") -> bytes:
+    """What ``_codecs.encode`` is used for in pickles of protocol 0 to 2: bytes written as text."""
+    if not isinstance(text, str) or str(encoding).replace("-", "") != "latin1":
+        raise ValueError("damaged bytes")
+    return text.encode("latin-1")
+
+
+def _bytes(data: object = b"", *_: object) -> bytes:
+    if not isinstance(data, (bytes, bytearray)):
+        raise ValueError("damaged bytes")
+    return bytes(data)
+
+
+def _ordered(pairs: object = (), *_: object) -> dict:
+    return OrderedDict(pairs)
+
+
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Dtype,
+    ("_codecs", "encode"): _latin1,
+    ("builtins", "bytes"): _bytes,
+    ("builtins", "bytearray"): _bytes,
+    ("collections", "OrderedDict"): _ordered,
+}
+for _core in ("numpy.core", "numpy._core"):
+    _ALLOWED[_core + ".multiarray", "_reconstruct"] = _reconstruct
+    _ALLOWED[_core + ".multiarray", "scalar"] = _scalar
+    _ALLOWED[_core + ".numeric", "_frombuffer"] = _frombuffer
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, stream: io.BytesIO, path: Path) -> None:
+        super().__init__(stream, encoding="latin-1")
+        self._path = path
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The stand-in for a global that numpy writes; every other global ends the reading."""
+        allowed = _ALLOWED.get((module, name))
+        if allowed is None:
+            raise InputError(
+                f"{self._path}: refused: the pickle asks for {module}.{name}; only numpy arrays, numbers, text and "
+                "containers of them are read, because anything else can run code"
+            )
+        return allowed
+
+    def persistent_load(self, _: object) -> Any:
+        raise InputError(f"{self._path}: refused: the pickle asks for objects outside the file (persistent id)")
+
+
+def safe_load(path: str | os.PathLike) -> list[Any]:
+    """All objects pickled in a file, one after the other (cryoDRGN writes mu and logvar as two pickles).
+
+    Admits numbers, text, bytes, None, tuples, lists, dicts, and numpy arrays and scalars of numbers or text in the forms
+    that numpy 1 and 2 write with protocols 0 to 5. Nothing of the file is executed. Raises InputError for a missing,
+    empty, truncated or damaged file, and for any other global, naming it.
+    """
+    path = Path(path)
+    data = read_bytes(path, "pickle")
+    stream = io.BytesIO(data)
+    loaded: list[Any] = []
+    while stream.tell() < len(data):
+        start = stream.tell()
+        _check_opcodes(path, stream, data)
+        stream.seek(start)
+        try:
+            loaded.append(_resolve(_Unpickler(stream, path).load(), {}, 0))
+        except InputError:
+            raise
+        except EOFError:
+            raise _truncated(path) from None
+        except Exception as error:  # the bytes are anybody's: whatever breaks, breaks because of them
+            text = str(error)
+            if "truncated" in text or "exhausted" in text:
+                raise _truncated(path) from None
+            raise InputError(f"{path}: damaged pickle: {text or type(error).__name__}") from None
+    return loaded
+
+
+def _truncated(path: Path) -> InputError:
+    return InputError(f"{path}: truncated: the pickle ends early; copy or write the file again")
+
+
+def _check_opcodes(path: Path, stream: io.BytesIO, data: bytes) -> None:
+    """Walk through one pickle without running it: its end must be there, and no memo index may cost memory."""
+    steps = 0
+    try:
+        for opcode, argument, _ in pickletools.genops(stream):
+            steps += 1
+            if opcode.name in ("PUT", "LONG_BINPUT") and argument > len(data):
+                raise InputError(f"{path}: damaged pickle: memo index {argument}")
+            if opcode.name == "GLOBAL":
+                module, _, name = str(argument).partition(" ")
+                module = "builtins" if module == "__builtin__" else module
+                if (module, name) not in _ALLOWED:
+                    _Unpickler(stream, path).find_class(module, name)
+    except InputError:
+        raise
+    except Exception as error:
+        text = str(error)
+        if any(word in text for word in ("exhausted", "not enough data", "expected", "only", "no newline", "EOF")):
+            raise _truncated(path) from None
+        raise InputError(f"{path}: not a pickle, or a damaged one: {text[:200]}") from None
+
+
+def _resolve(value: Any, seen: dict[int, Any], depth: int) -> Any:
+    """Replace the stand-ins by arrays; each shared object once."""
+    if isinstance(value, (str, bytes, bytearray, int, float, complex, type(None))):
+        return value
+    if depth > _MAX_DEPTH:
+        raise ValueError("containers are nested too deeply")
+    key = id(value)
+    if key in seen:
+        return seen[key][1]
+    if isinstance(value, _Array):
+        array = value.resolve()
+        made: Any = array[()] if array.ndim == 0 else array
+    elif isinstance(value, (tuple, list)):
+        made = type(value)(_resolve(item, seen, depth + 1) for item in value)
+    elif isinstance(value, dict):
+        made = {_resolve(k, seen, depth + 1): _resolve(v, seen, depth + 1) for k, v in value.items()}
+    else:
+        raise ValueError(f"a bare {type(value).__name__} is not data")
+    seen[key] = (value, made)
+    return made
