@@ -1,0 +1,323 @@
+"""A simulated particle set on disk: a work directory with its ground truth.
+
+Two passes with flat memory: the clean images are made once (and give the signal's variance), then noise is added.
+Every stage draws from its own seed, so that one clean set serves all noise levels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cryosuite.console import Progress
+from cryosuite.data.workdir import WorkDir
+from cryosuite.errors import InputError, notice
+from cryosuite.formats.stacks import StackReader, StackWriter
+from cryosuite.kernels.ctf import CtfParams
+from cryosuite.simulate.extras import Extras
+from cryosuite.simulate.images import Optics, Renderer
+from cryosuite.simulate.noise import NoiseModel
+from cryosuite.simulate.states import StateSet, counts
+from cryosuite.simulate.truth import write_truth
+from cryosuite.simulate.write import write_metadata
+
+ENTROPY = 20240526
+STAGES = ("structures", "poses", "shifts", "ctf", "noise", "order", "neighbours", "errors", "ice")
+SNR_IMAGES = 10_000  # the signal's variance is that of so many first images
+
+
+@dataclass(frozen=True)
+class SimulateOptions:
+    """How a set is imaged. Lengths in Angstrom unless said otherwise."""
+
+    n_particles: int = 4800
+    box_size: int = 64
+    pixel_size: float = 5.0
+    render_box: int | None = None  # None: 2 x box_size
+    resolution: float | None = None  # None: the pixel size, i.e. half the Nyquist resolution
+    snr: float = 0.1  # nominal: variance of clean images / noise variance, in the box of noise_at
+    noise_at: str = "2D"  # "2D": in the render box, before the crop; "D": after it
+    noise_scope: str = "global"  # or "per-structure"
+    coloured: bool = False
+    bfactor: float = 0.0  # A^2
+    voltage_kv: float = 300.0
+    cs_mm: float = 2.7
+    amplitude_contrast: float = 0.1
+    defocus_um: tuple[float, float] = (0.8, 2.5)
+    astigmatism: float = 500.0  # largest
+    shift: float = 0.078  # largest, fraction of the box
+    min_images: int = 0  # fewest images of a state
+    neighbours: float = 0.0  # mean number of other particles per image
+    ice_gradient: float = 0.0  # sd of a linear ramp across the image, in noise sd
+    pose_error_deg: float = 0.0  # rms, written poses only
+    shift_error: float = 0.0  # rms per axis, written poses only
+    defocus_error: float = 0.0  # rms, written CTF only
+    seed: int = 0
+    float16: bool = False
+    keep_clean: bool = False
+    device: str = "cpu"
+
+    @property
+    def optics(self) -> Optics:
+        """Boxes, pixel and resolution."""
+        resolution = self.pixel_size if self.resolution is None else self.resolution
+        return Optics(
+            self.box_size, self.pixel_size, self.render_box or 2 * self.box_size, resolution, bfactor=self.bfactor
+        )
+
+    def check(self) -> None:
+        """Raise InputError for values that make no images."""
+        box, render = self.box_size, self.optics.render_box
+        tests = [
+            (box >= 8 and box % 2 == 0, f"-D {box}: the box size must be even and at least 8 pixels"),
+            (
+                render >= 2 * box and render % 2 == 0,
+                f"--render-box {render}: must be even and at least twice the box size ({2 * box})",
+            ),
+            (self.n_particles >= 1, f"-n {self.n_particles}: at least one image is needed"),
+            (self.pixel_size > 0, f"--Apix {self.pixel_size}: the pixel size must be positive (Angstrom)"),
+            (self.snr > 0, f"--snr {self.snr}: must be positive"),
+            (0 <= self.shift <= 0.5, f"--shift {self.shift}: a fraction of the box between 0 and 0.5"),
+            (
+                self.defocus_um[0] <= self.defocus_um[1],
+                f"--defocus {self.defocus_um}: give the smaller value first (micrometres)",
+            ),
+        ]
+        for good, message in tests:
+            if not good:
+                raise InputError(message)
+
+
+def stage_rng(seed: int, stage: str) -> np.random.Generator:
+    """The random numbers of one stage of one seed; stages do not influence one another."""
+    return np.random.default_rng(np.random.SeedSequence([ENTROPY, seed, STAGES.index(stage)]))
+
+
+@dataclass
+class Particles:
+    """What is drawn for each image: state (N,) int64, rotation (N, 3, 3), shift (N, 2), ctf (N, 9), all float32."""
+
+    label: np.ndarray
+    rotation: np.ndarray
+    shift: np.ndarray
+    ctf: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def batch(self, rows: slice | np.ndarray, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """State, rotation and shift of some rows as tensors."""
+        values = (self.label[rows], self.rotation[rows], self.shift[rows])
+        return tuple(torch.from_numpy(np.ascontiguousarray(v)).to(device) for v in values)
+
+    def contrast(self, rows: slice | np.ndarray, device: torch.device) -> CtfParams:
+        """CTF parameters of some rows."""
+        return CtfParams.from_table(torch.from_numpy(self.ctf[rows])).to(device)
+
+
+def draw_rotations(count: int, rng: np.random.Generator) -> np.ndarray:
+    """Uniform rotations (count, 3, 3) float32."""
+    from cryosuite.kernels.rotations import quaternion_to_matrix
+
+    quaternion = rng.standard_normal((count, 4))
+    quaternion /= np.linalg.norm(quaternion, axis=1, keepdims=True)
+    return quaternion_to_matrix(torch.from_numpy(quaternion)).numpy().astype(np.float32)
+
+
+def draw_ctf(options: SimulateOptions, rng: np.random.Generator) -> np.ndarray:
+    """CTF table (N, 9) float32: uniform defocus, astigmatism and angle."""
+    n = options.n_particles
+    defocus = rng.uniform(*options.defocus_um, n) * 1e4
+    astigmatism = rng.uniform(0, options.astigmatism, n)
+    table = np.zeros((n, 9), np.float32)
+    table[:, 0], table[:, 1] = options.box_size, options.pixel_size
+    table[:, 2], table[:, 3] = defocus + astigmatism / 2, defocus - astigmatism / 2
+    table[:, 4] = rng.uniform(0, 180, n)
+    table[:, 5:8] = options.voltage_kv, options.cs_mm, options.amplitude_contrast
+    return table
+
+
+def draw_particles(states: StateSet, options: SimulateOptions) -> Particles:
+    """States in shuffled order, poses, shifts and CTF of all images, each from its own seed."""
+    number = counts(states.occupancy, options.n_particles, options.min_images)
+    label = np.repeat(np.arange(len(states)), number)
+    stage_rng(options.seed, "order").shuffle(label)
+    shift = stage_rng(options.seed, "shifts").uniform(-options.shift, options.shift, (len(label), 2))
+    return Particles(
+        label.astype(np.int64),
+        draw_rotations(len(label), stage_rng(options.seed, "poses")),
+        shift.astype(np.float32),
+        draw_ctf(options, stage_rng(options.seed, "ctf")),
+    )
+
+
+@dataclass
+class Signal:
+    """Variance of the clean images over all pixels, pooled and per state, in the render box and at D."""
+
+    render: float
+    size: float
+    render_per_state: np.ndarray
+    size_per_state: np.ndarray
+
+
+def _variance(sums: np.ndarray, pixels: int) -> float:
+    """Pooled variance from rows of (sum, sum of squares) of images with so many pixels; 0 without rows."""
+    if not len(sums):
+        return 0.0
+    mean, square = sums.mean(0) / pixels
+    return float(square - mean**2)
+
+
+def _make_clean(path: Path, renderer: Renderer, particles: Particles, options: SimulateOptions) -> Signal:
+    """First pass: write the clean images (D, in units of atomic number per pixel) and measure their variance."""
+    n, size, render = len(particles), options.box_size, renderer.optics.render_box
+    at_render, at_size = np.zeros((n, 2)), np.zeros((n, 2))
+    step = renderer.batch_size()
+    with (
+        StackWriter(path, n, size, options.pixel_size) as stack,
+        Progress(n, "clean images") as progress,
+    ):
+        for start in range(0, n, step):
+            rows = slice(start, min(start + step, n))
+            spectra = renderer.spectra(*particles.batch(rows, renderer.device))
+            spectra *= renderer.contrast(particles.contrast(rows, renderer.device))
+            images = renderer.to_images(spectra)
+            at_render[rows] = renderer.power(spectra).cpu().numpy()
+            wide = images.double()
+            at_size[rows] = torch.stack([wide.sum((1, 2)), wide.pow(2).sum((1, 2))], 1).cpu().numpy()
+            stack.write(images.cpu().numpy())
+            progress.advance(rows.stop - rows.start)
+    label, first = particles.label, slice(0, SNR_IMAGES)
+    states = range(len(renderer.atoms))
+    return Signal(
+        _variance(at_render[first], render**2),
+        _variance(at_size[first], size**2),
+        np.array([_variance(at_render[label == k], render**2) for k in states]),
+        np.array([_variance(at_size[label == k], size**2) for k in states]),
+    )
+
+
+def _scales(signal: Signal, noise: NoiseModel, options: SimulateOptions) -> np.ndarray:
+    """What the clean images of each state are multiplied with so that the noise at D has unit variance: (K,)."""
+    at_size = options.noise_at == "D"
+    pooled, per_state = (signal.size, signal.size_per_state) if at_size else (signal.render, signal.render_per_state)
+    variance = np.full(len(per_state), pooled) if options.noise_scope == "global" else per_state
+    sigma2 = variance / options.snr  # noise variance in the box of noise_at, for images as they come
+    noise_at_size = sigma2 if at_size else sigma2 * noise.variance_at_size()
+    return 1.0 / np.sqrt(np.maximum(noise_at_size, 1e-30))
+
+
+def _add_noise(
+    work: WorkDir, clean: Path, extras: Extras, noise: NoiseModel, scale: np.ndarray, options: SimulateOptions
+) -> None:
+    """Second pass: particles = scale x clean + noise of unit sd (+ neighbours, ice)."""
+    renderer, particles = extras.renderer, extras.particles
+    rng = stage_rng(options.seed, "noise")
+    factor = 1.0 / np.sqrt(noise.variance_at_size())
+    dtype = np.float16 if options.float16 else np.float32
+    n, step = len(particles), renderer.batch_size()
+    with (
+        StackReader(clean) as reader,
+        StackWriter(work.particles, n, options.box_size, options.pixel_size, dtype) as stack,
+        Progress(n, "noise") as progress,
+    ):
+        for start in range(0, n, step):
+            rows = np.arange(start, min(start + step, n))
+            images = torch.from_numpy(reader.read(rows)).to(renderer.device)
+            images = images + extras.neighbours(rows)
+            images *= torch.from_numpy(scale[particles.label[rows]]).float().to(renderer.device)[:, None, None]
+            images += renderer.to_images(noise.draw(len(rows), rng)) * factor
+            images += extras.ice(rows)
+            stack.write(images.cpu().numpy())
+            progress.advance(len(rows))
+
+
+def simulate(states: StateSet, options: SimulateOptions, out: Path | str, command: str = "") -> dict[str, Any]:
+    """Make a particle set with its ground truth in the folder ``out``.
+
+    Args:
+        states: what to image (see recipes.py).
+        options: how to image it.
+        out: folder, made when absent; it becomes a work directory that all commands take.
+        command: what the user typed, for dataset.yaml.
+
+    Returns:
+        The contents of dataset.yaml.
+
+    Raises:
+        InputError: impossible options, a full disk.
+    """
+    options.check()
+    work = WorkDir(Path(out))
+    work.path.mkdir(parents=True, exist_ok=True)
+    work.dataset.unlink(missing_ok=True)  # written last: its presence says the folder is complete
+    particles = draw_particles(states, options)
+    renderer = Renderer(states.states, options.optics, options.device)
+    _warn_large(states, options.optics)
+    noise = NoiseModel(options.optics, options.coloured, renderer.device)
+    clean = work.path / "clean.mrcs"
+    try:
+        signal = _make_clean(clean, renderer, particles, options)
+        scale = _scales(signal, noise, options)
+        extras = Extras(renderer, particles, options, stage_rng)
+        _add_noise(work, clean, extras, noise, scale, options)
+    finally:
+        if not options.keep_clean:
+            with contextlib.suppress(OSError):
+                clean.unlink(missing_ok=True)
+    number = np.bincount(particles.label, minlength=len(states))
+    effective = signal.size_per_state * scale**2  # noise has unit variance at D
+    pooled = float((effective * number).sum() / number.sum())
+    truth = write_truth(work, states, options.optics, scale)
+    record = {
+        "kind": "simulated",
+        "version": _version(),
+        "command": command,
+        "recipe": states.recipe,
+        "seed": options.seed,
+        "n_particles": len(particles),
+        "n_states": len(states),
+        "box_size": options.box_size,
+        "pixel_size": options.pixel_size,
+        "sign": 1,
+        "sign_from": "simulate",
+        "normalised": True,
+        "dtype": "float16" if options.float16 else "float32",
+        "optics_groups": 1,
+        "snr_nominal": options.snr,
+        "snr_effective": round(pooled, 6),
+        "snr_effective_per_state": [round(float(v), 6) for v in effective],
+        "images_per_state": number.tolist(),
+        "image_scale": [float(v) for v in scale] if options.noise_scope != "global" else float(scale[0]),
+        "noise_sd": 1.0,
+        "grey_values": "images = CTF x projection of the volume + noise of unit sd; particles are white",
+        "simulation": {**asdict(options), "render_box": options.optics.render_box,
+                       "resolution": options.optics.resolution},
+        "states": states.details,
+        "truth": truth,
+    }  # fmt: skip
+    write_metadata(work, particles, noise.shells(), options, record)
+    return record
+
+
+def _warn_large(states: StateSet, optics: Optics) -> None:
+    """Say which structures do not fit the box."""
+    large = [s for s in states.states if s.radius > optics.field_of_view / 2]
+    if large:
+        worst = max(large, key=lambda s: s.radius)
+        notice(
+            f"{len(large)} of {len(states)} structures reach out of the box of {optics.field_of_view:.0f} A (the "
+            f"largest, {worst.name}, {2 * worst.radius:.0f} A): they wrap around its edges. Use a larger --Apix or -D."
+        )
+
+
+def _version() -> str:
+    from cryosuite import __version__
+
+    return __version__
