@@ -27,3 +27,20 @@ test-all: lint
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+
+quickstart: $(VENV)/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash tutorials/quickstart.sh quickstart
+
+$(VENV)-cryodrgn/installed:
+	$(PYTHON) -m venv $(VENV)-cryodrgn
+	$(VENV)-cryodrgn/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-cryodrgn/bin/python -m pip install --quiet cryodrgn
+	touch $@
+
+# about an hour on two cores; BENCH_STRUCTURES is a folder with the PDB entries of mini-mix16 (tests/benchmarks/mixture.py)
+BENCH_STRUCTURES ?= ../shared/data/atomic/bench
+bench: $(VENV)/installed $(VENV)-cryodrgn/installed
+	CRYODRGN_VENV="$(CURDIR)/$(VENV)-cryodrgn" $(BIN)/python tests/benchmarks/speed.py
+	CRYODRGN_VENV="$(CURDIR)/$(VENV)-cryodrgn" $(BIN)/python tests/benchmarks/hype_vs_vae.py
+	$(BIN)/python tests/benchmarks/mixture.py --structures $(BENCH_STRUCTURES)
+	$(BIN)/python tests/benchmarks/tables.py

@@ -1,0 +1,97 @@
+"""Write the README's tables from the JSON files under results/: python tests/benchmarks/tables.py"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from statistics import mean, stdev
+
+from common import RESULTS
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+SPEED = {
+    "preprocess": "`preprocess` 128 -> 64",
+    "backproject64": "`backproject` with half maps and FSC, D = 64",
+    "backproject128": "`backproject` with half maps and FSC, D = 128",
+    "fsc": "`eval-fsc`, two maps of 256^3",
+    "help": "`cryosuite --help`",
+}
+MIX_COLUMNS = {
+    "ARI k-means": "ari_kmeans",
+    "ARI GMM": "ari_gmm",
+    "10-NN accuracy": "knn_accuracy",
+    "per-image AUC": "auc_image",
+    "consensus (floor)": "auc_consensus",
+    "label backprojection (ceiling)": "auc_oracle",
+    "gain": "gain",
+}
+
+
+def markdown(columns: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def speed_table() -> str:
+    """Ours, each peer and the ratios."""
+    result = json.loads((RESULTS / "speed.json").read_text())
+    rows = []
+    for name, title in SPEED.items():
+        row = result["rows"].get(name)
+        if row is None:
+            continue
+        rate = f" ({row['images_per_cpu_s']:,} images/CPU s)" if "images_per_cpu_s" in row else ""
+        cells = [title, f"{row['cpu_s']:.1f} s{rate}", f"{row['rss_mib']} MiB"]
+        for peer in ("cryodrgn", "relion"):
+            found = row.get(peer)
+            cells.append(f"{found['cpu_s']:.1f} s, {found['rss_mib']} MiB: **{found['ratio']:.1f}x**" if found else "")
+        rows.append(cells)
+    versions = result["versions"]
+    note = f"\n\n{result['images']:,} images, torch {versions['torch']}, {versions['machine']}; {result['date']}."
+    return markdown(["", "cryosuite, CPU time", "peak memory", "cryoDRGN", "RELION"], rows) + note
+
+
+def spread(values: list[float]) -> str:
+    """Mean, and the standard deviation over seeds when there are several."""
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def mix_table() -> str:
+    """One row per variant and box: means over seeds."""
+    groups: dict[tuple[int, str], list[dict]] = {}
+    for path in sorted(RESULTS.glob("mix16_*.json")):
+        result = json.loads(path.read_text())
+        groups.setdefault((result["box"], result["variant"]), []).append(result)
+    rows = []
+    for (box, variant), results in sorted(groups.items()):
+        seeds = ", ".join(str(result["seed"]) for result in results)
+        minutes = mean(result["train_wall_s"] for result in results) / 60
+        cells = [f"D = {box}, {variant}", seeds, f"{minutes:.0f} min"]
+        for key in MIX_COLUMNS.values():
+            cells.append(spread([result["scores"][key] for result in results]))
+        rows.append(cells)
+    return markdown(["", "seeds", "training", *MIX_COLUMNS], rows)
+
+
+def replace(text: str, name: str, table: str) -> str:
+    """Put a table between its markers."""
+    pattern = re.compile(rf"(<!-- table:{name} -->\n).*?(<!-- end -->)", re.DOTALL)
+    if not pattern.search(text):
+        raise SystemExit(f"README.md has no markers for the table {name}")
+    return pattern.sub(lambda found: f"{found[1]}\n{table}\n\n{found[2]}", text)
+
+
+def main() -> None:
+    """Rewrite README.md with the tables whose results exist."""
+    text = README.read_text()
+    if (RESULTS / "speed.json").exists():
+        text = replace(text, "speed", speed_table())
+    if list(RESULTS.glob("mix16_*.json")):
+        text = replace(text, "mix16", mix_table())
+    README.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
