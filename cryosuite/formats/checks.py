@@ -58,7 +58,7 @@ def name_rows(rows: Sequence[int] | np.ndarray, unit: str = "row", shown: int = 
 def require_finite(values: np.ndarray, path: str | os.PathLike, what: str) -> None:
     """Raise InputError naming the rows (0-based) of ``values`` (N, ...) that hold NaN or infinity."""
     values = np.asarray(values)
-    good = np.isfinite(values.reshape(len(values), -1)).all(axis=1)
+    good = np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
     if not good.all():
         raise InputError(f"{path}: {what} is NaN or infinite in {name_rows(np.flatnonzero(~good))} (0-based)")
 

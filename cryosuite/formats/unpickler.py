@@ -153,8 +153,11 @@ def safe_load(path: str | os.PathLike) -> list[Any]:
     that numpy 1 and 2 write with protocols 0 to 5. Nothing of the file is executed. Raises InputError for a missing,
     empty, truncated or damaged file, and for any other global, naming it.
     """
-    path = Path(path)
-    data = read_bytes(path, "pickle")
+    return load_bytes(Path(path), read_bytes(path, "pickle"))
+
+
+def load_bytes(path: Path, data: bytes) -> list[Any]:
+    """``safe_load`` of bytes that were found in ``path``."""
     stream = io.BytesIO(data)
     loaded: list[Any] = []
     while stream.tell() < len(data):
