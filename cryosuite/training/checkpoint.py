@@ -1,0 +1,147 @@
+"""Checkpoints and weights on disk: written whole or not at all, read without running code."""
+
+from __future__ import annotations
+
+import pickle
+import zlib
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cryosuite import __version__
+from cryosuite.errors import InputError
+from cryosuite.formats.atomic import atomic_path, readable_bytes, require_space
+from cryosuite.training.options import FREE_ON_RESUME
+
+if TYPE_CHECKING:
+    from cryosuite.data.particles import ParticleSet
+
+FORMAT = 1
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write a dict of tensors and plain values with torch.save, atomically and flushed to disk.
+
+    Raises InputError naming the file and the space needed where the disk is full; the old file then stays.
+    """
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(state)) + (1 << 16)
+    require_space(path, needed)
+    with atomic_path(path) as temporary:
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:  # torch reports a failed write as a RuntimeError about its zip writer
+            if "writ" not in str(error).lower():
+                raise
+            raise InputError(
+                f"{path}: cannot write (is the disk full?); it needs {readable_bytes(needed)}. "
+                "The file of before is untouched."
+            ) from None
+
+
+def load_state(path: Path, what: str) -> dict[str, Any]:
+    """Read what ``save_state`` wrote, onto the CPU, tensors and plain values only.
+
+    Raises InputError for a missing, damaged or foreign file.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; expected {what}") from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{path}: damaged, or not {what} of cryosuite ({reason[:200]})") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise InputError(f"{path}: not {what} of this cryosuite ({__version__})")
+    return state
+
+
+def save_weights(path: Path, epoch: int, model: nn.Module) -> None:
+    """weights.N.pkl: the (averaged) weights after an epoch."""
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    save_state(path, {"format": FORMAT, "version": __version__, "epoch": epoch, "model_state_dict": state})
+
+
+def load_weights(path: Path, model: nn.Module) -> int:
+    """Put the weights of a weights.N.pkl into a model built with the same options; returns their epoch."""
+    state = load_state(path, "weights")
+    load_into(model, state["model_state_dict"], path)
+    return int(state["epoch"])
+
+
+def load_into(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """``model.load_state_dict`` with a message for the user where names or shapes differ."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[1:2] or [str(error)]
+        raise InputError(f"{path}: made for another model ({first[0].strip()[:200]})") from None
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete the temporary files that killed processes left beside ``path``."""
+    for leftover in path.parent.glob(f".{path.name}.*"):
+        with suppress(OSError):
+            leftover.unlink()
+
+
+def fingerprint(particles: ParticleSet) -> dict[str, Any]:
+    """What tells one particle set from another: size, box, pixel size, and checksums of indices and two images."""
+    ends = np.array(sorted({0, len(particles) - 1}))
+    images = np.ascontiguousarray(particles.read(ends), dtype=np.float32)
+    return {
+        "particles": len(particles),
+        "box size": int(particles.box_size),
+        "pixel size": round(float(particles.pixel_size[0]), 4),
+        "choice of particles": zlib.crc32(np.ascontiguousarray(particles.index, dtype=np.int64).tobytes()),
+        "images": zlib.crc32(images.tobytes()),
+    }
+
+
+def refuse_differences(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Compare what a checkpoint was made with and what is asked for now; both hold method, options, particles.
+
+    Raises InputError that names everything that differs, apart from what may differ (``FREE_ON_RESUME``).
+    """
+    if then["method"]["name"] != now["method"]["name"]:
+        raise InputError(f"{path}: belongs to {then['method']['name']}, not to {now['method']['name']}")
+    options = [
+        f"--{name.replace('_', '-')} was {_shown(before.get(name))}, now {_shown(after.get(name))}"
+        for before, after in (
+            (then["options"], now["options"]),
+            (then["method"]["options"], now["method"]["options"]),
+        )
+        for name in sorted(before.keys() | after.keys())
+        if name not in FREE_ON_RESUME and before.get(name) != after.get(name)
+    ]
+    before, after = then["particles"], now["particles"]
+    sets = [
+        f"the {name} {'differ' if name[-1] == 's' else 'differs'}"
+        + (f" (was {before.get(name)}, now {after.get(name)})" if name not in ("images", "choice of particles") else "")
+        for name in after
+        if before.get(name) != after.get(name)
+    ]
+    if options or sets:
+        raise InputError(
+            f"{path}: cannot be continued: {'; '.join(options + sets)}. Resume with the options and particles it was "
+            "started with, or start a new run in another folder."
+        )
+
+
+def _shown(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _tensors(value: object) -> Iterable[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)

@@ -1,0 +1,137 @@
+"""Latents of all particles in stack order, whatever the number of processes and however many particles there are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+from cryosuite.console import Progress
+from cryosuite.data.loader import BatchLoader
+from cryosuite.formats.atomic import atomic_path
+from cryosuite.training.launch import resolve_precision, world
+from cryosuite.training.method import Method
+
+if TYPE_CHECKING:
+    from cryosuite.data.particles import ParticleSet
+
+
+def encode_batches(
+    method: Method,
+    model: nn.Module,
+    particles: ParticleSet,
+    batch_size: int = 256,
+    *,
+    precision: str = "auto",
+    progress: bool = True,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (rows (b,), latents (b, zdim) float32) in stack order; each process its own run of neighbouring rows.
+
+    Nothing is kept, so memory does not grow with N: for incremental fits and latents too large to hold. The model
+    runs where its parameters are, in eval mode and inference mode; precision as in TrainOptions.
+    """
+    rank, processes = world()
+    device = next(model.parameters()).device
+    mine = np.arange(len(particles) * rank // processes, len(particles) * (rank + 1) // processes)
+    if len(mine) == 0:
+        return
+    share = particles if processes == 1 else particles.subset(mine)
+    loader = BatchLoader(share, batch_size, shuffle=False, device=device)
+    shown = Progress(len(mine), "encode") if progress and rank == 0 else nullcontext()
+    with shown as bar, evaluating(model):
+        for batch in loader.epoch(0):
+            rows = mine[0] + batch.index.cpu().numpy()
+            with torch.inference_mode(), autocast(device, precision):
+                z = method.encode(model, batch)
+            yield rows, z.float().cpu().numpy()
+            if bar is not None:
+                bar.advance(len(rows))
+
+
+def encode_all(
+    method: Method,
+    model: nn.Module,
+    particles: ParticleSet,
+    batch_size: int = 256,
+    *,
+    precision: str = "auto",
+    progress: bool = True,
+) -> np.ndarray:
+    """Latents of all particles, (N, zdim) float32 in stack order, the same array in every process."""
+    found = [z for _, z in encode_batches(method, model, particles, batch_size, precision=precision, progress=progress)]
+    parts = [np.concatenate(found) if found else None]
+    processes = world()[1]
+    if processes > 1:
+        parts = parts * processes
+        torch.distributed.all_gather_object(parts, parts[0])
+    return np.concatenate([part for part in parts if part is not None])
+
+
+def encode_to_file(
+    path: Path,
+    method: Method,
+    model: nn.Module,
+    particles: ParticleSet,
+    batch_size: int = 256,
+    *,
+    precision: str = "auto",
+    progress: bool = True,
+) -> np.ndarray:
+    """Latents of all particles into a .npy file (atomically), returned memory-mapped read-only; memory flat in N.
+
+    Every process writes its own part beside the file; the first joins them. All processes must see the same folder.
+    """
+    path = Path(path)
+    rank, processes = world()
+    part = path.with_name(f".{path.name}.part{rank}")
+    zdim = 0
+    with open(part, "wb") as file:
+        for _, z in encode_batches(method, model, particles, batch_size, precision=precision, progress=progress):
+            zdim = z.shape[1]
+            file.write(np.ascontiguousarray(z, np.float32).tobytes())
+    _barrier()
+    if rank == 0:
+        _join(path, processes, (len(particles), zdim))
+    _barrier()
+    part.unlink()
+    return np.load(path, mmap_mode="r")
+
+
+def _join(path: Path, processes: int, shape: tuple[int, int]) -> None:
+    """The parts of all processes, one after the other, as one .npy file."""
+    needed = 4 * shape[0] * shape[1]
+    with atomic_path(path, suffix=".npy", needed=needed) as temporary, open(temporary, "wb") as joined:
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(joined, header)
+        for number in range(processes):
+            with open(path.with_name(f".{path.name}.part{number}"), "rb") as piece:
+                while block := piece.read(1 << 24):
+                    joined.write(block)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast | nullcontext:
+    """The autocast context of a precision option ("auto", "32", "bf16") on a device."""
+    if resolve_precision(precision, device.type) == "bf16-mixed":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block, the mode of before afterwards."""
+    before = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(before)
+
+
+def _barrier() -> None:
+    if world()[1] > 1:
+        torch.distributed.barrier()

@@ -1,0 +1,137 @@
+"""Where a training runs: devices, processes, precision and seeds, on a laptop, under torchrun or under srun."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
+from lightning_fabric.strategies import DDPStrategy
+
+from cryosuite.errors import InputError
+from cryosuite.training.options import TrainOptions
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How many processes there are: ``devices`` on each of ``nodes``, started by ``launcher``."""
+
+    devices: int
+    nodes: int
+    launcher: str  # "torchrun", "srun" or "self"
+
+    @property
+    def world_size(self) -> int:
+        """The number of processes in all."""
+        return self.devices * self.nodes
+
+
+def launch_shape(options: TrainOptions, environ: Mapping[str, str] = os.environ) -> Shape:
+    """The processes that are running or must be started: what torchrun or srun say, else what the options say.
+
+    Inside a SLURM batch script without srun the options count: one process that starts the others itself.
+    """
+    if "TORCHELASTIC_RUN_ID" in environ:
+        local = int(environ["LOCAL_WORLD_SIZE"])
+        return Shape(local, int(environ["WORLD_SIZE"]) // local, "torchrun")
+    tasks = int(environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks > 1:
+        nodes = int(environ.get("SLURM_STEP_NUM_NODES", "1"))
+        if tasks % nodes:
+            raise InputError(f"srun started {tasks} tasks on {nodes} nodes: use the same number on every node")
+        return Shape(tasks // nodes, nodes, "srun")
+    return Shape(options.devices, options.num_nodes, "self")
+
+
+def process_rank(environ: Mapping[str, str] = os.environ) -> int:
+    """The rank of this process as its launcher says, before any process group exists."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    if "TORCHELASTIC_RUN_ID" in environ:
+        return int(environ["RANK"])
+    if int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return int(environ.get("SLURM_PROCID", "0"))
+    return int(environ.get("LOCAL_RANK", "0")) + 1000 * int(environ.get("NODE_RANK", "0"))
+
+
+def world() -> tuple[int, int]:
+    """(rank, number of processes) of the running process group; (0, 1) where there is none."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def resolve_accelerator(name: str) -> str:
+    """ "auto" is a CUDA card where there is one, else the CPU (Apple's GPU has no complex numbers)."""
+    if name == "gpu" and not torch.cuda.is_available():
+        raise InputError("--accelerator gpu: torch finds no CUDA device here; use --accelerator cpu or auto")
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if name == "gpu" else name
+
+
+def resolve_precision(name: str, accelerator: str) -> str:
+    """Lightning's name of the precision: "auto" is bf16-mixed on cards that have it, else 32-true."""
+    if name == "auto":
+        name = "bf16" if accelerator == "cuda" and torch.cuda.is_bf16_supported() else "32"
+    return "bf16-mixed" if name == "bf16" else "32-true"
+
+
+def start_fabric(options: TrainOptions, unused_parameters: bool = False) -> Fabric:
+    """Lightning Fabric for these options, its processes started and joined."""
+    shape = launch_shape(options)
+    accelerator = resolve_accelerator(options.accelerator)
+    if accelerator == "cuda" and shape.devices > torch.cuda.device_count():
+        raise InputError(f"--devices {shape.devices}: this machine has {torch.cuda.device_count()} GPUs")
+    strategy: DDPStrategy | str = "auto"
+    if shape.world_size > 1:
+        strategy = DDPStrategy(find_unused_parameters=unused_parameters, timeout=timedelta(minutes=30))
+    plugins = {"self": [LightningEnvironment()], "srun": [SLURMEnvironment()], "torchrun": None}[shape.launcher]
+    fabric = Fabric(
+        accelerator=accelerator,
+        devices=shape.devices,
+        num_nodes=shape.nodes,
+        strategy=strategy,
+        precision=resolve_precision(options.precision, accelerator),
+        plugins=plugins,
+    )
+    fabric.launch()
+    if accelerator == "cuda":
+        torch.set_float32_matmul_precision("high")
+    return fabric
+
+
+def seed_all(seed: int) -> None:
+    """Seed python, numpy and torch on every device."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def rng_state() -> dict[str, object]:
+    """The state of all random generators of this process, as tensors, numbers and lists."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    version, internal, gauss_next = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "python": [version, list(internal), gauss_next],
+    }
+
+
+def set_rng_state(state: dict) -> None:
+    """Put all random generators of this process where ``rng_state`` found them."""
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), position, has_gauss, cached))
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))

@@ -1,0 +1,125 @@
+"""config.yaml: what a run was started with, and the rules for starting over or going on."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from cryosuite import __version__
+from cryosuite.data.workdir import RunDir
+from cryosuite.errors import InputError
+from cryosuite.formats.config import read_yaml, write_yaml
+from cryosuite.training.launch import process_rank
+from cryosuite.training.options import TrainOptions, plain
+
+
+def make_config(
+    method: str, particles: Path | str, run: RunDir, method_options: object, options: TrainOptions, **extra: Any
+) -> dict[str, Any]:
+    """The contents of config.yaml: everything a run can be understood and continued by.
+
+    ``particles`` is written as an absolute path and relative to the run's folder, so that both can be moved together.
+    ``extra``: how the particles were opened (poses, ctf, ind, datadir, ...).
+    """
+    absolute = Path(particles).absolute()
+    return {
+        "method": method,
+        "version": __version__,
+        "command": shlex.join(sys.argv),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "particles": str(absolute),
+        "particles_relative": os.path.relpath(absolute, run.path.absolute()),
+        **{
+            name: str(Path(value).absolute()) if isinstance(value, Path) else plain(value)
+            for name, value in extra.items()
+        },
+        "options": plain(method_options),
+        "training": plain(options),
+    }
+
+
+def start_run(
+    run: RunDir, config: dict[str, Any], *, resume: bool | str = False, overwrite: bool = False
+) -> dict[str, Any]:
+    """Make a run's folder and config.yaml, or find them again; returns the config to train with.
+
+    Fresh: writes ``config`` and returns it. With ``resume`` the stored config is returned, so that no option needs to
+    be typed again; "auto" resumes where there is a checkpoint and starts (over) where there is none, as a job that may
+    be requeued at any moment wants it. ``overwrite`` deletes the files of the run of before (not the analyses).
+
+    Raises InputError for a folder that holds a run (without resume or overwrite), one that holds none (with resume)
+    and one that belongs to another method. Under torchrun or srun only the first process writes or deletes.
+    """
+    first = process_rank() == 0
+    if resume is True and not run.checkpoint.exists():
+        what = "its training had not reached a first checkpoint" if run.exists() else "it holds no run"
+        raise InputError(
+            f"{run.path}: nothing to resume: {what} (no {run.checkpoint.name}). Leave --resume out to start"
+            + (" and add --overwrite." if run.exists() else " one.")
+        )
+    if resume and run.checkpoint.exists():
+        stored = read_run_config(run)
+        if stored["method"] != config["method"]:
+            raise InputError(f"{run.path}: is a run of train-{stored['method']}, not of train-{config['method']}")
+        return stored
+    if not first:
+        return config
+    if run.exists() and not overwrite and resume is False:
+        hint = "add --resume to go on with it, " if run.checkpoint.exists() else ""
+        raise InputError(
+            f"{run.path}: holds a run already: {hint}--overwrite to replace it, or choose another folder with -o"
+        )
+    run.path.mkdir(parents=True, exist_ok=True)
+    remove_run(run)
+    write_yaml(run.config, config)
+    return config
+
+
+def remove_run(run: RunDir) -> None:
+    """Delete the files a training writes: checkpoint first, config last."""
+    stale = [run.checkpoint, run.metrics, run.log]
+    for pattern, of in (("weights.*.pkl", run.weights), ("z.*.pkl", run.z), ("poses.*.pkl", run.poses)):
+        for found in run.path.glob(pattern):
+            number = found.name.split(".")[1]
+            if number.isdigit() and of(int(number)) == found:
+                stale.append(found)
+    for path in [*stale, run.index, run.config]:
+        path.unlink(missing_ok=True)
+
+
+def read_run_config(run: RunDir) -> dict[str, Any]:
+    """config.yaml of a run.
+
+    Raises InputError where there is none or it lacks what every run has.
+    """
+    if not run.exists():
+        raise InputError(f"{run.path}: not a training run (it has no {run.config.name})")
+    config = read_yaml(run.config)
+    for name in ("method", "particles", "options", "training"):
+        if name not in config:
+            raise InputError(f"{run.config}: has no {name!r}: not the config.yaml of a cryosuite training")
+    return config
+
+
+def train_options(config: dict[str, Any], **changed: Any) -> TrainOptions:
+    """The TrainOptions of a config.yaml, with some of them changed (those the user typed again)."""
+    stored = config["training"]
+    known = {name: stored[name] for name in TrainOptions.__dataclass_fields__ if name in stored}
+    return TrainOptions(**{**known, **changed})
+
+
+def particles_path(config: dict[str, Any], run: RunDir) -> Path:
+    """Where the particles of a run lie: the absolute path, or else relative to the run's folder.
+
+    Raises InputError where neither exists any more.
+    """
+    absolute = Path(config["particles"])
+    relative = run.path / config.get("particles_relative", config["particles"])
+    for path in (absolute, relative):
+        if path.exists():
+            return path
+    raise InputError(f"{run.config}: the particles are neither at {absolute} nor at {relative}: were they moved?")

@@ -1,0 +1,296 @@
+"""Everything a training holds: model, optimiser, average, loader, its place, and how to save and restore them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cryosuite import __version__
+from cryosuite.data.workdir import RunDir
+from cryosuite.errors import InputError, notice
+from cryosuite.training import checkpoint
+from cryosuite.training.ema import Ema
+from cryosuite.training.guard import Meter, Watch, describe_images
+from cryosuite.training.launch import rng_state, seed_all, set_rng_state, start_fabric, world
+from cryosuite.training.logs import MetricsLog, RunLog, write_header
+from cryosuite.training.method import Method, Step
+from cryosuite.training.options import TrainOptions, plain
+from cryosuite.training.schedule import lr_factor
+from cryosuite.training.shard import GlobalBatches, pieces
+
+if TYPE_CHECKING:
+    from cryosuite.data.loader import Batch
+    from cryosuite.data.particles import ParticleSet
+
+STOPS = ("", "max_minutes", "SIGTERM", "SIGUSR1", "SIGINT")
+
+
+@dataclass
+class Place:
+    """Where a training is: steps done, epochs finished, the next batch of this epoch, seconds spent.
+
+    ``reported`` is ``seconds`` at the last line of metrics.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    seconds: float = 0.0
+    reported: float = 0.0
+
+
+class Objective(nn.Module):
+    """The method's loss as a module, so that autocast and distributed gradients wrap all of it."""
+
+    def __init__(self, method: Method, model: nn.Module) -> None:
+        super().__init__()
+        self.method, self.model = method, model
+
+    def forward(self, work: Work) -> dict[str, Tensor]:
+        """Named scalars of one batch at one step."""
+        return self.method.loss(self.model, work.batch, work.step)
+
+
+class Work:
+    """A batch and its step; not a container that Fabric would walk through on every call."""
+
+    __slots__ = ("batch", "step")
+
+    def __init__(self, batch: Batch, step: Step) -> None:
+        self.batch, self.step = batch, step
+
+
+class Session:
+    """One process's part of a training."""
+
+    def __init__(self, method: Method, particles: ParticleSet, run: RunDir, options: TrainOptions) -> None:
+        self.method, self.particles, self.run, self.options = method, particles, run, options
+        self.fabric = start_fabric(options, getattr(method, "unused_parameters", False))
+        self.rank, self.processes = world()
+        self.main, self.device = self.rank == 0, self.fabric.device
+        self.control = None  # a group of CPU messages, so that asking for a stop does not wait for the GPU
+        if self.processes > 1:
+            self.control = torch.distributed.new_group(backend="gloo")
+        seed_all(options.seed)
+        self.model = method.build(particles)
+        self.objective = self.fabric.setup_module(Objective(method, self.model))
+        if options.compile and self.device.type == "cuda":
+            self.model.compile()
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = self._optimizer()
+        self.ema = Ema(self.model, options.ema)
+        self.loader = GlobalBatches(
+            particles, options.batch_size, self.rank, self.processes, seed=options.seed, device=self.device
+        )
+        self.total = options.epochs * len(self.loader)
+        self.place = Place()
+        self.micro_batches, self.halved = options.micro_batches, False
+        self.watch = Watch(self._explain)
+        self.meter = Meter(self.watch)
+        self.log = RunLog(run.log, self.main)
+        self.began = self.saved = self.mark = time.monotonic()
+        seed_all(options.seed + 1 + self.rank)  # from here on every process draws its own noise
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        groups = getattr(self.method, "parameter_groups", None)
+        groups = [{"params": self.parameters}] if groups is None else groups(self.model)
+        groups = [{**group, "params": list(group["params"])} for group in groups]
+        real = all(p.is_floating_point() for group in groups for p in group["params"])
+        return torch.optim.AdamW(
+            groups,
+            lr=self.options.lr,
+            betas=self.options.betas,
+            weight_decay=self.options.weight_decay,
+            fused=real and self.device.type in ("cpu", "cuda"),
+        )
+
+    # --- one step
+
+    def descend(self, batch: Batch, step: Step) -> tuple[dict[str, Tensor], Tensor]:
+        """One optimiser step; returns the named losses and the gradient norm, still on the device."""
+        factor = lr_factor(step.index, step.total, self.options.warmup, self.options.lr_final)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.options.lr * group.get("lr_scale", 1.0) * factor
+        losses = self._gradients_within_memory(batch, step)
+        clip = self.options.grad_clip or float("inf")
+        norm = nn.utils.clip_grad_norm_(self.parameters, clip)
+        self.optimizer.step()
+        self.ema.update()
+        return losses, norm
+
+    def _gradients_within_memory(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """Gradients of a batch; when the GPU runs out of memory, once, with batches in twice as many pieces."""
+        while True:
+            try:
+                return self._gradients(batch, step)
+            except torch.cuda.OutOfMemoryError:
+                size = -(-len(batch.index) // self.micro_batches)
+                if self.halved or size < 2 or self.processes > 1:  # one process alone cannot go back: the others wait
+                    raise InputError(
+                        f"the GPU has not enough memory for {size} images at a time: give a smaller --batch-size, or "
+                        f"--micro-batches {2 * self.micro_batches} (the same training in smaller pieces)"
+                    ) from None
+            self._halve(len(batch.index))  # outside the except block, whose traceback holds on to the tensors
+
+    def _halve(self, images: int) -> None:
+        """From now on cut every batch into twice as many pieces, and say so."""
+        self.micro_batches, self.halved = 2 * self.micro_batches, True
+        message = (
+            f"the GPU ran out of memory: from now on a batch is computed in {self.micro_batches} pieces of "
+            f"{-(-images // self.micro_batches)} images; the result is the same, a little slower"
+        )
+        notice(message)
+        self.log.write(message)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _gradients(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """Backward through all pieces of a batch, weighted so that the sum is the gradient of the global mean."""
+        self.optimizer.zero_grad(set_to_none=True)
+        count = len(batch.index)
+        share = self.loader.weight(self.place.batch) * self.processes / self.loader.global_size(self.place.batch)
+        parts = pieces(batch, self.micro_batches)
+        sums: dict[str, Tensor] = {}
+        for number, part in enumerate(parts):
+            weight = share * len(part.index) / count
+            waits = self.processes > 1 and number < len(parts) - 1
+            with self.fabric.no_backward_sync(self.objective) if waits else nullcontext():
+                losses = self.objective(Work(part, step))
+                self.fabric.backward(losses["loss"] if weight == 1 else losses["loss"] * weight)
+            for name, value in losses.items():
+                value = value.detach() if len(parts) == 1 else value.detach() * (len(part.index) / count)
+                sums[name] = sums[name] + value if name in sums else value
+        return sums
+
+    # --- time and stopping
+
+    def decide(self, received: str) -> tuple[str, bool]:
+        """(why to stop or "", whether a checkpoint is due), the same answer in every process."""
+        now = time.monotonic()
+        limit = self.options.max_minutes
+        reason = received or ("max_minutes" if limit is not None and now - self.began > 60 * limit else "")
+        due = now - self.saved >= 60 * self.options.checkpoint_every_minutes
+        if self.processes == 1:
+            return reason, due
+        flags = torch.tensor([STOPS.index(reason), int(due and self.main)])
+        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group=self.control)
+        return STOPS[int(flags[0])], bool(flags[1])
+
+    def tick(self) -> None:
+        """Add the time since the last tick to the time spent training."""
+        now = time.monotonic()
+        self.place.seconds += now - self.mark
+        self.mark = now
+
+    # --- saving and restoring
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What this training is, to be compared on resume."""
+        options = plain(getattr(self.method, "options", None)) or {}
+        return {
+            "options": plain(self.options),
+            "method": {"name": self.method.name, "options": options},
+            "particles": checkpoint.fingerprint(self.particles),
+        }
+
+    def save(self, even_if_not_calm: bool = True) -> bool:
+        """Write the checkpoint (all processes call it); False where it was left out because the loss is exploding.
+
+        Reads the pending losses first, so that weights that went wrong never replace a good checkpoint.
+        """
+        self.meter.collect()
+        self.saved = time.monotonic()
+        if not (self.watch.calm or even_if_not_calm):
+            return False
+        self.tick()
+        generators: list[Any] = [rng_state()]
+        if self.processes > 1:
+            generators = [None] * self.processes
+            torch.distributed.all_gather_object(generators, rng_state(), group=self.control)
+        if self.main:
+            state = {
+                "format": checkpoint.FORMAT,
+                "version": __version__,
+                "place": plain(self.place),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "ema": self.ema.state_dict(),
+                "rng": generators,
+                "meter": self.meter.state_dict(),
+                "watch": self.watch.state_dict(),
+                "micro_batches": self.micro_batches,
+                **self.identity,
+            }
+            checkpoint.save_state(self.run.checkpoint, state)
+        self.saved = time.monotonic()
+        return True
+
+    def restore(self) -> None:
+        """Take up the checkpoint; raises InputError where it belongs to another training."""
+        path = self.run.checkpoint
+        state = checkpoint.load_state(path, "a checkpoint")
+        checkpoint.refuse_differences(path, state, self.identity)
+        self.place = Place(**state["place"])
+        before = state["options"]["epochs"]
+        if before != self.options.epochs:
+            if self.options.epochs < self.place.epoch:
+                raise InputError(f"--epochs {self.options.epochs}: {path} is already at epoch {self.place.epoch}")
+            notice(f"--epochs was {before} and is {self.options.epochs} now: the learning rate follows the new length")
+        checkpoint.load_into(self.model, state["model"], path)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.ema.load_state_dict(state["ema"])
+        self.meter.load_state_dict(state["meter"])
+        self.watch.load_state_dict(state["watch"])
+        self.micro_batches = max(state["micro_batches"], self.options.micro_batches)
+        if len(state["rng"]) == self.processes:
+            set_rng_state(state["rng"][self.rank])
+        else:  # another number of processes: new, but reproducible
+            seed_all(self.options.seed + 1 + self.rank + 1000 * self.place.step)
+
+    def open_logs(self) -> MetricsLog:
+        """Start (or go on with) run.log and metrics.jsonl."""
+        if self.main:
+            write_header(
+                self.log,
+                self.run,
+                str(self.device),
+                str(self.fabric.strategy.precision.precision),
+                self.processes,
+                self.options.seed,
+            )
+            place = self.place
+            self.log.write(
+                f"{'going on at' if place.step else 'starting at'} step {place.step} of {self.total}, "
+                f"epoch {place.epoch + 1} of {self.options.epochs}, {len(self.particles)} images"
+            )
+        return MetricsLog(self.run.metrics, self.place.step, self.main)
+
+    def finish_epoch(self, on_epoch: Callable[[int, nn.Module], None] | None) -> None:
+        """The work after an epoch with the averaged weights: ``on_epoch``, then weights.N.pkl."""
+        state = rng_state()
+        training = self.model.training
+        self.model.eval()
+        with self.ema.swapped_in():
+            if on_epoch is not None:
+                on_epoch(self.place.epoch, self.model)
+            if self.main:
+                checkpoint.save_weights(self.run.weights(self.place.epoch), self.place.epoch, self.model)
+        self.model.train(training)
+        set_rng_state(state)
+        self.mark = time.monotonic()
+
+    def _explain(self, step: int, rows: np.ndarray) -> str:
+        saved = checkpoint.load_state(self.run.checkpoint, "a checkpoint") if self.run.checkpoint.is_file() else None
+        last = "No checkpoint had been written yet."
+        if saved is not None:
+            last = f"The last good checkpoint is {self.run.checkpoint} (step {saved['place']['step']})."
+        return f"{describe_images(self.particles, rows)} {last} A lower --lr often helps."
