@@ -49,9 +49,13 @@ class WorkDir:
         return self.path / "ctf.pkl"
 
     @property
-    def index(self) -> Path:
-        """Position of each particle in the original set, (N,) int64; absent means 0, 1, 2, ..."""
-        return self.path / "index.pkl"
+    def rows(self) -> Path:
+        """What the poses and CTF do not say of each particle: a dict of arrays (N, ...).
+
+        ``index`` (position in the original set), ``optics_group`` (from 0), ``half`` and aberrations where known.
+        Absent in folders of other programs; then the star file is read.
+        """
+        return self.path / "rows.pkl"
 
     @property
     def noise(self) -> Path:
@@ -133,6 +137,10 @@ class RunDir:
     def poses(self, epoch: int) -> Path:
         """Poses after an epoch, counted from 1."""
         return self.path / f"poses.{epoch}.pkl"
+
+    def latent_space(self, epoch: int) -> Path:
+        """How latents of an epoch were made and are turned back: principal axes, token bank (method's own format)."""
+        return self.path / f"latent.{epoch}.pkl"
 
     @property
     def index(self) -> Path:
@@ -258,6 +266,20 @@ class VolumeDir:
         """Picture of that volume."""
         return self.path / f"vol_{number:03d}.png"
 
+    def slices(self, number: int) -> Path:
+        """Picture of the central planes of that volume."""
+        return self.path / f"vol_{number:03d}_slices.png"
+
+    @property
+    def chimerax(self) -> Path:
+        """The ChimeraX script that shows the volumes of this folder."""
+        return self.path / "view.cxc"
+
+    @property
+    def morph(self) -> Path:
+        """The ChimeraX script that blends each volume of this folder into the next."""
+        return self.path / "morph.cxc"
+
     def volumes(self) -> list[Path]:
         """The volumes present, in order of their numbers."""
         found = [(re.fullmatch(r"vol_(\d+)\.mrc", entry.name), entry) for entry in self.path.glob("vol_*.mrc")]
@@ -272,6 +294,11 @@ class VolumeDir:
     def z_values(self) -> Path:
         """Latent points of the volumes, one row each."""
         return self.path / "z_values.txt"
+
+    @property
+    def confidence(self) -> Path:
+        """Probability of each particle's label."""
+        return self.path / "confidence.pkl"
 
     @property
     def centers(self) -> Path:

@@ -1,0 +1,140 @@
+"""Montages: all volumes of a folder on one sheet, and the picture of a whole analysis (UMAP beside its volumes)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+
+from cryosuite.analysis.palette import INK
+from cryosuite.analysis.plots import draw_numbers, draw_points, figure
+from cryosuite.analysis.render import on_white
+
+QUIET = "#6b737c"
+
+
+CAPTION = 2.9 / 72.0  # height of the two lines under a picture, inches per point of text
+
+
+def grid_shape(count: int, width: float, height: float, caption: float = 0.0) -> tuple[int, int, float]:
+    """Rows, columns and side of the largest equal squares, each over a ``caption``, that fit on a page."""
+
+    def fit(columns: int) -> tuple[float, int, int]:
+        rows = -(-count // columns)
+        return round(min(width / columns, height / rows - caption), 3), -rows * columns, columns
+
+    cell, _, columns = max(fit(columns) for columns in range(1, max(count, 1) + 1))
+    return -(-count // columns), columns, cell
+
+
+def crop_together(pictures: Sequence[np.ndarray], margin: float = 0.03) -> list[np.ndarray]:
+    """Cut the same empty border off all pictures (h, h, 4), so that what is on them fills the sheet."""
+    alpha = np.max([picture[..., 3] for picture in pictures], axis=0) > 8
+    if not alpha.any():
+        return list(pictures)
+    size = alpha.shape[0]
+    reach = np.abs(np.argwhere(alpha) - (size - 1) / 2).max() + margin * size
+    cut = int(max(size / 2 - reach, 0))
+    return [picture[cut : size - cut, cut : size - cut] for picture in pictures]
+
+
+def _cell(axes: Axes, picture: np.ndarray, colour: str, head: str, text: str, size: float) -> None:
+    axes.imshow(on_white(picture), interpolation="lanczos")
+    axes.axis("off")
+    below = {"xy": (0.5, 0.0), "xycoords": "axes fraction", "textcoords": "offset points", "va": "center"}
+    wide = 0.32 * size * len(head)
+    axes.annotate("●", xytext=(-wide, -0.62 * size), color=colour, ha="right", fontsize=1.15 * size, **below)
+    axes.annotate(
+        head, xytext=(0.42 * size - wide, -0.62 * size), color=INK, ha="left", fontsize=size, weight="bold", **below
+    )
+    axes.annotate(text, xytext=(0, -1.9 * size), color=QUIET, ha="center", fontsize=0.8 * size, **below)
+
+
+def _cells(page: Figure | SubFigure, frame: tuple[float, float, float, float], columns: int, cell: float,
+           pictures: Sequence[np.ndarray], colours: Sequence[str], heads: Sequence[str], texts: Sequence[str],
+           size: float) -> None:  # fmt: skip
+    """Squares of ``cell`` inches with two lines of ``size`` points under each, centred in a frame of the page.
+
+    Args:
+        frame: left and bottom edge, width and height, inches.
+    """
+    width, height = page.get_size_inches()
+    step = cell + CAPTION * size
+    rows = -(-len(pictures) // columns)
+    left = frame[0] + (frame[2] - columns * cell) / 2
+    top = frame[1] + frame[3] - (frame[3] - rows * step) / 2
+    inset = 0.03 * cell
+    side = cell - 2 * inset
+    for number, picture in enumerate(pictures):
+        row, column = divmod(number, columns)
+        x, y = left + column * cell + inset, top - row * step - cell + inset
+        axes = page.add_axes((x / width, y / height, side / width, side / height))
+        _cell(axes, picture, colours[number], heads[number], texts[number], size)
+
+
+def percent(sizes: Sequence[int]) -> list[str]:
+    """Particles of each group as text: ``1,204 (12 %)``."""
+    total = max(sum(sizes), 1)
+    return [f"{size:,} ({100 * size / total:.0f} %)" for size in sizes]
+
+
+def contact_sheet(
+    path: Path, pictures: Sequence[np.ndarray], colours: Sequence[str], heads: Sequence[str], texts: Sequence[str]
+) -> None:
+    """All volumes of a folder as one PNG, about 1600 px wide.
+
+    Args:
+        pictures: (h, h, 4) uint8 surfaces drawn at one zoom. colours: of the dots. heads, texts: lines under each.
+    """
+    rows, columns, _ = grid_shape(len(pictures), 1.5, 1.0)
+    cell = min(10.6 / columns, 2.6)
+    size = float(np.clip(4.4 * cell, 6.0, 11.0))
+    width, height = columns * cell, rows * (cell + CAPTION * size) + 0.1
+    with figure(path, width, height) as page:
+        page.set_layout_engine("none")
+        _cells(page, (0, 0, width, height), columns, cell, crop_together(pictures), colours, heads, texts, size)
+
+
+def overview(
+    path: Path,
+    xy: np.ndarray,  # (M, 2)
+    labels: np.ndarray,  # (M,) int, -1: left out
+    colours: Sequence[str],
+    pictures: Sequence[np.ndarray],
+    names: Sequence[str] = ("UMAP 1", "UMAP 2"),
+) -> None:
+    """The map of latents coloured by cluster, and the volume of every cluster in its colour: one PNG 1600 px wide."""
+    shown = labels >= 0
+    sizes = np.bincount(labels[shown], minlength=len(colours))
+    width, height, text = 16.0, 7.4, 10.5 if len(pictures) <= 20 else 8.0
+    _, columns, cell = grid_shape(len(pictures), 8.6, height - 0.1, CAPTION * text)
+    cell = min(cell, 2.8)
+    split = width - columns * cell - 0.3  # the map takes what the volumes leave
+    with figure(path, width, height, dpi=100) as page:
+        page.set_layout_engine("none")
+        axes = page.add_axes((0.5 / width, 0.5 / height, (split - 0.9) / width, (height - 0.75) / height))
+        draw_points(axes, xy[shown], np.array(list(colours))[labels[shown]], scale=1.5)
+        draw_numbers(axes, xy[shown], labels[shown], colours, 10.5 if len(colours) <= 30 else 7.5)
+        _corner_axes(axes, names)
+        heads, texts = [str(i) for i in range(len(pictures))], percent(list(sizes))
+        frame = (split, 0.0, width - split, height)
+        _cells(page, frame, columns, cell, crop_together(pictures), colours, heads, texts, text)
+
+
+def _corner_axes(axes: Axes, names: Sequence[str]) -> None:
+    """Two small arrows in the corner instead of a frame: the units of a UMAP mean nothing."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for side in axes.spines.values():
+        side.set_visible(False)
+    arrow = {"arrowstyle": "-|>", "color": QUIET, "lw": 1.0, "shrinkA": 0}
+    short = {"xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False}
+    axes.annotate("", xy=(0, 0), xytext=(70, 0), arrowprops={**arrow, "arrowstyle": "<|-"}, **short)
+    axes.annotate("", xy=(0, 0), xytext=(0, 70), arrowprops={**arrow, "arrowstyle": "<|-"}, **short)
+    axes.annotate(names[0], xy=(0, 0), xytext=(34, -11), ha="center", va="center", fontsize=9.5, color=QUIET, **short)
+    axes.annotate(
+        names[1], xy=(0, 0), xytext=(-11, 34), ha="center", va="center", fontsize=9.5, color=QUIET, rotation=90, **short
+    )
