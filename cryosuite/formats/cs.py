@@ -98,7 +98,9 @@ def _refuse_objects(path: Path, stream: io.BufferedReader) -> None:
 def _notice_duplicates(path: str | os.PathLike, array: np.ndarray) -> None:
     if "uid" in (array.dtype.names or ()) and len(np.unique(array["uid"])) != len(array):
         repeats = len(array) - len(np.unique(array["uid"]))
-        notice(f"{path}: {repeats} rows repeat the uid of another row: joining other files by uid is ambiguous for them")
+        notice(
+            f"{path}: {repeats} rows repeat the uid of another row: joining other files by uid is ambiguous for them"
+        )
 
 
 def _join(path: str | os.PathLike, array: np.ndarray, extra: str | os.PathLike) -> np.ndarray:
@@ -156,7 +158,9 @@ def field(array: np.ndarray, name: str, path: str | os.PathLike, width: int | No
     values = array[name]
     shape = (len(array),) if width is None else (len(array), width)
     if values.dtype.kind not in "biuf" or values.shape != shape:
-        raise InputError(f"{path}: field {name} has type {values.dtype} and shape {values.shape}, expected {shape} numbers")
+        raise InputError(
+            f"{path}: field {name} has type {values.dtype} and shape {values.shape}, expected {shape} numbers"
+        )
     values = values.astype(np.float64)
     require_finite(values, path, name)
     return values
@@ -272,7 +276,9 @@ def poses_from_cs(
             scale = field(array, psize, path)[rows] / pixel[rows]
         else:
             if group == "alignments3D":
-                notice(f"{path}: has no field {psize if pixel is not None else 'blob/psize_A'}: shifts are taken as image pixels")
+                notice(
+                    f"{path}: has no field {psize if pixel is not None else 'blob/psize_A'}: shifts are taken as image pixels"
+                )
             scale = np.ones(len(rows))
         shift[rows] = pixels * (scale / box[rows])[:, None]
     check_shifts(shift, path)

@@ -69,7 +69,9 @@ def read_poses(path: str | os.PathLike, n: int | None = None) -> tuple[np.ndarra
         if shift.ndim != 2 or shift.shape[1] != 2:
             raise InputError(f"{path}: shifts have shape {shift.shape}, expected (N, 2)")
     if len(shift) != len(rotation):
-        raise InputError(f"{path}: {len(rotation)} rotations but {len(shift)} shifts: one of each per image is expected")
+        raise InputError(
+            f"{path}: {len(rotation)} rotations but {len(shift)} shifts: one of each per image is expected"
+        )
     _require_count(path, len(rotation), n, "poses")
     check_rotations(rotation, path)
     check_shifts(shift, path)

@@ -136,7 +136,9 @@ def _particle_block(path: Path, blocks: dict[str, pd.DataFrame]) -> str:
                 advice = "; these look like picked coordinates: extract the particles first"
             else:
                 advice = ""
-            raise InputError(f"{path}: block data_{name} has no column rlnImageName: it lists no particle images{advice}")
+            raise InputError(
+                f"{path}: block data_{name} has no column rlnImageName: it lists no particle images{advice}"
+            )
     found = ", ".join("data_" + name for name in blocks)
     raise InputError(f"{path}: no particle table: no block has a column rlnImageName (found {found})")
 
@@ -176,7 +178,9 @@ def _optics_rows(path: Path, particles: pd.DataFrame, optics: pd.DataFrame | Non
         if len(optics) == 1:
             return none
         where = "data_optics" if "rlnOpticsGroup" not in optics.columns else f"data_{block}"
-        raise InputError(f"{path}: column rlnOpticsGroup is missing in {where}, and there are {len(optics)} optics groups")
+        raise InputError(
+            f"{path}: column rlnOpticsGroup is missing in {where}, and there are {len(optics)} optics groups"
+        )
     known = optics["rlnOpticsGroup"]
     if known.duplicated().any():
         raise InputError(f"{path}: optics group {known[known.duplicated()].iloc[0]} is defined twice in data_optics")
@@ -289,16 +293,22 @@ def poses_from_star(
     for x, y, angstrom in (("rlnOriginXAngst", "rlnOriginYAngst", True), ("rlnOriginX", "rlnOriginY", False)):
         present = [name for name in (x, y) if tables.has(name)]
         if len(present) == 1:
-            raise InputError(f"{tables.path}: column {present[0]} is there but {y if present[0] == x else x} is missing")
+            raise InputError(
+                f"{tables.path}: column {present[0]} is there but {y if present[0] == x else x} is missing"
+            )
         if present:
             shift = np.stack([tables.numbers(x), tables.numbers(y)], axis=1)
             if angstrom and pixel_sizes is None:
-                raise InputError(f"{tables.path}: no pixel size: shifts in Angstrom ({x}) need one; give it as an option")
+                raise InputError(
+                    f"{tables.path}: no pixel size: shifts in Angstrom ({x}) need one; give it as an option"
+                )
             scale = np.broadcast_to(np.asarray(pixel_sizes, np.float64), len(tables)) * box if angstrom else box
             shift /= scale[:, None]
             check_shifts(shift, tables.path)
             return euler, shift
-    notice(f"{tables.path}: no columns rlnOriginXAngst and rlnOriginYAngst (or rlnOriginX/Y): all shifts are taken as zero")
+    notice(
+        f"{tables.path}: no columns rlnOriginXAngst and rlnOriginYAngst (or rlnOriginX/Y): all shifts are taken as zero"
+    )
     return euler, np.zeros((len(tables), 2))
 
 
@@ -377,7 +387,9 @@ def _zernike(tables: ParticleTables, name: str) -> np.ndarray | None:
         try:
             lists.append([float(word) for word in text.strip("[]").replace(",", " ").split()])
         except ValueError:
-            raise InputError(f"{tables.path}: column {name}: '{text[:60]}' is no list of numbers such as [0.1,0,2.5]") from None
+            raise InputError(
+                f"{tables.path}: column {name}: '{text[:60]}' is no list of numbers such as [0.1,0,2.5]"
+            ) from None
     values = np.zeros((len(lists), max((len(item) for item in lists), default=0)))
     for row, item in enumerate(lists):
         values[row, : len(item)] = item

@@ -1,8 +1,9 @@
-"""STAR files: RELION's tables in and out.
+"""STAR files as tables: read with every row checked, written so that numbers read back the same.
 
-The text is first looked through line by line (block names, column names, number of values per row, quotes, comments);
-blocks that are plain are then read by the starfile package, others by the same column parser fed with what the look
-found, because starfile misreads quotes within values, '#' inside names and rows that start like a block.
+The lines are first looked through by ourselves (blocks, columns, number of values per row, quotes, comments), a piece of
+the file at a time. Tables that turn out plain are then taken from the starfile package; those that it misreads (quotes
+inside values, '#' inside names, rows that start like a block, columns that come twice) or would need too much memory for
+are built from what the look through the lines found, to the same result.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import io
 import os
 import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,13 +20,16 @@ import numpy as np
 import pandas as pd
 
 from cryosuite.errors import InputError, notice
-from cryosuite.formats.atomic import write_text
-from cryosuite.formats.checks import read_bytes
+from cryosuite.formats.atomic import atomic_path
+from cryosuite.formats.checks import existing_file
 
-_TOKEN = re.compile(r"""\s*(?:"((?:[^"]|"(?!\s|$))*)"(?=\s|$)|'((?:[^']|'(?!\s|$))*)'(?=\s|$)|(\#.*)|(\S+))""")
-_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
-_NEEDS_QUOTES = r"""\s|^$|^["'#_]|^data_|^loop_"""
+_TOKEN = re.compile(rb"""\s*(?:"((?:[^"]|"(?!\s|$))*)"(?=\s|$)|'((?:[^']|'(?!\s|$))*)'(?=\s|$)|(\#.*)|(\S+))""")
+_CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_NEEDS_QUOTES = r"""\s|^$|^["'#_;]|^(?:data_|loop_)"""
 _NOT_A_NUMBER = ["nan", "NaN", "<NA>"]
+_PIECE = 1 << 24  # bytes of the file held at a time
+_ROWS = 100_000  # rows turned into columns at a time
+_STARFILE_BYTES = 1 << 25  # starfile holds the text of a file several times over
 
 
 @dataclass
@@ -32,180 +37,275 @@ class _Block:
     """One block as the look through the lines found it."""
 
     name: str
-    line: int  # of its data_ line, 1-based
+    line: int  # of its data_ line, counted from 1
     loop: bool = False
+    plain: bool = True
     columns: list[str] = field(default_factory=list)
-    rows: list[str] = field(default_factory=list)  # each value separated by one tab, quotes and comments gone
+    pending: list[bytes] = field(default_factory=list)  # rows, values separated by one tab, quotes and comments gone
+    pieces: list[pd.DataFrame] = field(default_factory=list)
+    count: int = 0
     first_row: int = 0  # line of the first row
-    gap: int = 0  # line of a blank line inside the loop
+    gap: int = 0  # line of a blank line inside the table
+
+    def add(self, values: list[bytes], number: int, as_text: set[tuple[str, str]]) -> None:
+        """Take one row."""
+        self.first_row = self.first_row or number
+        self.pending.append(b"\t".join(values))
+        self.count += 1
+        if len(self.pending) >= _ROWS:
+            self.flush(as_text)
+
+    def flush(self, as_text: set[tuple[str, str]]) -> None:
+        """Turn the rows at hand into columns, numbers where all values are."""
+        if not self.pending and self.pieces:
+            return
+        keys = [str(i) for i in range(len(self.columns))]
+        text = {
+            key: str
+            for key, name in zip(keys, self.columns, strict=True)
+            if is_text(name) or (self.name, name) in as_text or not self.pending
+        }
+        if self.pending:
+            frame = pd.read_csv(
+                io.BytesIO(b"\n".join(self.pending) + b"\n"),
+                sep="\t",
+                header=None,
+                names=keys,
+                quoting=3,
+                dtype=text,
+                keep_default_na=False,
+                na_values={key: _NOT_A_NUMBER for key in keys if key not in text},
+                low_memory=False,
+                skip_blank_lines=False,
+                encoding="utf-8",
+            )
+        else:
+            frame = pd.DataFrame({key: pd.Series([], dtype=str) for key in keys})
+        self.pieces.append(frame)
+        self.pending = []
+
+
+def is_text(column: str) -> bool:
+    """Columns that stay text although all their values may look like numbers."""
+    return column.endswith("Name")
 
 
 def read_star(path: str | os.PathLike) -> dict[str, pd.DataFrame]:
     """Read a STAR file: block name (without ``data_``) -> table, in the order of the file.
 
-    A block of key and value lines becomes a table of one row with ``attrs["simple"] = True``; ``attrs["line"]`` is the
-    line of the first row. Columns are numbers where all values are (columns whose name ends in Name stay text); column
-    names have no leading underscore. Tabs, CRLF, a byte-order mark, comments, quotes, blank lines inside a loop (with a
+    A block of key and value lines becomes a table of one row with ``attrs["simple"]`` True; ``attrs["line"]`` is the line
+    of the first row. Columns are numbers where all values are (columns whose name ends in Name stay text); column names
+    have no leading underscore. Tabs, CRLF, a byte-order mark, comments, quotes, blank lines inside a table (with a
     notice) and a missing last newline are read. Raises InputError naming the line for rows with too few or too many
     values, for a block or column that comes twice, and for files that are empty or no STAR files.
     """
-    text = _decode(path, read_bytes(path, "STAR file"))
-    blocks = _split(path, text)
-    return {block.name: _table(path, block) for block in blocks}
-
-
-def _decode(path: str | os.PathLike, data: bytes) -> str:
-    """The text of the file, refused unless it is text."""
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise InputError(f"{path}: not a STAR file that can be read: it is UTF-16 text; save it as UTF-8")
+    path = existing_file(path, "STAR file")
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not a STAR file: byte {error.start} is not UTF-8 text") from None
-    control = _CONTROL.search(text)
+        blocks = _scan(path, set())
+        mixed = {(block.name, name) for block in blocks for name in _mixed(block)}
+        if mixed:  # a column is numbers in one part of the file and text in another: take all of it as text
+            blocks = _scan(path, mixed)
+    except OSError as error:
+        raise InputError(f"{path}: cannot read this STAR file: {error.strerror or error}") from None
+    ready = _from_starfile(path, blocks)
+    return {block.name: _table(path, block, ready.get(block.name)) for block in blocks}
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of the file, refused unless they are text."""
+    offset, rest = 0, b""
+    with open(path, "rb") as stream:
+        while piece := stream.read(_PIECE):
+            if offset == 0:
+                if piece.startswith((b"\xff\xfe", b"\xfe\xff")):
+                    raise InputError(f"{path}: not a STAR file that can be read: UTF-16 text; save it as UTF-8")
+                piece = piece.removeprefix(b"\xef\xbb\xbf")
+            piece = rest + piece
+            cut = piece.rfind(b"\n") + 1
+            piece, rest = piece[:cut], piece[cut:]
+            yield from _text_lines(path, piece, offset)
+            offset += len(piece)
+    if rest:
+        yield from _text_lines(path, rest + b"\n", offset)
+
+
+def _text_lines(path: Path, piece: bytes, offset: int) -> list[bytes]:
+    control = _CONTROL.search(piece)
     if control:
-        raise InputError(f"{path}: not a STAR file: it holds binary data (character {control.start()})")
-    if not text.strip():
-        raise InputError(f"{path}: the STAR file is empty (only blank lines)")
-    return text
+        raise InputError(f"{path}: not a STAR file: it holds binary data at byte {offset + control.start()}")
+    try:
+        piece.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not a STAR file: byte {offset + error.start} is not UTF-8 text") from None
+    return piece.split(b"\n")[:-1]
 
 
-def _tokens(path: str | os.PathLike, line: str, number: int) -> list[str]:
-    """The values of one line: split at blanks, quotes taken off, a comment at a word's start dropped."""
-    if '"' not in line and "'" not in line and "#" not in line:
-        return line.split()
+def _tokens(path: Path, line: bytes, number: int) -> list[bytes]:
+    """The values of a line with quotes or '#': quotes taken off, a comment at a word's start dropped."""
     values = []
     for double, single, comment, bare in _TOKEN.findall(line.rstrip()):
         if comment:
             break
-        if bare[:1] in ("'", '"') and len(bare) > 0 and not _closed(bare):
+        if bare[:1] in (b"'", b'"') and bare[-1:] != bare[:1]:
             raise InputError(f"{path}: line {number}: a quote is opened and not closed")
         values.append(bare if bare else double or single)
-    if any("\t" in value for value in values):
+    if any(b"\t" in value for value in values):
         raise InputError(f"{path}: line {number}: a quoted value holds a tab, which RELION cannot read")
     return values
 
 
-def _closed(word: str) -> bool:
-    """A bare word that starts with a quote is a mistake unless it is just text such as 5' or a lone quoted word."""
-    return len(word) > 1 and word[-1] == word[0]
-
-
-def _split(path: str | os.PathLike, text: str) -> list[_Block]:
-    """The blocks of the text, each row checked against the number of columns."""
-    blocks: list[_Block] = []
-    block: _Block | None = None
+def _scan(path: Path, as_text: set[tuple[str, str]]) -> list[_Block]:
+    """Look through the lines: the blocks of the file, each row checked against the number of columns."""
+    blocks: dict[str, _Block] = {}
+    block = _Block("", 0)
     state = "before"  # before, open (after data_), names (after loop_), rows
-    blank = foreign = 0
-    for number, line in enumerate(text.split("\n"), start=1):
-        plain = '"' not in line and "'" not in line and "#" not in line
+    blank = foreign = number = 0
+    for number, line in enumerate(_lines(path), start=1):
+        plain = b"#" not in line and b'"' not in line and b"'" not in line
         values = line.split() if plain else _tokens(path, line, number)
         if not values:
             if state == "rows" and not line.strip():
                 blank = blank or number
             continue
         first = values[0]
-        if state == "rows" and len(values) == len(block.columns) and (len(values) > 1 or first[:5].lower() != "data_"):
-            if not (first[:5].lower() == "data_" and len(values) == 1):
-                if blank and block.rows:
-                    block.gap, blank = block.gap or blank, 0
-                blank = 0
-                block.first_row = block.first_row or number
-                block.rows.append("\t".join(values))
-                continue
-        if first[:5].lower() == "data_" and len(values) == 1:
-            block, state, blank = _Block(first[5:], number), "open", 0
-            earlier = next((other for other in blocks if other.name == block.name), None)
-            if earlier is not None:
-                raise InputError(
-                    f"{path}: block data_{block.name} comes twice (lines {earlier.line} and {number}): join or rename them"
-                )
-            blocks.append(block)
+        starts_block = len(values) == 1 and first[:5].lower() == b"data_"
+        if state == "rows" and len(values) == len(block.columns) and not starts_block:
+            block.gap, blank = block.gap or blank, 0
+            block.plain = block.plain and plain and first[:5] != b"data_"
+            block.add(values, number, as_text)
+        elif starts_block:
+            if state != "before":
+                block.flush(as_text)
+            block, state, blank = _new_block(path, blocks, first, number), "open", 0
         elif state == "before":
             foreign = foreign or number
-        elif first.lower() == "loop_" and len(values) == 1:
-            if block.columns:
-                raise InputError(f"{path}: line {number}: a second table in block data_{block.name}: one each is expected")
-            block.loop, state = True, "names"
-        elif state == "names" and first[0] == "_":
-            _add_column(path, block, values, number)
-        elif state == "names":
-            state = "rows"
-            _require_width(path, block, values, number)
-            block.first_row = number
-            block.rows.append("\t".join(values))
-        elif state == "open" and first[0] == "_" and len(values) == 2:
-            _add_column(path, block, values[:1], number)
-            block.first_row = block.first_row or number
-            block.rows.append(values[1])
-        elif state == "open":
-            what = "has no value" if first[0] == "_" and len(values) == 1 else "is no 'name value' pair"
-            raise InputError(f"{path}: line {number} in block data_{block.name} {what}: {line.strip()[:60]!r}")
-        elif blank and first[0] == "_" :
-            raise InputError(f"{path}: line {number}: names behind the table of block data_{block.name}")
-        else:
+        elif state == "rows":
             after = f" (the blank line {blank} ends the table for RELION)" if blank else ""
             _require_width(path, block, values, number, after)
+        else:
+            state = _header_line(path, block, state, values, number, as_text)
+            block.plain = block.plain and (plain or state == "names")
     if not blocks:
-        raise InputError(f"{path}: not a STAR file: it has no data_ block")
+        what = "is empty (blank lines only)" if not foreign and not number else "has no data_ block: not a STAR file"
+        raise InputError(f"{path}: {what}")
+    block.flush(as_text)
     if foreign:
         notice(f"{path}: line {foreign} comes before any data_ block and is ignored")
-    return blocks
+    return list(blocks.values())
 
 
-def _add_column(path: str | os.PathLike, block: _Block, values: list[str], number: int) -> None:
-    """Take a column name; RELION writes its number as a comment behind it, some programs without the '#'."""
-    if len(values[0]) < 2 or len(values) > 2 or (len(values) == 2 and not values[1].isdigit()):
-        raise InputError(f"{path}: line {number}: expected one column name, found {' '.join(values)[:60]!r}")
-    block.columns.append(values[0][1:])
+def _new_block(path: Path, blocks: dict[str, _Block], word: bytes, number: int) -> _Block:
+    name = word[5:].decode("utf-8")
+    if name in blocks:
+        earlier = blocks[name].line
+        raise InputError(f"{path}: block data_{name} comes twice (lines {earlier} and {number}): join or rename them")
+    blocks[name] = _Block(name, number)
+    return blocks[name]
 
 
-def _require_width(path: str | os.PathLike, block: _Block, values: list[str], number: int, after: str = "") -> None:
+def _header_line(
+    path: Path, block: _Block, state: str, values: list[bytes], number: int, as_text: set[tuple[str, str]]
+) -> str:
+    """A line between ``data_`` and the first row of a table, or of a block of key and value lines; the new state."""
+    first = values[0]
+    if state == "names" and first[:1] == b"_":
+        if len(values) > 2 or (len(values) == 2 and not values[1].isdigit()) or len(first) < 2:
+            raise InputError(f"{path}: line {number}: expected one column name, found {_shown(values)}")
+        block.columns.append(first[1:].decode("utf-8"))
+        return "names"
+    if state == "names":
+        _require_width(path, block, values, number)
+        block.add(values, number, as_text)
+        return "rows"
+    if len(values) == 1 and first.lower() == b"loop_":
+        if block.columns:
+            raise InputError(f"{path}: line {number}: a second table in block data_{block.name}: one each is expected")
+        block.loop = True
+        return "names"
+    if first[:1] != b"_" or len(first) < 2 or len(values) != 2:
+        raise InputError(
+            f"{path}: line {number} in block data_{block.name}: expected one name and one value, found {_shown(values)}"
+        )
+    block.columns.append(first[1:].decode("utf-8"))
+    row = block.pending.pop() + b"\t" if block.count else b""
+    block.pending.append(row + values[1])
+    block.count, block.first_row = 1, block.first_row or number
+    return "open"
+
+
+def _shown(values: list[bytes]) -> str:
+    return repr(b" ".join(values).decode("utf-8")[:60])
+
+
+def _require_width(path: Path, block: _Block, values: list[bytes], number: int, after: str = "") -> None:
+    """Refuse a row with too few or too many values."""
     if not block.columns:
         raise InputError(f"{path}: line {number}: values in block data_{block.name}, which has no columns")
+    if len(values) == 1 and values[0].lower() == b"loop_":
+        raise InputError(f"{path}: line {number}: a second table in block data_{block.name}: one each is expected")
     if len(values) != len(block.columns):
         raise InputError(
             f"{path}: line {number}: {len(values)} values in block data_{block.name}, expected {len(block.columns)}{after}"
         )
 
 
-def _table(path: str | os.PathLike, block: _Block) -> pd.DataFrame:
-    """The table of one block, columns turned into numbers where all values are."""
-    if block.gap:
-        notice(
-            f"{path}: line {block.gap} is blank inside the table of block data_{block.name}; all {len(block.rows)} rows are "
-            "read, RELION would stop there"
-        )
-    rows = block.rows if block.loop or not block.rows else ["\t".join(block.rows)]
-    names = block.columns
-    unique = [f"{i}" for i in range(len(names))]
-    text_columns = {unique[i]: str for i, name in enumerate(names) if name.endswith("Name") or not rows}
-    if rows:
+def _mixed(block: _Block) -> list[str]:
+    """Columns that are of different kinds in the pieces of a large table."""
+    if len(block.pieces) < 2:
+        return []
+    kinds = [[_kind(frame.iloc[:, i]) for frame in block.pieces] for i in range(len(block.columns))]
+    return [name for name, found in zip(block.columns, kinds, strict=True) if len(set(found)) > 1]
+
+
+def _kind(column: pd.Series) -> str:
+    if pd.api.types.is_bool_dtype(column):
+        return "bool"
+    return "number" if pd.api.types.is_numeric_dtype(column) else "text"
+
+
+def _from_starfile(path: Path, blocks: list[_Block]) -> dict[str, pd.DataFrame]:
+    """The plain tables as the starfile package reads them, where the file is small enough for it."""
+    plain = [block for block in blocks if block.loop and block.plain and block.count and not block.gap]
+    if not plain or path.stat().st_size > _STARFILE_BYTES:
+        return {}
+    import starfile
+
+    text = sorted({name for block in blocks for name in block.columns if is_text(name)})
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            frame = pd.read_csv(
-                io.StringIO("\n".join(rows) + "\n"),
-                sep="\t",
-                header=None,
-                names=unique,
-                quoting=3,
-                dtype=text_columns,
-                keep_default_na=False,
-                na_values={name: _NOT_A_NUMBER for name in unique if name not in text_columns},
-                low_memory=False,
-                skip_blank_lines=False,
-                float_precision="round_trip",
-            )
+            read = starfile.read(path, always_dict=True, parse_as_string=text)
+    except Exception:  # whatever it stumbles over, the tables are built from the lines instead
+        return {}
+    tables = {}
+    for block in plain:
+        frame = read.get(block.name)
+        if isinstance(frame, pd.DataFrame) and list(frame.columns) == block.columns and len(frame) == block.count:
+            tables[block.name] = pd.DataFrame(frame, copy=True)
+    return tables
+
+
+def _table(path: Path, block: _Block, ready: pd.DataFrame | None) -> pd.DataFrame:
+    """The table of one block."""
+    if block.gap:
+        notice(
+            f"{path}: line {block.gap} is blank inside the table of block data_{block.name}; all {block.count} rows are "
+            "read, RELION would stop there"
+        )
+    if ready is not None and len(set(block.columns)) == len(block.columns):
+        frame = ready
     else:
-        frame = pd.DataFrame({name: pd.Series([], dtype=str) for name in unique})
-    frame = _drop_repeats(path, block, frame)
+        frame = block.pieces[0] if len(block.pieces) == 1 else pd.concat(block.pieces, ignore_index=True)
+        frame = _named(path, block, frame)
+    block.pieces = []
     frame.attrs = {"line": block.first_row, "simple": not block.loop, "gap": bool(block.gap)}
     return frame
 
 
-def _drop_repeats(path: str | os.PathLike, block: _Block, frame: pd.DataFrame) -> pd.DataFrame:
+def _named(path: Path, block: _Block, frame: pd.DataFrame) -> pd.DataFrame:
     """Name the columns; one that comes twice is dropped where both hold the same, refused where they differ."""
-    keep, first = [], {}
+    keep: list[int] = []
+    first: dict[str, int] = {}
     for position, name in enumerate(block.columns):
         if name not in first:
             first[name] = position
@@ -216,7 +316,7 @@ def _drop_repeats(path: str | os.PathLike, block: _Block, frame: pd.DataFrame) -
             raise InputError(
                 f"{path}: column {name} of block data_{block.name} comes twice with different values: remove one"
             )
-    frame = frame.iloc[:, keep] if len(keep) < len(block.columns) else frame
+    frame = frame.iloc[:, keep].copy() if len(keep) < len(block.columns) else frame
     frame.columns = [block.columns[position] for position in keep]
     return frame
 
@@ -224,36 +324,49 @@ def _drop_repeats(path: str | os.PathLike, block: _Block, frame: pd.DataFrame) -
 def write_star(path: str | os.PathLike, blocks: dict[str, pd.DataFrame]) -> None:
     """Write tables as a STAR file in RELION 3.1 form, atomically; blocks in the order given.
 
-    A table with ``attrs["simple"]`` and one row is written as key and value lines. Values that hold blanks are quoted.
-    Numbers are written so that they read back the same.
+    A table with ``attrs["simple"]`` and one row is written as key and value lines. Values that hold blanks or would be
+    taken for something else are quoted. Numbers are written with up to 15 digits, so that what was read is written back.
+    Raises InputError when the file cannot be written or a text holds a line break or both kinds of quotes and blanks.
     """
-    parts = []
-    for name, frame in blocks.items():
-        parts.append(f"\n# version 30001\n\ndata_{name}\n\n")
-        text = frame.copy(deep=False)
-        for column in text.columns:
-            text[column] = _as_text(text[column])
-        if frame.attrs.get("simple") and len(frame) == 1:
-            width = max((len(str(column)) for column in frame.columns), default=0) + 4
-            parts += [f"_{column:<{width}} {text[column].iloc[0]}\n" for column in text.columns]
-        else:
-            parts.append("loop_\n")
-            parts += [f"_{column} #{i}\n" for i, column in enumerate(text.columns, start=1)]
-            parts.append("\n".join(map("\t".join, zip(*[text[c].tolist() for c in text.columns], strict=True))))
-            parts.append("\n")
-        parts.append("\n")
-    write_text(path, "".join(parts))
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as stream:
+        for name, frame in blocks.items():
+            stream.write(f"\n# version 30001\n\ndata_{name}\n\n")
+            simple = bool(frame.attrs.get("simple")) and len(frame) == 1
+            if simple:
+                width = max((len(str(column)) for column in frame.columns), default=0) + 4
+                for position, column in enumerate(frame.columns):
+                    stream.write(f"_{column:<{width}} {_as_text(path, frame.iloc[:, position])[0]}\n")
+            else:
+                stream.write("loop_\n")
+                stream.writelines(f"_{column} #{i}\n" for i, column in enumerate(frame.columns, start=1))
+                for start in range(0, len(frame), _ROWS):
+                    part = frame.iloc[start : start + _ROWS]
+                    columns = [_as_text(path, part.iloc[:, i]) for i in range(part.shape[1])]
+                    stream.writelines("\t".join(row) + "\n" for row in zip(*columns, strict=True))
+            stream.write("\n")
 
 
-def _as_text(column: pd.Series) -> pd.Series:
+def _as_text(path: str | os.PathLike, column: pd.Series) -> list[str]:
     """Values as they stand in the file."""
     if pd.api.types.is_bool_dtype(column) or not pd.api.types.is_numeric_dtype(column):
-        column = column.astype(object).where(column.notna(), "nan").map(str)
-        quoted = column.str.contains(_NEEDS_QUOTES, regex=True)
+        texts = column.astype(object).where(column.notna(), "nan").map(_word)
+        quoted = texts.str.contains(_NEEDS_QUOTES, regex=True)
         if quoted.any():
-            column = column.where(~quoted, '"' + column + '"')
-        return column
+            texts = texts.where(~quoted, texts.map(lambda text: _quoted(path, text)))
+        return texts.tolist()
     if pd.api.types.is_integer_dtype(column):
-        return column.map(str)
-    values = column.to_numpy(np.float32 if column.dtype == np.float32 else np.float64)
-    return pd.Series([repr(v) for v in values.tolist()] if values.dtype == np.float64 else [str(v) for v in values], column.index)
+        return [str(value) for value in column.tolist()]
+    if column.dtype == np.float32:
+        return [str(value) for value in column.to_numpy()]
+    return [f"{value:.15}" for value in column.to_numpy(np.float64, na_value=np.nan).tolist()]
+
+
+def _word(value: object) -> str:
+    return f"{value:.15}" if isinstance(value, float) else str(value)
+
+
+def _quoted(path: str | os.PathLike, text: str) -> str:
+    """The text in the kind of quotes that it does not hold itself."""
+    if any(character in text for character in "\n\r\t") or ('"' in text and "'" in text):
+        raise InputError(f"{path}: the text {text[:60]!r} cannot be written to a STAR file")
+    return f"'{text}'" if '"' in text else f'"{text}"'
