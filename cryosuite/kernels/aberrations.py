@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["physical_frequency", "even_phase", "odd_phase", "zernike", "even_index", "odd_index"]
+__all__ = ["physical_frequency", "even_phase", "odd_phase", "zernike", "even_index", "odd_index", "magnified_rotation"]
 
 
 def physical_frequency(
@@ -65,8 +65,14 @@ def _harmonic(m: int, x: Tensor, y: Tensor, sine: bool) -> Tensor:
     return imag if sine else real
 
 
+def magnified_rotation(rotation: Tensor, mag_matrix: Tensor) -> Tensor:
+    """Rows x and y of rotations (b, 3, 3) so that a slice at k samples `(M k, 0) @ R`; the third row is kept."""
+    rows = mag_matrix.transpose(-1, -2) @ rotation[..., :2, :]
+    return torch.cat([rows, rotation[..., 2:, :]], -2)
+
+
 def _series(coefficients: Tensor, index, x: Tensor, y: Tensor) -> Tensor:
-    """Sum of coefficients (b, n) times Zernike terms; columns that are zero for all particles cost nothing."""
+    """Sum of coefficients (b, n) times Zernike terms."""
     total = torch.zeros_like(x)
     for i in range(coefficients.shape[1]):
         total = total + coefficients[:, i, None] * zernike(*index(i), x, y)
@@ -80,8 +86,16 @@ def even_phase(
     tetrafoil: Tensor | None,  # (b, 4) A
     even_zernike: Tensor | None,  # (b, n)
 ) -> Tensor:  # (b, P) radians
-    """Even aberrations, to be ADDED to RELION's gamma (CTF = -sin gamma)."""
+    """Even aberrations, to be ADDED to RELION's gamma (CTF = -sin gamma), which also holds + pi/2 Cs lambda^3 r^4.
+
+    cryoSPARC's tetrafoil: lambda^3 r^4 (2 pi (A0 cos 2phi + A1 sin 2phi) + pi/2 (A2 cos 4phi + A3 sin 4phi)).
+    """
     total = torch.zeros_like(x)
+    if tetrafoil is not None:
+        r2 = x * x + y * y
+        second = tetrafoil[:, :1] * _harmonic(2, x, y, False) + tetrafoil[:, 1:2] * _harmonic(2, x, y, True)
+        fourth = tetrafoil[:, 2:3] * _harmonic(4, x, y, False) + tetrafoil[:, 3:] * _harmonic(4, x, y, True)
+        total = total + math.pi * wavelength**3 * (2 * r2 * second + fourth / 2)
     if even_zernike is not None:
         total = total + _series(even_zernike, even_index, x, y)
     return total
@@ -99,12 +113,16 @@ def odd_phase(
     """Phase phi of the factor exp(i phi) by which odd aberrations multiply an image's transform.
 
     Beam tilt: -2 pi Cs lambda^2 r^2 (x tx + y ty) with the tilt in radians (Glaeser et al. 2011; RELION).
+    cryoSPARC's trefoil: -2 pi/3 lambda^2 r^3 (A0 cos 3phi + A1 sin 3phi).
     """
     total = torch.zeros_like(x)
     if beam_tilt is not None:
         tilt = beam_tilt * 1e-3
         r2 = x * x + y * y
         total = total - 2 * math.pi * cs * wavelength**2 * r2 * (x * tilt[:, :1] + y * tilt[:, 1:])
+    if trefoil is not None:
+        cosine, sine = _harmonic(3, x, y, False), _harmonic(3, x, y, True)
+        total = total - 2 * math.pi / 3 * wavelength**2 * (trefoil[:, :1] * cosine + trefoil[:, 1:] * sine)
     if odd_zernike is not None:
         total = total + _series(odd_zernike, odd_index, x, y)
     return total

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import slices_cpu
 from .fourier import HalfDisc
 
 __all__ = [
@@ -90,18 +91,37 @@ def extract_slices(
     pad: int = 2,
     volume_index: Tensor | None = None,  # (b,) which of k volumes each slice is taken from
 ) -> Tensor:  # (b, P) complex
-    """Fourier slices of volumes, i.e. transforms of projections. Differentiable in volume and rotation."""
+    """Fourier slices of volumes, i.e. transforms of projections, unnormalised like `to_half_disc`.
+
+    Differentiable in volume and rotation. Without gradients on the CPU compiled loops do the work. `rotation` may hold
+    anisotropic magnification (`aberrations.magnified_rotation`); frequencies beyond Nyquist read zero.
+    """
     n, nx = transform.shape[-4], transform.shape[-2]
     _check_reach(disc, pad, nx)
+    if volume_index is None and transform.ndim == 5 and transform.shape[0] != 1:
+        raise ValueError("several volumes: say by volume_index which one each slice is taken from")
+    rotation = rotation.to(transform.dtype)
+    if _use_loops(transform, rotation):
+        which = torch.zeros(rotation.shape[0], dtype=torch.int64) if volume_index is None else volume_index
+        stack = transform.reshape(-1, *transform.shape[-4:])
+        if which.numel() and not (int(which.min()) >= 0 and int(which.max()) < stack.shape[0]):
+            raise ValueError(f"volume_index must lie between 0 and {stack.shape[0] - 1}")
+        arrays = [v.contiguous().numpy() for v in (stack, which, disc.xy, rotation)]
+        return torch.view_as_complex(torch.from_numpy(slices_cpu.extract(*arrays, pad)))
     corners, weights, conjugate = _corners(rotation, disc, pad, nx - 1)
     flat = transform.reshape(-1, 2)
     if volume_index is not None:
         corners = corners + (volume_index.to(corners.device) * (n * n * nx))[:, None, None]
-    elif transform.ndim == 5 and transform.shape[0] != 1:
-        raise ValueError("several volumes: say by volume_index which one each slice is taken from")
     values = (flat[corners.reshape(-1)].reshape(*corners.shape, 2) * weights[..., None]).sum(-2)
     real, imag = values.unbind(-1)
     return torch.complex(real, imag * conjugate)
+
+
+def _use_loops(*tensors: Tensor) -> bool:
+    """Compiled loops serve plain CPU tensors; torch does what needs a GPU or gradients."""
+    if any(t.device.type != "cpu" for t in tensors):
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)) and slices_cpu.available()
 
 
 def _check_reach(disc: HalfDisc, pad: int, columns: int) -> None:
@@ -113,21 +133,22 @@ def _corners(rotation: Tensor, disc: HalfDisc, pad: int, N: int) -> tuple[Tensor
     """Voxels and weights of trilinear interpolation: (b, P, 8) int64, (b, P, 8), and (b, P) -1 where conjugated."""
     plane = disc.xy.to(rotation.dtype) * pad
     q = plane @ rotation[..., :2, :]  # (b, P, 3) as x, y, z
+    inside = (q.detach() ** 2).sum(-1, keepdim=True) <= (N - 1 + 0.01) ** 2
+    q = torch.where(inside, q, torch.zeros_like(q))
     conjugate = torch.where(q[..., 0] < 0, -1.0, 1.0).to(rotation.dtype)
     q = q * conjugate[..., None]
     low = torch.floor(q.detach())
-    fraction = q - low
-    base = low.long() + torch.tensor([0, N, N], device=q.device)
+    fx, fy, fz = (q - low).unbind(-1)
     n, nx = 2 * N + 1, N + 1
+    base = low.long()
+    start = ((base[..., 2] + N) * n + base[..., 1] + N) * nx + base[..., 0]
     corners, weights = [], []
-    start = (base[..., 2] * n + base[..., 1]) * nx + base[..., 0]
-    fx, fy, fz = fraction.unbind(-1)
     for dz, wz in ((0, 1 - fz), (1, fz)):
         for dy, wy in ((0, 1 - fy), (1, fy)):
             for dx, wx in ((0, 1 - fx), (1, fx)):
                 corners.append(start + ((dz * n + dy) * nx + dx))
                 weights.append(wz * wy * wx)
-    return torch.stack(corners, -1), torch.stack(weights, -1), conjugate
+    return torch.stack(corners, -1), torch.stack(weights, -1) * inside, conjugate
 
 
 def new_accumulator(
@@ -154,8 +175,17 @@ def insert_slices(
     """
     nx = acc.data.shape[2]
     _check_reach(disc, acc.pad, nx)
-    corners, shares, conjugate = _corners(rotation.to(acc.data.dtype), disc, acc.pad, nx - 1)
-    point = torch.stack([values.real, values.imag * conjugate, weights], -1).to(acc.data.dtype)
+    dtype = acc.data.dtype
+    rotation, weights = rotation.detach().to(dtype), weights.detach().to(dtype)
+    values = torch.view_as_real(values.detach().resolve_conj()).to(dtype)
+    if _use_loops(acc.data, values, weights, rotation):
+        if weights.shape != values.shape[:2] or values.shape[:2] != (rotation.shape[0], len(disc)):
+            raise ValueError(f"values {tuple(values.shape[:2])}, weights {tuple(weights.shape)}, disc of {len(disc)}")
+        arrays = [v.contiguous().numpy() for v in (values, weights, disc.xy, rotation)]
+        slices_cpu.insert(acc.data.numpy(), *arrays, acc.pad)
+        return acc
+    corners, shares, conjugate = _corners(rotation, disc, acc.pad, nx - 1)
+    point = torch.stack([values[..., 0], values[..., 1] * conjugate, weights], -1)
     rows = (shares[..., None] * point[..., None, :]).reshape(-1, 3)
     acc.data.view(-1, 3).index_add_(0, corners.reshape(-1), rows)
     return acc
@@ -165,52 +195,100 @@ def finish_reconstruction(
     acc: Accumulator,
     lam: float = 1e-3,
     tau: Tensor | None = None,  # (D//2 + 1,) prior precision per shell
+    gridding_iterations: int = 0,
+    mask_edge: float | None = 3.0,
 ) -> Tensor:  # (D, D, D)
     """The volume of the inserted slices: B / (W + regulariser), inverse transform, crop, gridding correction.
+
+    Grey values are right: projections of V without CTF give V back. The mean cannot be measured (the half disc has no
+    DC) and is set so that the surroundings of the particle are zero.
 
     Args:
         lam: regulariser relative to the mean weight of each shell.
         tau: instead, 1 / E|F|^2 of the volume's (unpadded, unnormalised) transform at shells 0 .. D/2, in the units of
             the weights (Wiener filter; RELION's 1/tau^2).
+        gridding_iterations: rounds of density compensation (Pipe & Menon 1999; RELION's default is 10), which help when
+            views are few (hundreds) and leave holes between slices. Each costs two transforms of the padded box.
+        mask_edge: the map falls to zero over this many pixels outside the inscribed sphere (its corners hold only
+            aliasing); None keeps the corners.
     """
-    D, pad, N = acc.box_size, acc.pad, acc.data.shape[2] - 1
-    data = _hermitian_plane(acc.data)
-    values, weight = torch.complex(data[..., 0], data[..., 1]), data[..., 2]
-    axis = torch.arange(-N, N + 1, device=weight.device)
-    radius = (axis[:, None, None] ** 2 + axis[None, :, None] ** 2 + axis[N:] ** 2).to(torch.float32).sqrt()
-    if tau is not None:
-        shell = (radius / pad).round().long().clamp(max=D // 2)
-        regulariser = tau.to(weight)[shell] / pad**3
-    else:
-        shell = radius.round().long().clamp(max=N).reshape(-1)
-        count = torch.bincount(shell, minlength=N + 1).clamp(min=1)
-        sums = torch.bincount(shell, weights=weight.reshape(-1).double(), minlength=N + 1)
-        regulariser = (lam * (sums / count)).to(weight.dtype)[shell].reshape(weight.shape)
-    total = weight + regulariser
-    inside = (total > 0) & (radius <= acc.radius)
-    half = torch.where(inside, values / torch.where(total > 0, total, torch.ones_like(total)), torch.zeros_like(values))
-    return _to_volume(half, D, pad)
-
-
-def _hermitian_plane(data: Tensor) -> Tensor:
-    """Add to each voxel of the plane x = 0 the conjugate of its mate: points with qx < 0 were inserted at -q only."""
-    plane = data[:, :, 0]
-    mate = plane.flip((0, 1)) * torch.tensor([1.0, -1.0, 1.0], device=data.device, dtype=data.dtype)
-    data = data.clone()
-    data[:, :, 0] = plane + mate
-    return data
-
-
-def _to_volume(half: Tensor, D: int, pad: int) -> Tensor:
-    """Inverse of the padded half transform, cropped to the box and freed of the interpolation kernel."""
+    D, pad = acc.box_size, acc.pad
     size = pad * D
-    N = size // 2 + 1
-    axis = torch.arange(-(size // 2), size // 2, device=half.device)
-    half = half[N + axis[0] : N + axis[-1] + 1, N + axis[0] : N + axis[-1] + 1, : size // 2 + 1]
-    sign = _alternate(axis, half.real.dtype)
-    columns = _alternate(torch.arange(size // 2 + 1, device=half.device), sign.dtype)
-    half = torch.fft.ifftshift(half * (sign[:, None, None] * sign[None, :, None] * columns), dim=(0, 1))
-    volume = torch.fft.irfftn(half, s=(size, size, size))
-    start = size // 2 - D // 2
-    volume = volume[start : start + D, start : start + D, start : start + D]
-    return volume / _gridding(D, pad, volume.device, volume.dtype)
+    values, weight, squared = _uncentred(acc)
+    inside = squared <= acc.radius**2
+    total = weight + _regulariser(weight, squared, D, pad, lam, tau)
+    if gridding_iterations > 0:
+        density = _density_compensation(total, inside, D, pad, gridding_iterations)
+    else:
+        density = torch.where(inside & (total > 0), 1 / total, torch.zeros_like(total))
+    padded = torch.fft.irfftn(values * density, s=(size, size, size))
+    index = torch.arange(-(D // 2), D // 2, device=weight.device) % size
+    volume = padded.index_select(0, index).index_select(1, index).index_select(2, index)
+    return _soften(volume, size, mask_edge) / _gridding(D, pad, volume.device, volume.dtype)
+
+
+def _uncentred(acc: Accumulator) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, weights and squared radius on the rfftn grid (size, size, size//2 + 1) of the padded box.
+
+    Points with qx < 0 were inserted at -q only, so the plane x = 0 still needs the conjugates of its mates.
+    """
+    R, N = acc.radius, acc.data.shape[2] - 1
+    axis = torch.cat([torch.arange(0, R), torch.arange(-R, 0)]).to(acc.data.device)
+    data = acc.data[:, :, : R + 1].index_select(0, axis + N).index_select(1, axis + N)
+    plane = acc.data[:, :, 0]
+    mate = plane.flip((0, 1)) * plane.new_tensor([1.0, -1.0, 1.0])
+    data[:, :, 0] = (plane + mate).index_select(0, axis + N).index_select(1, axis + N)
+    squared = (axis[:, None, None] ** 2 + axis[None, :, None] ** 2).int() + (axis.new_tensor(range(R + 1)) ** 2).int()
+    return torch.complex(data[..., 0], data[..., 1]), data[..., 2].contiguous(), squared
+
+
+def _regulariser(weight: Tensor, squared: Tensor, D: int, pad: int, lam: float, tau: Tensor | None) -> Tensor:
+    """What is added to the weights: a share of each shell's mean, or the prior precision."""
+    n = pad * D // 2
+    shell = squared.to(torch.float32).sqrt_().round_().clamp_(max=n).long().reshape(-1)
+    if tau is None:
+        sums = torch.bincount(shell, weights=weight.reshape(-1).double(), minlength=n + 1)
+        table = lam * sums / torch.bincount(shell, minlength=n + 1).clamp(min=1)
+    else:
+        if tau.shape != (D // 2 + 1,):
+            raise ValueError(f"tau needs {D // 2 + 1} shells, not shape {tuple(tau.shape)}")
+        shells = (torch.arange(n + 1, device=tau.device) / pad).round().long()
+        # a padded voxel collects 1/pad^3 of the samples that a voxel of the box would
+        table = tau[shells] / pad**3
+    return table.to(weight)[shell].reshape(weight.shape)
+
+
+def _density_compensation(total: Tensor, inside: Tensor, D: int, pad: int, iterations: int) -> Tensor:
+    """Factors d with (total d) convolved with a blob = 1 inside the sphere: d <- d / blob * (total d).
+
+    The blob is the Kaiser-Bessel window of radius 1.9 pixels, alpha 15, order 0 (Matej & Lewitt 1992), applied as its
+    transform in real space.
+    """
+    size = pad * D
+    axis = torch.fft.fftfreq(size, 1 / size, device=total.device).round().int() ** 2
+    radius = torch.arange(int(axis.max()) * 3 + 1, dtype=torch.float64, device=total.device).sqrt()
+    # transform of a blob of radius 1.9 pad at r/(pad D): cosh(s)/s^2 - sinh(s)/s^3, s^2 = 15^2 - (2 pi 1.9 r/D)^2
+    s = (15.0**2 - (2 * torch.pi * 1.9 / D * radius) ** 2).clamp(min=1e-3).sqrt()
+    blob = torch.cosh(s) / s**2 - torch.sinh(s) / s**3
+    table = (blob / blob[0]).to(total.dtype)
+    window = table[(axis[:, None, None] + axis[None, :, None] + axis).long()]
+    mean = total[inside].mean().clamp(min=torch.finfo(total.dtype).tiny)
+    density = inside.to(total.dtype)
+    for _ in range(iterations):
+        spread = torch.fft.irfftn(torch.complex(total * density / mean, torch.zeros_like(total)), s=(size,) * 3)
+        density = density / torch.fft.rfftn(spread * window).abs().clamp(min=1e-6)
+    return density / mean
+
+
+def _soften(volume: Tensor, size: int, mask_edge: float | None) -> Tensor:
+    """Set the surroundings to zero: subtract their mean (the padded box, having no DC, sums to 0), mask corners."""
+    D = volume.shape[-1]
+    axis = torch.arange(-(D // 2), D // 2, device=volume.device, dtype=volume.dtype) ** 2
+    radius = (axis[:, None, None] + axis[None, :, None] + axis).sqrt()
+    sphere = radius <= D // 2
+    background = -volume[sphere].double().sum() / (size**3 - int(sphere.sum()))
+    volume = volume - background.to(volume.dtype)
+    if mask_edge is None:
+        return volume
+    edge = ((radius - D // 2) / max(mask_edge, 1e-6)).clamp(0, 1)
+    return volume * (0.5 + 0.5 * torch.cos(torch.pi * edge))
