@@ -108,6 +108,6 @@ def check_ctf(table: np.ndarray, path: str | os.PathLike) -> None:
     size = np.abs(table[:, 2:4]).max(axis=1, initial=0.0)
     if len(table) and 0 < size.max() < MIN_DEFOCUS_A:
         notice(
-            f"{path}: the largest defocus is {size.max():.4g} A: defocus is expected in Angstrom (10000 = 1 micrometre); "
-            "these values look like micrometres"
+            f"{path}: the largest defocus is {size.max():.4g} A: defocus is expected in Angstrom "
+            "(10000 = 1 micrometre); these values look like micrometres"
         )

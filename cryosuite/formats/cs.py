@@ -31,9 +31,9 @@ _ADVICE = {
 def read_cs(path: str | os.PathLike, passthrough: Iterable[str | os.PathLike] = ()) -> np.ndarray:
     """Read a .cs file as a structured array (N,), with the fields of ``passthrough`` files joined by uid.
 
-    Rows and their order are those of ``path``; fields present in both keep the values of ``path``. Raises InputError for
-    a missing, empty, truncated or damaged file, for Python objects inside (named, nothing is run), and for rows that a
-    passthrough file lacks. Notices uids that occur twice.
+    Rows and their order are those of ``path``; fields present in both keep the values of ``path``. Raises InputError
+    for a missing, empty, truncated or damaged file, for Python objects inside (named, nothing is run), and for rows
+    that a passthrough file lacks. Notices uids that occur twice.
     """
     array = _read_npy(path)
     _notice_duplicates(path, array)
@@ -259,8 +259,8 @@ def poses_from_cs(
     """Poses: rotation vectors float64 (N, 3) in rad and shifts float64 (N, 2) as a fraction of the box.
 
     The rotation is R = expmap(vector).T. Shifts in the file are pixels of the alignment:
-    t = shift x psize(alignment) / (psize(blob) x D). ``box_sizes`` and ``pixel_sizes`` (A) of the images, one or per row,
-    stand in for blob/shape and blob/psize_A where those are missing. Raises InputError naming a missing field or rows
+    t = shift x psize(alignment) / (psize(blob) x D). ``box_sizes`` and ``pixel_sizes`` (A) of the images, one or per
+    row, are taken instead of blob/shape and blob/psize_A when given. Raises InputError naming a missing field or rows
     with NaN.
     """
     box = box_sizes_from_cs(array, path) if box_sizes is None else np.broadcast_to(box_sizes, len(array))
@@ -277,7 +277,8 @@ def poses_from_cs(
         else:
             if group == "alignments3D":
                 notice(
-                    f"{path}: has no field {psize if pixel is not None else 'blob/psize_A'}: shifts are taken as image pixels"
+                    f"{path}: has no field {psize if pixel is not None else 'blob/psize_A'}: shifts are taken as image "
+                    "pixels"
                 )
             scale = np.ones(len(rows))
         shift[rows] = pixels * (scale / box[rows])[:, None]

@@ -23,12 +23,16 @@ from cryosuite.formats.stacks import StackReader, StackWriter
 __all__ = ["Map", "MrcHeader", "StackReader", "StackWriter", "read_header", "read_map", "write_map"]
 
 _CHUNK = 1 << 24
+_ORDER, _START = ("mapc", "mapr", "maps"), ("nxstart", "nystart", "nzstart")
 
 
 @dataclass(frozen=True)
 class Map:
-    """A density map. ``data`` float32 (z, y, x); ``pixel_size`` (A) of x or None; ``origin`` (A, x y z) and ``nstart``
-    (voxels, x y z) as the header has them; ``axes`` (mapc, mapr, maps) of the file; ``voxel_size`` (A, x y z) or None."""
+    """A density map.
+
+    ``data`` float32 (z, y, x); ``pixel_size`` (A) of x or None; ``origin`` (A, x y z) and ``nstart`` (voxels, x y z) as
+    the header has them; ``axes`` (mapc, mapr, maps) of the file; ``voxel_size`` (A, x y z) or None.
+    """
 
     data: np.ndarray
     pixel_size: float | None
@@ -127,9 +131,9 @@ def write_map(
 ) -> None:
     """Write a map (z, y, x) as float32 MRC, gzipped where the name ends in .gz, atomically.
 
-    ``pixel_size`` in A (None or 0 writes none). With ``like`` the header fields origin, nstart, axis order and, when the
-    pixel size is unchanged or None, the voxel size are those of that map; where the pixel size differs the position in
-    Angstrom is kept in ``origin`` instead of ``nstart``. Raises InputError when the file cannot be written.
+    ``pixel_size`` in A (None or 0 writes none). With ``like`` the header fields origin, nstart, axis order and, when
+    the pixel size is unchanged or None, the voxel size are those of that map; where the pixel size differs the position
+    in Angstrom is kept in ``origin`` instead of ``nstart``. Raises InputError when the file cannot be written.
     """
     data = np.asarray(data)
     if data.ndim != 3 or 0 in data.shape:
@@ -144,15 +148,12 @@ def write_map(
             origin, nstart = like.placement, (0, 0, 0)
     in_file = data.transpose([2 - (axis - 1) for axis in reversed(axes)]).astype(np.float32)
     compression = "gzip" if str(path).lower().endswith(".gz") else None
-    with atomic_path(path, needed=None if compression else 1024 + in_file.nbytes) as temporary:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # mrcfile warns about NaN statistics
-            with mrcfile.new(temporary, in_file, compression=compression, overwrite=True) as mrc:
-                mrc.set_volume()
-                cell = [size * n for size, n in zip(voxel, data.shape[::-1], strict=True)]
-                for axis, length, n, place in zip("xyz", cell, data.shape[::-1], origin, strict=True):
-                    mrc.header["cella"][axis], mrc.header["m" + axis], mrc.header["origin"][axis] = length, n, place
-                for name, axis in zip(("mapc", "mapr", "maps"), axes, strict=True):
-                    mrc.header[name] = axis
-                for name, axis in zip(("nxstart", "nystart", "nzstart"), axes, strict=True):
-                    mrc.header[name] = nstart[axis - 1]
+    needed = None if compression else 1024 + in_file.nbytes
+    with atomic_path(path, needed=needed) as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # mrcfile warns about NaN statistics
+        with mrcfile.new(temporary, in_file, compression=compression, overwrite=True) as mrc:
+            mrc.set_volume()
+            for axis, size, n, place in zip("xyz", voxel, data.shape[::-1], origin, strict=True):
+                mrc.header["cella"][axis], mrc.header["m" + axis], mrc.header["origin"][axis] = size * n, n, place
+            for order, start, axis in zip(_ORDER, _START, axes, strict=True):
+                mrc.header[order], mrc.header[start] = axis, nstart[axis - 1]

@@ -32,8 +32,8 @@ class MrcHeader:
     """What an MRC header says, in plain types.
 
     nx, ny, nz count columns, rows and sections as they lie in the file; ``nstart`` too; ``axes`` = (mapc, mapr, maps)
-    says which of x = 1, y = 2, z = 3 they are. ``origin`` (A), ``voxel_size`` (A) are (x, y, z). ``pixel_size`` is that of
-    x, or None where the header has none. ``problems`` are sentences for the user about what was odd but readable.
+    says which of x = 1, y = 2, z = 3 they are. ``origin`` (A), ``voxel_size`` (A) are (x, y, z). ``pixel_size`` is that
+    of x, or None where the header has none. ``problems`` are sentences for the user about what was odd but readable.
     """
 
     path: Path
@@ -135,15 +135,16 @@ def parse_header(path: Path, stream: BinaryIO) -> MrcHeader:
 
 def _byte_order(path: Path, raw: bytes) -> str:
     """'<' or '>': the order in which the mode is a known one; the machine stamp decides where both would do."""
-    stamp = raw[212:214]
-    first = ">" if stamp == b"\x11\x11" else "<"
+    first = ">" if raw[212:214] == b"\x11\x11" else "<"
     modes = []
     for order in (first, ">" if first == "<" else "<"):
         mode = int(np.frombuffer(raw, order + "i4", 1, 12)[0])
-        if mode in MODES:
-            if mode != 0 or 0 < int(np.frombuffer(raw, order + "i4", 1, 0)[0]) < 1 << 24 or order == first:
-                return order
+        columns = int(np.frombuffer(raw, order + "i4", 1, 0)[0])
+        if mode in MODES and (mode != 0 or 0 < columns < 1 << 24):  # 0 is 0 in either order: the width decides
+            return order
         modes.append(mode)
+    if modes[0] == 0:
+        return first
     name = f" ({_OTHER_MODES[modes[0]]})" if modes[0] in _OTHER_MODES else ""
     raise InputError(
         f"{path}: mode {modes[0]}{name} is not supported: expected 0 (int8), 1 (int16), 2 (float32), 6 (uint16) or "
@@ -175,7 +176,8 @@ def _check_size(path: Path, offset: int, data: int, compressed: bool, shape: str
         raise InputError(f"{path}: holds no image data behind the header (expected {expected} bytes, found {found})")
     if found < expected:
         raise InputError(
-            f"{path}: truncated: the header promises {shape}, expected {expected} bytes, found {found}; copy the file again"
+            f"{path}: truncated: the header promises {shape}, expected {expected} bytes, found {found}; "
+            "copy the file again"
         )
     if found > expected:
         problems.append(f"{path}: {found - expected} bytes behind the last image are ignored")

@@ -93,8 +93,8 @@ def read_ctf(path: str | os.PathLike, n: int | None = None) -> np.ndarray:
     table = _numbers(_one(path, "an N x 9 table"), path, "CTF parameters")
     if table.ndim != 2 or table.shape[1] != 9:
         raise InputError(
-            f"{path}: the CTF table has shape {table.shape}, expected N x 9: D, pixel size, defocus U, defocus V, angle, "
-            "voltage, Cs, amplitude contrast, phase shift"
+            f"{path}: the CTF table has shape {table.shape}, expected N x 9: D, pixel size, defocus U, defocus V, "
+            "angle, voltage, Cs, amplitude contrast, phase shift"
         )
     _require_count(path, len(table), n, "CTF rows")
     with np.errstate(over="ignore"):
@@ -117,7 +117,8 @@ def read_indices(path: str | os.PathLike, n_total: int | None = None) -> np.ndar
         if n_total is None or len(index) != n_total:
             known = "is not known here" if n_total is None else f"is {n_total}"
             raise InputError(
-                f"{path}: holds a bool mask of {len(index)} values, and the number of images {known}: give integer indices"
+                f"{path}: holds a bool mask of {len(index)} values, and the number of images {known}: "
+                "give integer indices"
             )
         notice(f"{path}: a bool mask of {n_total} values, read as the {int(index.sum())} positions where it is true")
         return np.flatnonzero(index).astype(np.int64)
@@ -137,7 +138,10 @@ def read_indices(path: str | os.PathLike, n_total: int | None = None) -> np.ndar
 
 
 def read_latent(path: str | os.PathLike) -> list[np.ndarray]:
-    """Latents: [mu] or [mu, logvar], each float32 (N, zdim). Raises InputError for NaN (naming rows) and wrong shapes."""
+    """Latents: [mu] or [mu, logvar], each float32 (N, zdim).
+
+    Raises InputError for NaN (naming rows) and wrong shapes.
+    """
     objects = safe_load(path)
     if len(objects) == 1 and isinstance(objects[0], (tuple, list)) and len(objects[0]) in (1, 2):
         first = objects[0][0]

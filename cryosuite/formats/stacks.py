@@ -212,7 +212,7 @@ class StackWriter:
     def __enter__(self) -> StackWriter:
         self._context = atomic_path(self.path, needed=self.needed)
         temporary = self._context.__enter__()
-        self._file = open(temporary, "wb")  # noqa: SIM115  closed in __exit__
+        self._file = open(temporary, "wb")  # closed in __exit__
         self._file.write(bytes(HEADER_BYTES))
         return self
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from cryosuite.formats.relion import (
-    ParticleTables,
+from cryosuite.formats.relion import ParticleTables, particle_tables
+from cryosuite.formats.relion_columns import (
     box_sizes_from_star,
     ctf_from_star,
     half_from_star,
     images_from_star,
     parse_image_name,
-    particle_tables,
     pixel_sizes_from_star,
     poses_from_star,
     read_stack_list,

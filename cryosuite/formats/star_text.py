@@ -1,9 +1,9 @@
 """STAR files as tables: read with every row checked, written so that numbers read back the same.
 
-The lines are first looked through by ourselves (blocks, columns, number of values per row, quotes, comments), a piece of
-the file at a time. Tables that turn out plain are then taken from the starfile package; those that it misreads (quotes
-inside values, '#' inside names, rows that start like a block, columns that come twice) or would need too much memory for
-are built from what the look through the lines found, to the same result.
+The lines are first looked through by ourselves (blocks, columns, number of values per row, quotes, comments), a piece
+of the file at a time. Tables that turn out plain are then taken from the starfile package; those that it misreads
+(quotes inside values, '#' inside names, rows that start like a block, columns that come twice) or would need too much
+memory for are built from what the look through the lines found, to the same result.
 """
 
 from __future__ import annotations
@@ -93,9 +93,9 @@ def is_text(column: str) -> bool:
 def read_star(path: str | os.PathLike) -> dict[str, pd.DataFrame]:
     """Read a STAR file: block name (without ``data_``) -> table, in the order of the file.
 
-    A block of key and value lines becomes a table of one row with ``attrs["simple"]`` True; ``attrs["line"]`` is the line
-    of the first row. Columns are numbers where all values are (columns whose name ends in Name stay text); column names
-    have no leading underscore. Tabs, CRLF, a byte-order mark, comments, quotes, blank lines inside a table (with a
+    A block of key and value lines becomes a table of one row with ``attrs["simple"]`` True; ``attrs["line"]`` is the
+    line of the first row. Columns are numbers where all values are (columns whose name ends in Name stay text); column
+    names have no leading underscore. Tabs, CRLF, a byte-order mark, comments, quotes, blank lines inside a table (with a
     notice) and a missing last newline are read. Raises InputError naming the line for rows with too few or too many
     values, for a block or column that comes twice, and for files that are empty or no STAR files.
     """
@@ -245,7 +245,8 @@ def _require_width(path: Path, block: _Block, values: list[bytes], number: int, 
         raise InputError(f"{path}: line {number}: a second table in block data_{block.name}: one each is expected")
     if len(values) != len(block.columns):
         raise InputError(
-            f"{path}: line {number}: {len(values)} values in block data_{block.name}, expected {len(block.columns)}{after}"
+            f"{path}: line {number}: {len(values)} values in block data_{block.name}, expected "
+            f"{len(block.columns)}{after}"
         )
 
 
@@ -289,8 +290,8 @@ def _table(path: Path, block: _Block, ready: pd.DataFrame | None) -> pd.DataFram
     """The table of one block."""
     if block.gap:
         notice(
-            f"{path}: line {block.gap} is blank inside the table of block data_{block.name}; all {block.count} rows are "
-            "read, RELION would stop there"
+            f"{path}: line {block.gap} is blank inside the table of block data_{block.name}; all {block.count} rows "
+            "are read, RELION would stop there"
         )
     if ready is not None and len(set(block.columns)) == len(block.columns):
         frame = ready
@@ -325,8 +326,8 @@ def write_star(path: str | os.PathLike, blocks: dict[str, pd.DataFrame]) -> None
     """Write tables as a STAR file in RELION 3.1 form, atomically; blocks in the order given.
 
     A table with ``attrs["simple"]`` and one row is written as key and value lines. Values that hold blanks or would be
-    taken for something else are quoted. Numbers are written with up to 15 digits, so that what was read is written back.
-    Raises InputError when the file cannot be written or a text holds a line break or both kinds of quotes and blanks.
+    taken for something else are quoted. Numbers are written with up to 15 digits, so that what was read is written
+    back. Raises InputError when the file cannot be written or a text holds a line break, a tab or both kinds of quotes.
     """
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as stream:
         for name, frame in blocks.items():

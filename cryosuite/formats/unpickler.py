@@ -149,9 +149,9 @@ class _Unpickler(pickle.Unpickler):
 def safe_load(path: str | os.PathLike) -> list[Any]:
     """All objects pickled in a file, one after the other (cryoDRGN writes mu and logvar as two pickles).
 
-    Admits numbers, text, bytes, None, tuples, lists, dicts, and numpy arrays and scalars of numbers or text in the forms
-    that numpy 1 and 2 write with protocols 0 to 5. Nothing of the file is executed. Raises InputError for a missing,
-    empty, truncated or damaged file, and for any other global, naming it.
+    Admits numbers, text, bytes, None, tuples, lists, dicts, and numpy arrays and scalars of numbers or text in the
+    forms that numpy 1 and 2 write with protocols 0 to 5. Nothing of the file is executed. Raises InputError for a
+    missing, empty, truncated or damaged file, and for any other global, naming it.
     """
     return load_bytes(Path(path), read_bytes(path, "pickle"))
 
