@@ -58,7 +58,7 @@ def splat(points: Tensor, weights: Tensor, box_size: int) -> Tensor:
     """Spread weighted points over a periodic grid with the splat kernel (not yet corrected for it).
 
     Args:
-        points: (b, n, d) positions in grid points from the origin (grid point box_size//2), columns x, y[, z]; d = 2, 3.
+        points: (b, n, d) positions x, y[, z] in grid points from the origin (grid point box_size//2); d = 2 or 3.
         weights: (n,) or (b, n).
         box_size: even edge length of the grid.
 

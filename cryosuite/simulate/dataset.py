@@ -52,6 +52,7 @@ class SimulateOptions:
     astigmatism: float = 500.0  # largest
     shift: float = 0.078  # largest, fraction of the box
     min_images: int = 0  # fewest images of a state
+    sorted_by_state: bool = False  # else shuffled
     neighbours: float = 0.0  # mean number of other particles per image
     ice_gradient: float = 0.0  # sd of a linear ramp across the image, in noise sd
     pose_error_deg: float = 0.0  # rms, written poses only
@@ -146,7 +147,8 @@ def draw_particles(states: StateSet, options: SimulateOptions) -> Particles:
     """States in shuffled order, poses, shifts and CTF of all images, each from its own seed."""
     number = counts(states.occupancy, options.n_particles, options.min_images)
     label = np.repeat(np.arange(len(states)), number)
-    stage_rng(options.seed, "order").shuffle(label)
+    if not options.sorted_by_state:
+        stage_rng(options.seed, "order").shuffle(label)
     shift = stage_rng(options.seed, "shifts").uniform(-options.shift, options.shift, (len(label), 2))
     return Particles(
         label.astype(np.int64),
@@ -255,8 +257,7 @@ def simulate(states: StateSet, options: SimulateOptions, out: Path | str, comman
     """
     options.check()
     work = WorkDir(Path(out))
-    work.path.mkdir(parents=True, exist_ok=True)
-    work.dataset.unlink(missing_ok=True)  # written last: its presence says the folder is complete
+    _make_folder(work)
     particles = draw_particles(states, options)
     renderer = Renderer(states.states, options.optics, options.device)
     _warn_large(states, options.optics)
@@ -304,6 +305,16 @@ def simulate(states: StateSet, options: SimulateOptions, out: Path | str, comman
     }  # fmt: skip
     write_metadata(work, particles, noise.shells(), options, record)
     return record
+
+
+def _make_folder(work: WorkDir) -> None:
+    """Make the output folder; of an earlier simulation remove what says that it is complete, and its maps."""
+    if work.exists() and work.read_dataset().get("kind") != "simulated":
+        raise InputError(f"{work.path}: holds a particle set that was not simulated; choose another folder (-o).")
+    work.path.mkdir(parents=True, exist_ok=True)
+    work.dataset.unlink(missing_ok=True)  # written last: its presence says the folder is complete
+    for old in work.volume(0).parent.glob("vol_*.mrc"):
+        old.unlink()
 
 
 def _warn_large(states: StateSet, optics: Optics) -> None:

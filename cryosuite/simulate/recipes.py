@@ -1,22 +1,24 @@
-"""Recipes: from molecules to the states of a set. mix, assembly, loop, homogeneous."""
+"""Recipes: from molecules to the states of a set: mix, assembly, loop, homogeneous."""
 
 from __future__ import annotations
+
+import re
 
 import numpy as np
 
 from cryosuite.errors import InputError
 from cryosuite.simulate.phantoms import make_phantom, random_rotation, turn_about
-from cryosuite.simulate.sources import Structure, from_phantom, select
+from cryosuite.simulate.sources import Structure, select
 from cryosuite.simulate.states import State, StateSet
 
 RECIPES = ("mix", "assembly", "loop", "homogeneous")
 
 # images per state of CryoBench's Ribosembly and the composition of the states, in that order (BENCHMARKS, 1 and 6)
 RIBOSEMBLY = (9076, 14378, 23547, 44366, 30647, 38500, 3915, 3980, 12740, 11975, 17988, 5001, 35367, 37448, 40540, 5772)
-RIBO_PATTERNS = (
-    "10000000 11000000 11100000 11110000 10001000 10001100 10001110 11001000 "
-    "11101000 11111000 11111100 11111110 11110001 11111001 11111101 11111111"
-).split()
+RIBO_PATTERNS = [
+    "10000000", "11000000", "11100000", "11110000", "10001000", "10001100", "10001110", "11001000",
+    "11101000", "11111000", "11111100", "11111110", "11110001", "11111001", "11111101", "11111111",
+]  # fmt: skip
 RIBO_BLOCKS = "5-560,561-650,651-770,771-915,916-1050,1051-1210,1211-1396,1397-1544"
 
 
@@ -89,14 +91,23 @@ def split_blocks(structure: Structure, blocks: str) -> np.ndarray:
         residue = np.cumsum(new)
         return residue * int(blocks) // (residue[-1] + 1)
     out = np.full(len(structure), -1, np.int64)
-    parts = blocks.split(";") if ";" in blocks or any(c.isalpha() for c in blocks) else None
-    if parts is None:
-        names, sizes = np.unique(structure.chain, return_counts=True)
-        chain = str(names[np.argmax(sizes)])
-        parts = [f"{chain}:{piece.strip()}" for piece in blocks.split(",")]
-    for i, part in enumerate(parts):
-        out[select(structure, part)] = i
+    if ";" in blocks or any(c.isalpha() for c in blocks):
+        for i, part in enumerate(blocks.split(";")):
+            out[select(structure, part)] = i
+        return out
+    names, sizes = np.unique(structure.chain, return_counts=True)
+    longest = structure.chain == names[np.argmax(sizes)]
+    for i, (first, last) in enumerate(_ranges(blocks)):
+        out[longest & (structure.residue >= first) & (structure.residue <= last)] = i
     return out
+
+
+def _ranges(text: str) -> list[tuple[int, int]]:
+    """ "5-560,561-650" as pairs of numbers."""
+    pieces = [re.fullmatch(r"\s*(\d+)-(\d+)\s*", piece) for piece in text.split(",")]
+    if not all(pieces):
+        raise InputError(f"--blocks {text}: expected domain, chain, a number, or residue ranges such as 1-200,201-450.")
+    return [(int(m.group(1)), int(m.group(2))) for m in pieces]
 
 
 def assembly(structure: Structure, blocks: str = "domain", n_states: int = 16) -> StateSet:
@@ -129,24 +140,33 @@ def assembly(structure: Structure, blocks: str = "domain", n_states: int = 16) -
     return StateSet("assembly", states, details=details)
 
 
-def loop(structure: Structure, moving: np.ndarray, hinge: np.ndarray | None = None, n_states: int = 10) -> StateSet:
-    """One domain turned through 360 degrees in equal steps about the axis from the hinge to the rest's centre.
+def loop(
+    structure: Structure,
+    moving: np.ndarray,
+    hinge: np.ndarray | None = None,
+    towards: np.ndarray | None = None,
+    n_states: int = 10,
+) -> StateSet:
+    """One domain turned through 360 degrees in equal steps about an axis.
 
     Args:
         structure: the molecule.
         moving: (n,) bool, the atoms that turn.
         hinge: (3,) A, a point on the axis; None: the middle of the contact between the two parts.
+        towards: (3,) A, another point on the axis; None: the centre of what does not move.
         n_states: steps of the full turn.
 
     Returns:
         States in one frame, centred by the mean over all of them; embedding (cos, sin) of the angle.
+
+    Raises:
+        InputError: nothing or everything moves.
     """
     if not moving.any() or moving.all():
         raise InputError(f"{structure.name}: the moving part must be some of the atoms, not none or all.")
     rest = ~moving
-    if hinge is None:
-        hinge = _contact(structure.xyz[moving], structure.xyz[rest])
-    axis = structure.xyz[rest].mean(0) - hinge
+    hinge = _contact(structure.xyz[moving], structure.xyz[rest]) if hinge is None else hinge
+    axis = (structure.xyz[rest].mean(0) if towards is None else towards) - hinge
     angles = 2 * np.pi * np.arange(n_states) / n_states
     frames = []
     for angle in angles:
@@ -154,10 +174,8 @@ def loop(structure: Structure, moving: np.ndarray, hinge: np.ndarray | None = No
         xyz[moving] = (xyz[moving] - hinge) @ turn_about(axis, angle).T + hinge
         frames.append(xyz)
     centre = np.mean([np.average(xyz, axis=0, weights=structure.weight) for xyz in frames], axis=0)
-    states = [
-        State(f"{np.rad2deg(a):05.1f}deg", xyz - centre, structure.weight)
-        for a, xyz in zip(angles, frames, strict=True)
-    ]
+    names = [f"{np.rad2deg(angle):05.1f}deg" for angle in angles]
+    states = [State(name, xyz - centre, structure.weight) for name, xyz in zip(names, frames, strict=True)]
     details = {
         **_mass_details([structure]), "angles_deg": np.rad2deg(angles).round(3).tolist(),
         "axis": (axis / np.linalg.norm(axis)).round(5).tolist(), "hinge": (hinge - centre).round(3).tolist(),
@@ -198,7 +216,6 @@ def loop_phantom(rng: np.random.Generator) -> tuple[Structure, np.ndarray, np.nd
     placed = arm.xyz @ long.T @ frame
     placed += hinge + target * float(-(placed @ target).min())
     placed += direction * max(0.0, reach + 4.0 - float((placed @ direction).min()))
-    structure = from_phantom(body, "phantom-loop")
     moving = np.concatenate([np.zeros(len(body.xyz), bool), np.ones(len(placed), bool)])
     xyz = np.concatenate([body.xyz, placed])
     structure = Structure(

@@ -71,7 +71,8 @@ def read_structure(path: Path) -> Structure:
     )
 
 
-def _is(path: Path, endings: tuple[str, ...]) -> bool:
+def has_ending(path: Path, endings: tuple[str, ...]) -> bool:
+    """True when the file is of that kind, gzipped or not."""
     name = path.name.lower()
     return (name[:-3] if name.endswith(".gz") else name).endswith(endings)
 
@@ -94,12 +95,12 @@ def find_files(spec: str) -> list[Path]:
     for item in (part.strip() for part in spec.split(",") if part.strip()):
         path = Path(item).expanduser()
         if path.is_dir():
-            files = sorted(p for p in path.iterdir() if _is(p, ATOM_FILES + MAP_FILES))
+            files = sorted(p for p in path.iterdir() if has_ending(p, ATOM_FILES + MAP_FILES))
             if not files:
                 raise InputError(f"{path}: no .pdb, .cif or .mrc files in this folder.")
             found += files
         elif path.is_file():
-            if not _is(path, ATOM_FILES + MAP_FILES):
+            if not has_ending(path, ATOM_FILES + MAP_FILES):
                 raise InputError(f"{path}: expected a .pdb, .cif (may end in .gz) or .mrc file.")
             found.append(path)
         else:
@@ -133,7 +134,7 @@ def phantom_count(spec: str) -> int | None:
 
 
 def load_structures(spec: str, rng: np.random.Generator) -> list[Structure]:
-    """Molecules from ``phantom:N``, a folder, or names and files separated by commas (no maps: see ``load_maps``).
+    """Molecules from ``phantom:N``, a folder, or names and files separated by commas (no maps).
 
     Raises:
         InputError: nothing found, or an unreadable file.

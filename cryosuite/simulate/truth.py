@@ -6,16 +6,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import ndimage
 
 from cryosuite.data.workdir import WorkDir
 from cryosuite.formats.mrc import write_map
 from cryosuite.kernels.density import density_map
+from cryosuite.reconstruct.masks import soft_mask
 from cryosuite.simulate.images import Optics
 from cryosuite.simulate.states import State, StateSet
 
 MASK_LEVEL, MASK_PERCENTILE = 0.1, 99.9  # voxels above this share of that percentile
-MASK_DILATE, MASK_SOFT = 2, 3  # px
+MASK_DILATE, MASK_SOFT = 2.0, 3.0  # px
 
 
 def state_map(state: State, optics: Optics) -> np.ndarray:
@@ -27,14 +27,6 @@ def state_map(state: State, optics: Optics) -> np.ndarray:
 def support(volume: np.ndarray) -> np.ndarray:
     """Voxels above a tenth of the 99.9 percentile: (D, D, D) bool."""
     return volume > MASK_LEVEL * np.percentile(volume, MASK_PERCENTILE)
-
-
-def soft_mask(inside: np.ndarray) -> np.ndarray:
-    """A boolean volume dilated by two voxels with a cosine edge of three: float32 0..1 (BENCHMARKS' union mask)."""
-    inside = ndimage.binary_dilation(inside, iterations=MASK_DILATE)
-    distance = ndimage.distance_transform_edt(~inside)
-    edge = 0.5 + 0.5 * np.cos(np.pi * np.minimum(distance / MASK_SOFT, 1.0))
-    return np.where(inside, 1.0, edge).astype(np.float32)
 
 
 def write_truth(work: WorkDir, states: StateSet, optics: Optics, scale: np.ndarray) -> dict[str, Any]:
@@ -57,7 +49,8 @@ def write_truth(work: WorkDir, states: StateSet, optics: Optics, scale: np.ndarr
         inside |= support(volume)
         write_map(work.volume(k), volume, optics.pixel_size)
         names.append(str(work.volume(k).relative_to(work.path)))
-    write_map(work.mask, soft_mask(inside), optics.pixel_size)
+    mask = soft_mask(torch.from_numpy(inside), MASK_DILATE, MASK_SOFT).numpy()
+    write_map(work.mask, mask, optics.pixel_size)
     truth: dict[str, Any] = {"volumes": names, "labels": work.labels.name, "mask": work.mask.name}
     if states.embedding is not None:
         truth["embedding"] = np.round(states.embedding, 6).tolist()
