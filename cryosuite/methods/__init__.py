@@ -1,1 +1,55 @@
-"""One file per published system: its options, its model, its losses, its inference."""
+"""One file per published system; ``load_run`` opens any trained run without knowing which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cryosuite.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from cryosuite.data.particles import ParticleSet
+
+# name in config.yaml -> module with load(run, epoch) -> LoadedRun
+METHODS = {"hype": "cryosuite.methods.hype_run"}
+
+
+@dataclass
+class LoadedRun:
+    """One epoch of a trained run, ready to be looked at.
+
+    z (N, zdim) float32, a row per particle of ``particles``; pixel_size in Angstrom; ``decode`` takes latents
+    (k, zdim) and gives volumes (k, D, D, D) float32 in the grey values of the images.
+    """
+
+    name: str
+    particles: ParticleSet
+    z: np.ndarray
+    epoch: int
+    pixel_size: float
+    box_size: int
+    decode: Callable[[np.ndarray], np.ndarray]
+    config: dict[str, Any] = field(repr=False)
+
+
+def load_run(run: Path | str, epoch: int | None = None, **options: Any) -> LoadedRun:
+    """Open a run folder at an epoch (None or -1: the last one with latents).
+
+    ``options`` go to the method, e.g. ``volume_from`` of CryoHype. Raises InputError for a folder that holds no run, a
+    missing epoch, and a method this version does not know.
+    """
+    from cryosuite.data.workdir import RunDir
+    from cryosuite.training.runs import read_run_config
+
+    folder = RunDir(Path(run))
+    config = read_run_config(folder)
+    if config["method"] not in METHODS:
+        raise InputError(
+            f"{folder.config}: method {config['method']!r} is not known; expected one of {', '.join(METHODS)}"
+        )
+    return import_module(METHODS[config["method"]]).load(folder, config, folder.epoch(epoch), **options)

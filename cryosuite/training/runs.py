@@ -82,8 +82,9 @@ def start_run(
 def remove_run(run: RunDir) -> None:
     """Delete the files a training writes: checkpoint first, config last."""
     stale = [run.checkpoint, run.metrics, run.log]
-    for pattern, of in (("weights.*.pkl", run.weights), ("z.*.pkl", run.z), ("poses.*.pkl", run.poses)):
-        for found in run.path.glob(pattern):
+    kinds = {"weights": run.weights, "z": run.z, "poses": run.poses, "latent": run.latent_space}
+    for kind, of in kinds.items():
+        for found in run.path.glob(f"{kind}.*.pkl"):
             number = found.name.split(".")[1]
             if number.isdigit() and of(int(number)) == found:
                 stale.append(found)

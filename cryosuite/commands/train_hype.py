@@ -1,0 +1,246 @@
+"""``cryosuite train-hype``: one volume per particle, by a transformer that writes the weights of a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+from click.core import ParameterSource
+
+INPUT, TRAINING, MODEL, ENCODER, SPEED = (
+    "Particles", "Training", "Model (the preset decides unless given)", "What the encoder sees", "Machine",
+)  # fmt: skip
+
+# flags that are options of the method, under another name there
+RENAMED = {"inr_dim": "inr_width", "march": "march_from"}
+METHOD = (
+    "dim", "depth", "heads", "patch", "pos_embed", "groups", "hyper", "conditioning", "inr", "inr_dim", "inr_layers",
+    "feat_sigma", "field", "loss", "march", "march_over", "sample_coefficients", "encoder_input", "encoder_scale",
+    "encoder_rmax", "encoder_lowpass", "encoder_align", "pose_context", "window", "low_memory", "latent", "volume_from",
+    "knn",
+)  # fmt: skip
+TRAIN = {
+    "num_epochs": "epochs", "batch_size": "batch_size", "lr": "lr", "warmup": "warmup", "wd": "weight_decay",
+    "ema": "ema", "seed": "seed", "max_minutes": "max_minutes", "checkpoint": "save_every",
+    "checkpoint_minutes": "checkpoint_every_minutes", "precision": "precision", "accelerator": "accelerator",
+    "devices": "devices", "num_nodes": "num_nodes", "log_interval": "log_every", "requeue": "requeue",
+}  # fmt: skip
+WAYS_IN = ("poses", "ctf", "ind", "datadir", "pixel_size")
+
+
+def _option(default: Any, *names: str, help: str, panel: str, **more: Any) -> Any:
+    return typer.Option(default, *names, help=help, rich_help_panel=panel, show_default=default is not None, **more)
+
+
+def main(
+    context: typer.Context,
+    particles: Path = typer.Argument(
+        ..., help="Work folder of preprocess or simulate; or a .star, .cs or .mrcs file.", metavar="PARTICLES"
+    ),
+    outdir: Path = typer.Option(..., "-o", "--outdir", help="Folder of the run, made by this command."),
+    preset: str = typer.Option(
+        "auto",
+        help="small: for a laptop. default: for a GPU. paper: as published (CryoHype), 50 M parameters. "
+        "auto: default where there is a GPU, else small.",
+    ),
+    resume: bool = typer.Option(False, "--resume", help="Go on where the run in this folder stopped."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace the run that is in the folder."),
+    poses: Path = _option(None, help="Poses as cryoDRGN writes them (poses.pkl).", panel=INPUT),
+    ctf: Path = _option(None, help="CTF parameters as cryoDRGN writes them (ctf.pkl).", panel=INPUT),
+    ind: Path = _option(None, help="Use only these particles (a .pkl of indices).", panel=INPUT),
+    datadir: Path = _option(None, help="Folder in which the image stacks lie.", panel=INPUT),
+    pixel_size: float = _option(None, "--Apix", help="Pixel size in Angstrom, where no file says it.", panel=INPUT),
+    invert_data: bool = _option(False, "--invert-data", help="Particles are dark in the images.", panel=INPUT),
+    num_epochs: int = _option(None, "-n", "--num-epochs", help="Times all images are seen.", panel=TRAINING),
+    batch_size: int = _option(None, "-b", "--batch-size", help="Images per step, over all GPUs.", panel=TRAINING),
+    lr: float = _option(None, help="Learning rate.", panel=TRAINING),
+    warmup: float = _option(None, help="Fraction of the training in which it rises.", panel=TRAINING),
+    wd: float = _option(None, help="Weight decay.", panel=TRAINING),
+    ema: float = _option(None, help="Decay of the running average of the weights; 0: none.", panel=TRAINING),
+    max_minutes: float = _option(
+        None, help="Stop after so many minutes with a checkpoint; go on with --resume.", panel=TRAINING
+    ),
+    checkpoint: int = _option(
+        None, help="Write latents and weights every so many epochs; default: four times in all.", panel=TRAINING
+    ),
+    checkpoint_minutes: float = _option(10.0, help="Save what --resume needs this often.", panel=TRAINING),
+    log_interval: int = _option(50, help="Steps between two lines of metrics.jsonl.", panel=TRAINING),
+    seed: int = _option(0, help="Same seed, same result (on one machine).", panel=TRAINING),
+    conditioning: str = _option(
+        None,
+        help="hyper: the image writes weights. concat: the image's code is appended to the coordinates.",
+        panel=MODEL,
+    ),  # fmt: skip
+    hyper: str = _option(None, help="groups (as published) or lowrank.", panel=MODEL),
+    inr: str = _option(None, help="mlp (as published) or triplane, which is smaller and faster.", panel=MODEL),
+    inr_dim: int = _option(None, help="Width of the volume network.", panel=MODEL),
+    inr_layers: int = _option(None, help="Its hidden layers.", panel=MODEL),
+    groups: int = _option(None, help="Weight tokens per hidden layer.", panel=MODEL),
+    feat_sigma: float = _option(None, help="Spread of the random frequencies, in box sizes.", panel=MODEL),
+    dim: int = _option(None, help="Width of the transformer.", panel=MODEL),
+    depth: int = _option(None, help="Blocks of the transformer.", panel=MODEL),
+    heads: int = _option(None, help="Attention heads of the transformer.", panel=MODEL),
+    pos_embed: str = _option(None, help="Position of a patch: learned, sincos or none.", panel=MODEL),
+    field: str = _option(None, help="complex (half the work) or hartley (as published).", panel=MODEL),
+    loss: str = _option(None, help="whitened (weighs by the noise) or mse (as published).", panel=MODEL),
+    march: float = _option(
+        None, help="Begin with this part of the Fourier disc and let it grow; 1: all from the start.", panel=MODEL
+    ),
+    march_over: float = _option(None, help="Fraction of the training in which it grows.", panel=MODEL),
+    latent: str = _option(None, help="pca64: 64 numbers per particle. tokens: all weight tokens.", panel=MODEL),
+    volume_from: str = _option(
+        None, help="Volumes from the knn nearest particles, their cluster, or one image.", panel=MODEL
+    ),
+    knn: int = _option(None, help="How many nearest particles.", panel=MODEL),
+    patch: int = _option(None, help="Side of the encoder's patches in pixels.", panel=ENCODER),
+    encoder_input: str = _option(None, help="hartley (as published) or real: the kind of image.", panel=ENCODER),
+    encoder_scale: str = _option(None, help="noise, total or wiener: how shells are weighed.", panel=ENCODER),
+    encoder_rmax: int = _option(None, help="Crop to this radius in Fourier pixels; 0: no.", panel=ENCODER),
+    encoder_lowpass: float = _option(None, help="Gaussian low-pass radius in Fourier pixels; 0: no.", panel=ENCODER),
+    encoder_align: bool = _option(
+        None, "--encoder-align/--no-encoder-align", help="Turn images upright by their known angle.", panel=ENCODER
+    ),
+    pose_context: bool = _option(
+        None, "--pose-context/--no-pose-context", help="Tell the encoder the viewing direction.", panel=ENCODER
+    ),
+    window: bool = _option(None, "--window/--no-window", help="Mask the corners of the images.", panel=ENCODER),
+    precision: str = _option("auto", help="32 or bf16; auto: bf16 where the machine is fast at it.", panel=SPEED),
+    sample_coefficients: bool = _option(
+        None,
+        "--sample-coefficients/--all-coefficients",
+        help="Use a sample of the Fourier coefficients per step.",
+        panel=SPEED,
+    ),  # fmt: skip
+    low_memory: bool = _option(
+        None, "--low-memory/--keep-activations", help="Less memory, a third more time.", panel=SPEED
+    ),
+    accelerator: str = _option("auto", help="auto, cpu or gpu.", panel=SPEED),
+    devices: int = _option(1, help="GPUs per machine.", panel=SPEED),
+    num_nodes: int = _option(1, help="Machines.", panel=SPEED),
+    requeue: bool = _option(False, "--requeue", help="Under SLURM: put the job back into the queue.", panel=SPEED),
+) -> None:
+    """Learn one volume per particle (CryoHype): which molecules or states are in the set, and what each looks like.
+
+    Needs images with known poses and CTF. Good at sets of many different molecules. Writes latents (z.N.pkl),
+    weights and poses; look at them with analyze.
+
+        cryosuite train-hype work/ -o run/
+
+        cryosuite train-hype particles.mrcs --poses poses.pkl --ctf ctf.pkl -o run/ -n 50
+
+        cryosuite train-hype work/ -o run/ --resume
+    """
+    values = dict(context.params)
+    typed = {
+        name for name in values
+        if context.get_parameter_source(name) not in (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP, None)
+    }  # fmt: skip
+    raise typer.Exit(_train(values, typed))
+
+
+def _train(values: dict[str, Any], typed: set[str]) -> int:
+    """Open, train, write, print; returns the exit code."""
+    from cryosuite.data.workdir import RunDir
+    from cryosuite.methods.hype import Hype
+    from cryosuite.methods.hype_options import HypeOptions
+    from cryosuite.methods.hype_run import epoch_writer, open_for
+    from cryosuite.training.launch import process_rank
+    from cryosuite.training.loop import fit
+    from cryosuite.training.runs import make_config, particles_path, start_run, train_options
+
+    run = RunDir(values["outdir"])
+    tune_process()
+    options, training, name = _options(values, typed)
+    how = {key: values[key] for key in WAYS_IN} | {"sign": -1 if values["invert_data"] else None}
+    config = make_config("hype", values["particles"], run, options, training, preset=name, **how)
+    particles = None
+    if not values["resume"]:
+        particles = open_for(values["particles"], config)
+        Hype(options).check(particles)  # before the folder is touched
+    config = start_run(run, config, resume=values["resume"], overwrite=values["overwrite"])
+    if particles is None:
+        particles = open_for(particles_path(config, run), config)
+    method = Hype(HypeOptions.from_dict(config["options"]))
+    again = {to: values[key] for key, to in TRAIN.items() if key in typed} if values["resume"] else {}
+    result = fit(
+        method, particles, run, train_options(config, **again),
+        resume=values["resume"], on_epoch=epoch_writer(method, particles, run),
+    )  # fmt: skip
+    if process_rank() == 0:
+        _report(run, result)
+    return result.exit_code
+
+
+def _options(values: dict[str, Any], typed: set[str]) -> tuple[Any, Any, str]:
+    """(options of the method, of the training, name of the preset)."""
+    import torch
+
+    from cryosuite.errors import notice
+    from cryosuite.methods.hype_options import preset
+    from cryosuite.training.launch import resolve_accelerator
+    from cryosuite.training.options import TrainOptions
+
+    gpu = resolve_accelerator(values["accelerator"]) == "cuda"
+    changes = {RENAMED.get(name, name): values[name] for name in METHOD}
+    name, chosen = preset(values["preset"], gpu, **changes)
+    if values["preset"] == "auto":
+        reason = "a GPU is here" if gpu else "no GPU is used"
+        notice(f"--preset {name} was chosen because {reason}; --preset small, default or paper decides otherwise")
+    given = {to: values[key] for key, to in TRAIN.items() if values[key] is not None}
+    if values["precision"] == "auto":
+        given["precision"] = chosen.training.get("precision", "auto")
+        if not gpu and "precision" not in chosen.training and fast_bf16(torch):
+            given["precision"] = "bf16"
+    merged = chosen.training | given
+    merged.setdefault("save_every", max(1, merged["epochs"] // 4))
+    return chosen.options, TrainOptions(**merged), name
+
+
+def fast_bf16(torch: Any) -> bool:
+    """Whether this processor multiplies bfloat16 natively (AVX512-BF16 or AMX): about five times float32's rate."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
+
+
+def tune_process() -> None:
+    """Settings of this process that make training on a CPU faster and change no number that matters.
+
+    Denormal numbers count as zero, and the C library keeps freed memory instead of handing every tensor's pages back
+    to the system and asking for them again.
+    """
+    import ctypes
+    import sys
+
+    import torch
+
+    torch.set_flush_denormal(True)
+    if sys.platform != "linux":
+        return
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    for parameter, value in ((-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 64 << 20)):  # mmap, trim, top pad
+        mallopt(parameter, value)
+
+
+def _report(run: Any, result: Any) -> None:
+    """Where things lie and what to do next."""
+    from cryosuite.console import say, table
+
+    epochs = run.epochs()
+    if epochs:
+        n = epochs[-1]
+        rows = [
+            ["latents, one row per particle", run.z(n)],
+            ["weights of the networks", run.weights(n)],
+            ["poses used", run.poses(n)],
+            ["learning curve", run.metrics],
+            ["options", run.config],
+        ]
+        table(f"{result.epochs_done} epochs done; the last ones kept are of epoch {n}", ["what", "where"], rows)
+    if result.stopped:
+        say(f"stopped by {result.stopped}; go on with: cryosuite train-hype {run.path} ... --resume")
+    if epochs:
+        say(f"next: cryosuite analyze {run.path}")

@@ -1,0 +1,223 @@
+"""CryoHype (arXiv 2512.06332): a transformer reads a particle and writes the weights of that particle's own volume.
+
+Poses and CTF are known. What differs from the paper by default: complex field on the half disc, whitened loss, learnt
+positions, frequency marching, averaged tokens for volumes; ``--preset paper`` goes back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cryosuite.data.loader import Batch, BatchLoader
+from cryosuite.data.particles import ParticleSet
+from cryosuite.errors import InputError, notice
+from cryosuite.kernels import ctf as ctf_kernel
+from cryosuite.kernels import fourier
+from cryosuite.methods.hype_latent import LatentSpace, TokensFromImages, build_bank, principal_axes, subset_rows
+from cryosuite.methods.hype_model import HypeModel, Spectra
+from cryosuite.methods.hype_options import HypeOptions
+from cryosuite.training.inference import encode_all
+from cryosuite.training.method import Step
+from cryosuite.training.schedule import march
+
+SPECTRUM_IMAGES = 2000
+FULL_SET_AFTER = 0.85  # of the training: no coefficient sampling any more
+
+
+class Hype:
+    """The method: see training/method.py for its verbs.
+
+    ``space`` holds the principal axes and the token bank once ``embed`` has run (or a run was loaded); until then
+    ``encode`` gives the pooled tokens themselves. ``tokens_at`` may be set to something better than the bank.
+    """
+
+    name = "hype"
+
+    def __init__(self, options: HypeOptions | None = None) -> None:
+        self.options = options or HypeOptions()
+        self.space: LatentSpace | None = None
+        self.tokens_at: TokensFromImages | None = None
+
+    def check(self, particles: ParticleSet) -> None:
+        """Raises InputError where poses are missing or the box does not fit the patches."""
+        if particles.rotation is None:
+            raise InputError(f"{particles.path}: train-hype needs poses; none are given (--poses poses.pkl)")
+        box_size, rmax, patch = particles.box_size, self.options.encoder_rmax, self.options.patch
+        size = 2 * min(rmax or box_size // 2, box_size // 2)
+        if patch and size % patch:
+            raise InputError(
+                f"--patch {patch}: must divide the encoder's image of {size} pixels "
+                f"(box {box_size}, --encoder-rmax {rmax})"
+            )
+
+    # the verbs of a method -------------------------------------------------------------------------------------------
+
+    def build(self, particles: ParticleSet) -> HypeModel:
+        """The model; raises InputError as ``check`` does."""
+        self.check(particles)
+        return HypeModel(particles.box_size, self.options, measure_spectra(particles, self.options.window))
+
+    def loss(self, model: HypeModel, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """Whitened squared error per coefficient of the half disc: 1 for pure noise."""
+        target, image = model.prepare(batch)
+        condition = model.condition(model.tokens(image, batch))
+        device = batch.images.device
+        disc = fourier.half_disc(model.box_size, device=device)
+        half = model.box_size / 2
+        count = disc.count(march(step.fraction, self.options.march_from * half, half, self.options.march_over))
+        chosen, weight = self._choose(model, disc, count, step)
+        with torch.autocast(device.type, enabled=False):
+            q = slice_frequencies(disc.frequency[chosen], batch.rotation)
+        values = model.values(q, disc.radius[chosen], condition)
+        with torch.autocast(device.type, enabled=False):
+            difference = torch.view_as_real(target.values[:, chosen]) - target.ctf[:, chosen, None] * values
+            error = difference.square().sum(-1)
+            return {"loss": (error.mean() if weight is None else (error * weight).sum(1).mean() / count)}
+
+    def encode(self, model: HypeModel, batch: Batch) -> Tensor:
+        """Latents (b, 64); pooled tokens before the principal axes are known; all tokens with ``--latent tokens``."""
+        _, image = model.prepare(batch)
+        tokens = model.tokens(image, batch)
+        if self.options.latent == "tokens":
+            return tokens.float().flatten(1)
+        pooled = model.pool(tokens)
+        return pooled if self.space is None else self.space.project(pooled)
+
+    def decode(self, model: HypeModel, z: Tensor) -> Tensor:
+        """Volumes (k, D, D, D) float32 at latents z (k, zdim), in the grey values of the images."""
+        return model.volumes(self.tokens(model, z))
+
+    # latents and tokens ----------------------------------------------------------------------------------------------
+
+    def tokens(self, model: HypeModel, z: Tensor) -> Tensor:  # (k, zdim) -> (k, t, dim)
+        """Weight tokens at latents."""
+        if self.options.latent == "tokens":
+            return z.view(len(z), sum(model.layer_tokens), -1)
+        if self.tokens_at is not None:
+            return self.tokens_at(z)
+        if self.space is None or len(self.space.bank_z) == 0:
+            raise InputError("no latent space yet: volumes can be made once the particles have been encoded")
+        return self.space.tokens_at(z)
+
+    def embed(self, model: HypeModel, particles: ParticleSet, progress: bool = True, bank: bool = True) -> np.ndarray:
+        """Encode all particles, find the principal axes and fill the bank; the latents (N, zdim) of all of them."""
+        how = {"precision": "32" if next(model.parameters()).device.type == "cpu" else "auto", "progress": progress}
+        self.space, self.tokens_at = None, None
+        if self.options.latent == "tokens":
+            return encode_all(self, model, particles, **how).astype(np.float16)
+        rows = subset_rows(particles)
+        whole = len(rows) == len(particles)
+        pooled = encode_all(self, model, particles if whole else particles.subset(rows), **how)
+        self.space = principal_axes(pooled)
+        z = self.space.project(torch.from_numpy(pooled)).numpy() if whole else encode_all(self, model, particles, **how)
+        if bank:
+            build_bank(self.space, z, self.reader(model, particles), self.options.bank, self.options.knn)
+        return z
+
+    def reader(self, model: HypeModel, particles: ParticleSet):
+        """A function rows -> iterator of (rows, tokens), for hype_latent."""
+
+        def read(rows: np.ndarray) -> Iterator[tuple[np.ndarray, Tensor]]:
+            device = next(model.parameters()).device
+            loader = BatchLoader(particles.subset(rows), 256, shuffle=False, device=device)
+            for batch in loader.epoch(0):
+                with torch.inference_mode():
+                    tokens = model.tokens(model.prepare(batch)[1], batch)
+                yield rows[batch.index.cpu().numpy()], tokens
+
+        return read
+
+    def use_images(self, model: HypeModel, particles: ParticleSet, z: np.ndarray) -> None:
+        """From now on decode from the images of the particles nearest to z instead of from the bank."""
+        o = self.options
+        self.tokens_at = TokensFromImages(z, self.reader(model, particles), o.volume_from, o.knn)
+
+    # parts -----------------------------------------------------------------------------------------------------------
+
+    def _choose(self, model: HypeModel, disc: fourier.HalfDisc, count: int, step: Step):
+        """Which of the first ``count`` coefficients to use and their weights: all, or a sample that follows the SNR."""
+        if not self.options.sample_coefficients or step.fraction >= FULL_SET_AFTER:
+            return slice(0, count), None
+        snr = (model.envelope.square() / model.noise_amplitude.square().mean(0))[disc.shell[:count]]
+        always = disc.radius[:count] <= self.options.sample_radius * model.box_size / 2
+        chance = inclusion(snr, always, max(1, round(self.options.sample_fraction * count)))
+        chosen = systematic_sample(chance)
+        return chosen, 1 / chance[chosen]
+
+
+def slice_frequencies(frequency: Tensor, rotation: Tensor) -> Tensor:  # (P, 2), (b, 3, 3) -> (b, P, 3)
+    """Where the points of a central slice lie in the volume's transform: (kx, ky, 0) @ R, cycles per pixel."""
+    return frequency @ rotation[:, :2]
+
+
+def inclusion(snr: Tensor, always: Tensor, count: int) -> Tensor:  # (n,), (n,) -> (n,)
+    """Chances in (0, 1] that sum to ``count``: 1 where ``always``, else as far as possible in proportion to the SNR.
+
+    No chance is below a tenth of the even one, which bounds the weights 1 / chance.
+    """
+    n = len(snr)
+    count = min(n, max(count, int(always.sum()) + 1))
+    floor = 0.1 * count / n
+    chance = torch.where(always, torch.ones_like(snr), snr.clamp_min(1e-12))
+    fixed = always.clone()
+    for _ in range(20):  # chances that reach 1 leave the budget for the others
+        budget = count - fixed.sum()
+        free = torch.where(fixed, torch.zeros_like(snr), snr.clamp_min(1e-12))
+        scaled = (free * budget / free.sum().clamp_min(1e-30)).clamp_min(floor)
+        chance = torch.where(fixed, torch.ones_like(snr), scaled.clamp(max=1))
+        fixed = fixed | (scaled >= 1)
+    return chance
+
+
+def systematic_sample(chance: Tensor) -> Tensor:  # (n,) -> (m,) sorted indices
+    """Systematic sampling: index i with probability chance_i, and m = round(sum of chances) or one off."""
+    start = torch.rand((), device=chance.device)
+    edges = torch.floor(torch.cumsum(chance, 0) + start)
+    before = torch.cat([torch.zeros_like(edges[:1]), edges[:-1]])
+    return torch.nonzero(edges > before).squeeze(1)
+
+
+@torch.no_grad()
+def measure_spectra(particles: ParticleSet, window: bool) -> Spectra:
+    """Noise (the set's own, else estimated outside the particles) and signal per shell, from up to 2,000 images."""
+    rows = np.sort(np.random.default_rng(0).choice(len(particles), min(len(particles), SPECTRUM_IMAGES), replace=False))
+    D = particles.box_size
+    disc = fourier.half_disc(D)
+    mask = fourier.window_mask(D) if window else torch.ones(D, D)
+    kept = float(mask.square().mean())
+    noise = torch.from_numpy(np.asarray(noise_spectrum(particles, rows), np.float32)) * kept
+    power, ctf2, points = (torch.zeros(D // 2 + 1, dtype=torch.float64) for _ in range(3))
+    expected = torch.zeros(D // 2 + 1, dtype=torch.float64)
+    for part in np.array_split(rows, math.ceil(len(rows) / 256)):
+        coeffs = fourier.to_half_disc(torch.from_numpy(particles.read(part)) * mask, disc)
+        params = particles.ctf_params(part)
+        transfer = torch.ones_like(coeffs.real) if params is None else ctf_kernel.ctf(disc.frequency, params)
+        groups = torch.from_numpy(particles.optics_group[part].astype(np.int64))
+        power.index_add_(0, disc.shell, coeffs.abs().square().sum(0).double())
+        ctf2.index_add_(0, disc.shell, transfer.square().sum(0).double())
+        points.index_add_(0, disc.shell, torch.full((len(disc),), float(len(part)), dtype=torch.float64))
+        expected += noise[groups].sum(0).double()
+    points, ctf2 = points.clamp_min(1), ctf2.clamp_min(1e-6)
+    expected /= len(rows)
+    # what is left above the noise; a shell without visible signal keeps a small share, or nothing could grow there
+    signal = torch.maximum(power / points - expected, 0.003 * expected) / (ctf2 / points)
+    signal[0] = signal[1]
+    return Spectra(noise.clamp_min(1e-12), signal.float())
+
+
+def noise_spectrum(particles: ParticleSet, rows: np.ndarray) -> np.ndarray:
+    """E|n|^2 per optics group and shell (G, D//2 + 1): the set's, else estimated outside the particles of some rows."""
+    if particles.noise is not None:
+        return particles.noise
+    from cryosuite.data.noise import NoiseEstimator
+
+    notice("the particles have no noise spectrum: estimated from the corners of the images (preprocess does it better)")
+    estimator = NoiseEstimator(particles.box_size, particles.n_groups)
+    for part in np.array_split(rows, math.ceil(len(rows) / 256)):
+        estimator.add(particles.read(part), particles.optics_group[part])
+    return estimator.spectrum()

@@ -1,0 +1,169 @@
+"""The CryoHype model: particle image -> weight tokens -> the Fourier field of that particle's volume."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cryosuite.data.loader import Batch
+from cryosuite.kernels import ctf as ctf_kernel
+from cryosuite.kernels import fourier
+from cryosuite.methods.hype_input import EncoderInput
+from cryosuite.methods.hype_options import HypeOptions
+from cryosuite.nets.hypernet import build_hypernet, layer_shapes
+from cryosuite.nets.inr import ConcatField, FourierFeatures, HyperField, TriplaneFeatures
+from cryosuite.nets.vit import WeightTokenTransformer, best_patch
+
+VOLUME_CHUNK = 1 << 25  # values of one activation when a volume is evaluated
+
+
+@dataclass
+class Target:
+    """What the field is compared with, on the half disc: data and CTF, both divided by the noise amplitude."""
+
+    values: Tensor  # (b, P) complex
+    ctf: Tensor  # (b, P)
+
+
+@dataclass
+class Spectra:
+    """Radial statistics of a data set at integer shells 0 .. D/2, for unnormalised centred transforms.
+
+    noise: (G, D//2 + 1) E|n|^2 per optics group. signal: (D//2 + 1) E|F|^2 of the particles' slices (CTF divided out).
+    """
+
+    noise: Tensor
+    signal: Tensor
+
+
+class HypeModel(nn.Module):
+    """Encoder, hypernetwork and field with the data's radial statistics as buffers.
+
+    Args:
+        box_size: D of the particles.
+        options: of the method.
+        spectra: noise and signal per shell.
+    """
+
+    def __init__(self, box_size: int, options: HypeOptions, spectra: Spectra) -> None:
+        super().__init__()
+        self.box_size, self.options = box_size, options
+        o = options
+        if o.inr == "triplane":
+            features: nn.Module = TriplaneFeatures(box_size)
+        else:
+            features = FourierFeatures(o.n_frequencies, o.feat_sigma * box_size)
+        outputs = 2 if o.field == "complex" else 1
+        shapes = layer_shapes(features.size, o.inr_width, o.inr_layers, o.groups, outputs)
+        n_tokens = sum(shape.groups for shape in shapes)
+        if o.conditioning == "concat":
+            self.hyper, self.latent_norm = None, nn.LayerNorm(o.dim)
+            self.field = ConcatField(features, o.dim, o.inr_width, o.inr_layers, o.field, o.low_memory)
+        else:
+            self.hyper = build_hypernet(o.hyper, shapes, o.dim)
+            self.field = HyperField(features, o.field, o.low_memory)
+        self.layer_tokens = [shape.groups for shape in shapes]
+        self.input = EncoderInput(box_size, o, spectra)
+        size = self.input.size
+        self.encoder = WeightTokenTransformer(
+            size, o.patch or best_patch(size), n_tokens, o.dim, o.depth, o.heads, o.pos_embed, 3 * o.pose_context
+        )
+        whitened = o.loss == "whitened"
+        mean_noise = spectra.noise[:, 1:].mean(1, keepdim=True) if not whitened else spectra.noise
+        total = (spectra.signal + spectra.noise.mean(0))[1:].mean().expand_as(spectra.signal)
+        self.register_buffer("noise_amplitude", mean_noise.expand_as(spectra.noise).sqrt().clone())
+        self.register_buffer("envelope", (spectra.signal if whitened else total).sqrt().clone())
+
+    # data ------------------------------------------------------------------------------------------------------------
+
+    def prepare(self, batch: Batch) -> tuple[Target, Tensor]:
+        """The target on the half disc and the encoder's image (b, S, S), all in float32."""
+        with torch.autocast(batch.images.device.type, enabled=False):
+            disc = fourier.half_disc(self.box_size, device=batch.images.device)
+            images = batch.images
+            if self.options.window:
+                images = images * fourier.window_mask(self.box_size, device=images.device)
+            coeffs = fourier.to_half_disc(images, disc)
+            if batch.shift is not None:
+                coeffs = fourier.phase_shift(coeffs, disc, batch.shift)
+            transfer = torch.ones_like(coeffs.real)
+            if batch.ctf is not None:
+                transfer = ctf_kernel.ctf(disc.frequency, batch.ctf)
+                odd = ctf_kernel.odd_phase(disc.frequency, batch.ctf)
+                coeffs = coeffs if odd is None else coeffs * odd
+            white = self.noise_amplitude[batch.group].reciprocal()[:, disc.shell]  # (b, P)
+            target = Target(coeffs * white, transfer * white)
+            return target, self.input(target, disc, batch)
+
+    # network ---------------------------------------------------------------------------------------------------------
+
+    def tokens(self, image: Tensor, batch: Batch) -> Tensor:  # (b, S, S) -> (b, n_tokens, dim)
+        """Weight tokens of images made by ``prepare``."""
+        return self.encoder(image, batch.rotation[:, 2] if self.options.pose_context else None)
+
+    def condition(self, tokens: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights and biases of the field for tokens (b, n_tokens, dim)."""
+        if self.hyper is None:
+            return [self.latent_norm(tokens.mean(1))], []
+        return self.hyper(tokens), [base.bias for base in self.hyper.bases]
+
+    def values(self, q: Tensor, radius: Tensor, condition: tuple[list[Tensor], list[Tensor]]) -> Tensor:
+        """The volumes' transform at q: (b, P, 3) cycles/px, (P,) radius in Fourier px -> (b, P, 2) Re, Im, float32."""
+        return self.field(q, *condition) * self.amplitude(radius)[:, None]
+
+    def amplitude(self, radius: Tensor) -> Tensor:  # (P,) -> (P,)
+        """The data's radial amplitude, linear between shells."""
+        low = radius.floor().long().clamp(0, self.box_size // 2 - 1)
+        return torch.lerp(self.envelope[low], self.envelope[low + 1], (radius - low).clamp(0, 1))
+
+    def pool(self, tokens: Tensor) -> Tensor:  # (b, n_tokens, dim) -> (b, (layers + 1) * dim)
+        """Mean of the tokens of each layer, side by side, float32."""
+        parts = tokens.float().split(self.layer_tokens, dim=1)
+        return torch.cat([part.mean(1) for part in parts], dim=1)
+
+    # volumes ---------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def volumes(self, tokens: Tensor) -> Tensor:  # (k, n_tokens, dim) -> (k, D, D, D)
+        """Volumes of weight tokens, real space, float32, in the grey values of the images (a projection is their sum).
+
+        Half of the ball |k| <= D/2 is evaluated in chunks. The zero frequency is not seen by any image: the mean is set
+        so that the density outside the inscribed sphere averages to zero.
+        """
+        device, D = self.envelope.device, self.box_size
+        xyz = half_ball(D).to(device)
+        radius = xyz.float().square().sum(1).sqrt()
+        chunk = max(1024, VOLUME_CHUNK // self.options.inr_width)
+        result = []
+        for row in tokens.split(1):
+            condition = self.condition(row.to(device))
+            parts = [
+                self.values((xyz[i : i + chunk] / D)[None], radius[i : i + chunk], condition)[0]
+                for i in range(0, len(xyz), chunk)
+            ]
+            half = torch.view_as_complex(torch.cat(parts).float().contiguous())
+            grid = torch.zeros(D, D, D, dtype=half.dtype, device=device)
+            for sign, values in ((-1, half.conj()), (1, half)):
+                x, y, z = torch.remainder(sign * xyz + D // 2, D).unbind(1)
+                grid[z, y, x] = values
+            result.append(zero_background(fourier.ifft3c(grid).real))
+        return torch.stack(result)
+
+
+def half_ball(box_size: int) -> Tensor:
+    """Integer frequencies (n, 3) = (kx, ky, kz), 0 < |k| <= D/2, one of each Friedel pair."""
+    r = box_size // 2
+    axis = torch.arange(-r, r + 1)
+    z, y, x = torch.meshgrid(torch.arange(0, r + 1), axis, axis, indexing="ij")
+    keep = (x * x + y * y + z * z <= r * r) & ((z > 0) | (y > 0) | ((y == 0) & (x > 0)))
+    return torch.stack([x[keep], y[keep], z[keep]], dim=1)
+
+
+def zero_background(volume: Tensor) -> Tensor:  # (D, D, D) -> (D, D, D)
+    """Shift the grey values so that the corners of the box (outside the inscribed sphere) have mean zero."""
+    D = volume.shape[-1]
+    axis = (torch.arange(D, device=volume.device) - D // 2).float().square()
+    outside = (axis[:, None, None] + axis[None, :, None] + axis) > (D / 2) ** 2
+    return volume - volume[outside].mean()

@@ -1,0 +1,133 @@
+"""Options of CryoHype and the three sets of them: small (CPU), default (GPU), paper (as published)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from cryosuite.errors import InputError
+
+CHOICES = {
+    "field": ("complex", "hartley"),
+    "pos_embed": ("learned", "sincos", "none"),
+    "loss": ("whitened", "mse"),
+    "hyper": ("groups", "lowrank"),
+    "inr": ("mlp", "triplane"),
+    "conditioning": ("hyper", "concat"),
+    "volume_from": ("knn", "cluster", "image"),
+    "latent": ("pca64", "tokens"),
+    "encoder_input": ("hartley", "real"),
+    "encoder_scale": ("noise", "total", "wiener"),
+}
+POSITIVE = ("dim", "depth", "heads", "groups", "inr_width", "inr_layers", "n_frequencies", "knn", "bank")
+
+
+@dataclass(frozen=True)
+class HypeOptions:
+    """How CryoHype is built and trained; the defaults are those for a GPU (see ``preset``).
+
+    Lengths in Fourier pixels unless said otherwise; 0 switches an optional thing off.
+    """
+
+    dim: int = 768  # width of the transformer
+    depth: int = 6  # its blocks
+    heads: int = 12
+    patch: int = 0  # side of an image patch in pixels; 0: the encoder's image size / 8
+    pos_embed: str = "learned"
+    groups: int = 32  # weight tokens per hidden layer
+    hyper: str = "groups"
+    conditioning: str = "hyper"
+    inr: str = "mlp"
+    inr_width: int = 1024
+    inr_layers: int = 4  # hidden layers
+    n_frequencies: int = 192
+    feat_sigma: float = 0.5  # spread of the random frequencies, in box sizes
+    field: str = "complex"
+    loss: str = "whitened"
+    march_from: float = 0.25  # first r_max, in units of D/2
+    march_over: float = 0.4  # fraction of the training until r_max = D/2
+    sample_coefficients: bool = False
+    sample_fraction: float = 0.4  # of the coefficients, when sampling
+    sample_radius: float = 0.25  # everything below this radius (in units of D/2) is always used
+    encoder_input: str = "hartley"
+    encoder_scale: str = "noise"
+    encoder_rmax: int = 0
+    encoder_lowpass: float = 0.0
+    encoder_align: bool = False  # turn the encoder's image by the known in-plane angle
+    pose_context: bool = False  # tell the encoder the viewing direction
+    window: bool = True
+    low_memory: bool = False
+    latent: str = "pca64"
+    volume_from: str = "knn"
+    knn: int = 50
+    bank: int = 512
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)}: expected one of {', '.join(allowed)}"
+                )
+        for name in POSITIVE:
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected 1 or more")
+        for name in ("march_from", "sample_fraction"):
+            if not 0 < getattr(self, name) <= 1:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected above 0 and at most 1")
+        if self.dim % self.heads:
+            raise InputError(f"--heads {self.heads}: must divide the transformer's width (--dim {self.dim})")
+        if self.conditioning == "hyper" and self.hyper == "groups" and self.inr_width % self.groups:
+            raise InputError(f"--groups {self.groups}: must divide the network's width (--inr-width {self.inr_width})")
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> HypeOptions:
+        """From the mapping of a config.yaml; names that are not options are left out."""
+        known = {field.name for field in fields(HypeOptions)}
+        return HypeOptions(**{name: value for name, value in values.items() if name in known})
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Options of the method and what goes with them in training; ``None``: training's own default."""
+
+    options: HypeOptions
+    training: dict[str, Any]
+
+
+PRESETS = {
+    "small": Preset(
+        HypeOptions(
+            dim=128, depth=3, heads=4, groups=4, inr_width=128, inr_layers=3, n_frequencies=64, march_from=0.35
+        ),
+        {"lr": 1e-3, "epochs": 40, "batch_size": 64},
+    ),
+    "default": Preset(HypeOptions(), {"lr": 1e-4, "epochs": 50, "batch_size": 64}),
+    "paper": Preset(
+        HypeOptions(pos_embed="none", field="hartley", loss="mse", march_from=1.0, march_over=0.0, volume_from="image"),
+        {
+            "lr": 1e-4,
+            "epochs": 50,
+            "batch_size": 64,
+            "warmup": 0.1,
+            "lr_final": 0.0,
+            "grad_clip": 0.0,
+            "ema": 0.0,
+            "precision": "32",
+        },
+    ),
+}
+
+
+def preset(name: str, gpu: bool, **changes: Any) -> tuple[str, Preset]:
+    """The preset of a name ("auto": small without a GPU, default with one) with some options changed.
+
+    Values of ``changes`` that are None leave the preset's. Returns the name chosen and the preset.
+    Raises InputError for an unknown name or impossible options.
+    """
+    if name == "auto":
+        name = "default" if gpu else "small"
+    if name not in PRESETS:
+        raise InputError(f"--preset {name}: expected auto, {', '.join(PRESETS)}")
+    chosen = PRESETS[name]
+    given = {key: value for key, value in changes.items() if value is not None}
+    return name, Preset(replace(chosen.options, **given), dict(chosen.training))
