@@ -80,6 +80,8 @@ def atomic_path(path: str | os.PathLike, suffix: str | None = None, needed: int 
             os.fsync(written.fileno())
         os.replace(temporary, path)
     except OSError as error:
+        if error.errno not in _FULL and error.filename not in (None, str(temporary)):
+            raise  # about another file that was in use meanwhile
         raise write_error(path, error, needed) from error
     finally:
         with contextlib.suppress(OSError):

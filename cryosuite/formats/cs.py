@@ -234,20 +234,64 @@ def half_from_cs(array: np.ndarray, path: str | os.PathLike) -> np.ndarray | Non
     return split.astype(np.int8) if set(np.unique(split)) == {0.0, 1.0} else None
 
 
-def _alignment_rows(array: np.ndarray, path: str | os.PathLike) -> list[tuple[str, np.ndarray]]:
-    """Which alignment group each row takes its pose from: alignments3D, else the most probable class of ab initio."""
+def _alignment(array: np.ndarray, path: str | os.PathLike) -> tuple[str, np.ndarray, np.ndarray, np.ndarray | None]:
+    """(group name, rotation vectors (N, 3), shifts (N, 2) in alignment pixels, their pixel size (N,) A or None).
+
+    From alignments3D; else, of several classes, each particle takes the pose of its most probable one:
+    alignments3D_multi (one field for all classes, cryoSPARC 4.5 on) or alignments_class_0, _1, ... (before).
+    """
     names = array.dtype.names
-    if "alignments3D/pose" in names or "alignments3D/shift" in names:
-        return [("alignments3D", np.arange(len(array)))]
-    classes = sorted({m.group(1) for m in (re.match(r"(alignments_class_\d+)/pose$", n) for n in names) if m})
-    if not classes:
-        return [("alignments3D", np.arange(len(array)))]  # the missing field is named when it is asked for
-    if len(classes) == 1:
-        return [(classes[0], np.arange(len(array)))]
-    probability = np.stack([field(array, f"{name}/class_posterior", path) for name in classes])
-    best = probability.argmax(axis=0)
-    notice(f"{path}: {len(classes)} classes: each particle takes the pose of its most probable one")
-    return [(name, np.flatnonzero(best == k)) for k, name in enumerate(classes)]
+    if "alignments3D/pose" not in names and "alignments3D/shift" not in names:
+        if "alignments3D_multi/pose" in names:
+            return _most_probable(array, path)
+        classes = sorted({m.group(1) for m in (re.match(r"(alignments_class_\d+)/pose$", n) for n in names) if m})
+        if classes:
+            parts = [_one_alignment(array, path, name) for name in classes]
+            best = np.zeros(len(array), np.int64)
+            if len(classes) > 1:
+                probability = [field(array, f"{name}/class_posterior", path) for name in classes]
+                best = np.stack(probability).argmax(axis=0)
+                notice(f"{path}: {len(classes)} classes: each particle takes the pose of its most probable one")
+            rows = np.arange(len(array))
+            vector, shift = (np.stack([part[k] for part in parts])[best, rows] for k in (1, 2))
+            sizes = [part[3] for part in parts]
+            known = all(size is not None for size in sizes)
+            return classes[0], vector, shift, np.stack(sizes)[best, rows] if known else None
+    return _one_alignment(array, path, "alignments3D")
+
+
+def _one_alignment(
+    array: np.ndarray, path: str | os.PathLike, group: str
+) -> tuple[str, np.ndarray, np.ndarray, np.ndarray | None]:
+    """Pose, shift and pixel size of one alignment group."""
+    vector, shift = field(array, f"{group}/pose", path, 3), field(array, f"{group}/shift", path, 2)
+    psize = f"{group}/psize_A"
+    return group, vector, shift, field(array, psize, path) if psize in array.dtype.names else None
+
+
+def _most_probable(array: np.ndarray, path: str | os.PathLike) -> tuple[str, np.ndarray, np.ndarray, np.ndarray | None]:
+    """The same from alignments3D_multi, whose fields have one more dimension: the classes."""
+    group = "alignments3D_multi"
+    parts = {}
+    for name, width in (("class_posterior", ()), ("pose", (3,)), ("shift", (2,))):
+        if f"{group}/{name}" not in array.dtype.names:
+            raise InputError(f"{path}: has no field {group}/{name}: {_ADVICE['alignments3D']}")
+        parts[name] = array[f"{group}/{name}"]
+        if parts[name].ndim != 2 + len(width) or parts[name].shape[2:] != width or parts[name].dtype.kind != "f":
+            raise InputError(f"{path}: field {group}/{name} has shape {parts[name].shape}, expected (N, classes, ...)")
+    best, rows = parts["class_posterior"].argmax(axis=1), np.arange(len(array))
+    if max(part.shape[1] for part in parts.values()) != min(part.shape[1] for part in parts.values()):
+        raise InputError(f"{path}: the fields of {group} differ in their number of classes")
+    vector, shift = (parts[name][rows, best].astype(np.float64) for name in ("pose", "shift"))
+    require_finite(vector, path, f"{group}/pose")
+    require_finite(shift, path, f"{group}/shift")
+    psize = None
+    if f"{group}/psize_A" in array.dtype.names:
+        psize = np.asarray(array[f"{group}/psize_A"], np.float64)
+        psize = psize[rows, best] if psize.ndim == 2 else psize
+        require_finite(psize, path, f"{group}/psize_A")
+    notice(f"{path}: {parts['pose'].shape[1]} classes: each particle takes the pose of its most probable one")
+    return group, vector, shift, psize
 
 
 def poses_from_cs(
@@ -265,23 +309,15 @@ def poses_from_cs(
     """
     box = box_sizes_from_cs(array, path) if box_sizes is None else np.broadcast_to(box_sizes, len(array))
     pixel = pixel_sizes_from_cs(array, path) if pixel_sizes is None else np.broadcast_to(pixel_sizes, len(array))
-    vector, shift = np.zeros((len(array), 3)), np.zeros((len(array), 2))
-    for group, rows in _alignment_rows(array, path):
-        vector[rows] = field(array, f"{group}/pose", path, 3)[rows]
-        pixels = field(array, f"{group}/shift", path, 2)[rows]
-        if box is None:
-            raise InputError(f"{path}: has no field blob/shape: shifts need the box size; {_ADVICE['blob']}")
-        psize = f"{group}/psize_A"
-        if psize in array.dtype.names and pixel is not None:
-            scale = field(array, psize, path)[rows] / pixel[rows]
-        else:
-            if group == "alignments3D":
-                notice(
-                    f"{path}: has no field {psize if pixel is not None else 'blob/psize_A'}: shifts are taken as image "
-                    "pixels"
-                )
-            scale = np.ones(len(rows))
-        shift[rows] = pixels * (scale / box[rows])[:, None]
+    group, vector, shift, psize = _alignment(array, path)
+    if box is None:
+        raise InputError(f"{path}: has no field blob/shape: shifts need the box size; {_ADVICE['blob']}")
+    if psize is not None and pixel is not None:
+        shift = shift * (psize / pixel)[:, None]
+    else:
+        missing = "blob/psize_A" if pixel is None else f"{group}/psize_A"
+        notice(f"{path}: has no field {missing}: shifts are taken as pixels of the images")
+    shift = shift / box[:, None]
     check_shifts(shift, path)
     return vector, shift
 

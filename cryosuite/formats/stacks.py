@@ -24,6 +24,7 @@ from cryosuite.formats.checks import name_rows
 from cryosuite.formats.mrc_header import HEADER_BYTES, MrcHeader, read_header
 
 OPEN_FILES = 64  # descriptors kept for all stacks together, however many files a data set has
+_STATISTICS_BYTES = 1 << 24  # of float64 copies made for the header statistics at a time
 _MODE_OF = {np.dtype(np.float32): 2, np.dtype(np.float16): 12}
 
 
@@ -210,53 +211,62 @@ class StackWriter:
         self.written, self._sum, self._squares, self._low, self._high = 0, 0.0, 0.0, np.inf, -np.inf
 
     def __enter__(self) -> StackWriter:
-        self._context = atomic_path(self.path, needed=self.needed)
-        temporary = self._context.__enter__()
-        self._file = open(temporary, "wb")  # closed in __exit__
-        self._file.write(bytes(HEADER_BYTES))
+        with contextlib.ExitStack() as opened:
+            temporary = opened.enter_context(atomic_path(self.path, needed=self.needed))
+            self._file = opened.enter_context(open(temporary, "wb", buffering=0))
+            self._put(bytes(HEADER_BYTES))
+            self._opened = opened.pop_all()
         return self
 
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with contextlib.ExitStack() as opened:
+            opened.push(self._opened)
+            if error is not None:
+                raise error.with_traceback(trace)  # through the file and atomic_path, which leave nothing behind
+            if self.written != self.count:
+                raise InputError(f"{self.path}: {self.written} of {self.count} images were written: file not kept")
+            self._file.seek(0)
+            self._put(self._header())
+
+    def _put(self, data: bytes | memoryview) -> None:
+        """Write all bytes; a write to a nearly full disk may take only a part of them."""
+        left = memoryview(data).cast("B")
+        while len(left):
+            left = left[self._file.write(left) :]
+
     def write(self, images: np.ndarray) -> None:
-        """Append images (b, D, D) or one image (D, D)."""
+        """Append images (b, D, D) or one image (D, D).
+
+        Raises InputError for a wrong size, too many images, and values that are not finite in the type of the file.
+        """
         images = np.asarray(images)
         images = images[None] if images.ndim == 2 else images
         if images.shape[1:] != (self.box_size, self.box_size):
             raise InputError(f"{self.path}: expected images of {self.box_size} pixels, got shape {images.shape}")
         if self.written + len(images) > self.count:
             raise InputError(f"{self.path}: more images than the {self.count} announced")
+        step = max(1, _STATISTICS_BYTES // (8 * self.box_size**2))
+        for start in range(0, len(images), step):
+            self._write_part(images[start : start + step])
+
+    def _write_part(self, images: np.ndarray) -> None:
         with np.errstate(over="ignore"):
             stored = np.ascontiguousarray(images, self.dtype.newbyteorder("<"))
-        if len(stored):
-            wide = stored.astype(np.float64)
-            self._low, self._high = min(self._low, wide.min()), max(self._high, wide.max())
-            self._sum, self._squares = self._sum + wide.sum(), self._squares + np.square(wide).sum()
+        wide = stored.astype(np.float64)
+        low, high = wide.min(), wide.max()
+        if not np.isfinite(low) or not np.isfinite(high):
+            bad = np.flatnonzero(~np.isfinite(wide).all(axis=(1, 2))) + self.written
+            raise InputError(
+                f"{self.path}: {name_rows(bad, 'image')} (0-based) would hold NaN or infinity as {self.dtype}: leave such "
+                "images out, or write float32"
+            )
+        self._low, self._high = min(self._low, low), max(self._high, high)
+        self._sum, self._squares = self._sum + wide.sum(), self._squares + np.square(wide, out=wide).sum()
         try:
-            self._file.write(stored.data)
+            self._put(stored.data)
         except OSError as error:
             raise write_error(self.path, error, self.needed) from error
         self.written += len(images)
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
-            if kind is None and self.written != self.count:
-                error = InputError(f"{self.path}: {self.written} of {self.count} images were written: file not kept")
-                kind, trace = InputError, None
-            elif kind is None:
-                self._file.seek(0)
-                self._file.write(self._header())
-            self._file.close()
-        except OSError as failure:
-            error = write_error(self.path, failure, self.needed)
-            kind, trace = InputError, None
-        if kind is None:
-            self._context.__exit__(None, None, None)
-            return
-        with contextlib.suppress(OSError):
-            self._file.close()
-        with contextlib.suppress(kind):
-            self._context.__exit__(kind, error, trace)
-        if isinstance(error, InputError):
-            raise error
 
     def _header(self) -> bytes:
         header = np.zeros((), HEADER_DTYPE.newbyteorder("<"))

@@ -95,8 +95,8 @@ def read_star(path: str | os.PathLike) -> dict[str, pd.DataFrame]:
 
     A block of key and value lines becomes a table of one row with ``attrs["simple"]`` True; ``attrs["line"]`` is the
     line of the first row. Columns are numbers where all values are (columns whose name ends in Name stay text); column
-    names have no leading underscore. Tabs, CRLF, a byte-order mark, comments, quotes, blank lines inside a table (with a
-    notice) and a missing last newline are read. Raises InputError naming the line for rows with too few or too many
+    names have no leading underscore. Tabs, CRLF, a byte-order mark, comments, quotes, blank lines inside a table (with
+    a notice) and a missing last newline are read. Raises InputError naming the line for rows with too few or too many
     values, for a block or column that comes twice, and for files that are empty or no STAR files.
     """
     path = existing_file(path, "STAR file")
