@@ -184,7 +184,9 @@ def kmeans(z: np.ndarray, count: int, seed: int = 0) -> Clusters:
     if different < count:
         notice(f"{count} clusters were asked for, but there are {different} different latents: {different} clusters.")
         count = different
-    model = KMeans(n_clusters=count, random_state=seed, n_init=4, max_iter=100).fit(np.asarray(z, np.float32))
+    # more starts where they are cheap: one start often splits one group and merges two others
+    starts = int(np.clip(2e8 / (z.size * count), 3, 24))
+    model = KMeans(n_clusters=count, random_state=seed, n_init=starts, max_iter=100).fit(np.asarray(z, np.float32))
     labels, rows = _ordered(z, model.labels_.astype(np.int64), model.cluster_centers_)
     return Clusters(labels, np.asarray(z[rows], np.float32), rows)
 

@@ -1,6 +1,6 @@
 """Colours for clusters: one list for the plots, the previews and ChimeraX, readable with colour-blind eyes.
 
-The first eight are in the spirit of Okabe and Ito's set (Color Universal Design, 2008), a little softer so that
+The first seven are in the spirit of Okabe and Ito's set (Color Universal Design, 2008), a little softer so that
 shaded surfaces look well; further ones are chosen one by one as the candidate farthest from all earlier ones, the
 distance taken in OKLab (Ottosson, 2020) for normal, protanope and deuteranope eyes (Vienot, Brettel and Mollon, 1999).
 """
@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
-FIRST = ("#0072b2", "#e08214", "#2a9d77", "#c8553d", "#56b4e9", "#b565a7", "#d9b310", "#4d5b9e")
+FIRST = ("#0072b2", "#e08214", "#2a9d77", "#c8553d", "#56b4e9", "#b565a7", "#d9b310")
 GREY = "#9aa0a6"  # particles left out, and clusters without a colour of their own
 INK = "#24292f"
 OWN_COLOURS = 64  # beyond this the list repeats: no eye tells more apart

@@ -101,8 +101,8 @@ def draw_numbers(
             continue
         place = own[np.square(own - np.median(own, axis=0)).sum(axis=1).argmin()]
         apart = (axes.transData.transform(own) - axes.transData.transform(place)) * points_per_unit
-        radius = float(np.percentile(np.linalg.norm(apart, axis=1), 80))
-        shift = radius + 1.5 * size if radius < 2.2 * size else 0.0
+        near = float(np.percentile(np.linalg.norm(apart, axis=1), 40))
+        shift = near + 1.5 * size if near < 1.5 * size else 0.0
         box = {"boxstyle": "circle,pad=0.22", "fc": "white", "ec": colour, "lw": 1.4, "alpha": 0.92}
         axes.annotate(str(label), place, xytext=(0.6 * shift, 0.8 * shift), textcoords="offset points", fontsize=size,
                       ha="center", va="center", color=INK, weight="bold", bbox=box, zorder=5)  # fmt: skip
@@ -176,11 +176,23 @@ def traversal(path: Path, xy: np.ndarray, along: np.ndarray, names: Sequence[str
         draw_points(axes, xy, "#c3cad2")
         axes.plot(*along.T, color=INK, lw=1.0, alpha=0.6, zorder=3)
         axes.scatter(*along.T, c=path_colours(len(along)), s=70, edgecolors="white", linewidths=1.0, zorder=4)
-        for number, place in enumerate(along, start=first):
-            axes.annotate(str(number), place, xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8,
+        for text, place in _shared_places(along, first):
+            axes.annotate(text, place, xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8,
                           path_effects=[patheffects.withStroke(linewidth=2, foreground="white")], zorder=5)  # fmt: skip
         _bare(axes, names)
         axes.set_title(title)
+
+
+def _shared_places(along: np.ndarray, first: int) -> list[tuple[str, np.ndarray]]:
+    """Texts such as ``2-5`` and where to write them: consecutive points of a path at one place share a text."""
+    texts: list[tuple[str, np.ndarray]] = []
+    start = 0
+    for number in range(1, len(along) + 1):
+        if number == len(along) or not np.array_equal(along[number], along[start]):
+            one = number - 1 == start
+            texts.append((f"{start + first}" if one else f"{start + first}-{number - 1 + first}", along[start]))
+            start = number
+    return texts
 
 
 def learning_curve(path: Path, records: Sequence[Mapping[str, float]], epoch: int) -> bool:

@@ -304,9 +304,8 @@ def _walk(
     pictures = draw_volumes(files, folder, PREVIEW, progress)
     score = (along - result.pca.mean) @ result.pca.components[component]
     heads = [str(file.number) for file in files]
-    sheets.contact_sheet(
-        folder.plot("volumes"), pictures, colours, heads, [f"PC{component + 1} = {s:.3g}" for s in score]
-    )
+    texts, columns = [f"PC{component + 1} = {value:.3g}" for value in score], sheets.walk_columns(count)
+    sheets.contact_sheet(folder.plot("volumes"), pictures, colours, heads, texts, columns)
     title = f"along principal component {component + 1}"
     chimerax.series_script(folder.chimerax, files, title)
     chimerax.morph_script(folder.morph, files, title)

@@ -82,20 +82,32 @@ def percent(sizes: Sequence[int]) -> list[str]:
 
 
 def contact_sheet(
-    path: Path, pictures: Sequence[np.ndarray], colours: Sequence[str], heads: Sequence[str], texts: Sequence[str]
+    path: Path,
+    pictures: Sequence[np.ndarray],
+    colours: Sequence[str],
+    heads: Sequence[str],
+    texts: Sequence[str],
+    columns: int | None = None,
 ) -> None:
     """All volumes of a folder as one PNG, about 1600 px wide.
 
     Args:
         pictures: (h, h, 4) uint8 surfaces drawn at one zoom. colours: of the dots. heads, texts: lines under each.
+        columns: of the sheet; None: a sheet half as wide again as high.
     """
-    rows, columns, _ = grid_shape(len(pictures), 1.5, 1.0)
+    columns = columns or grid_shape(len(pictures), 1.5, 1.0)[1]
+    rows = -(-len(pictures) // columns)
     cell = min(10.6 / columns, 2.6)
     size = float(np.clip(4.4 * cell, 6.0, 11.0))
     width, height = columns * cell, rows * (cell + CAPTION * size) + 0.1
     with figure(path, width, height) as page:
         page.set_layout_engine("none")
         _cells(page, (0, 0, width, height), columns, cell, crop_together(pictures), colours, heads, texts, size)
+
+
+def walk_columns(count: int) -> int:
+    """Columns of a sheet that is read as a sequence: one row of up to 6, two rows of up to 8, else rows of 8."""
+    return count if count <= 6 else min(-(-count // 2), 8)
 
 
 def overview(

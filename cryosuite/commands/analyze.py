@@ -1,0 +1,119 @@
+"""``cryosuite analyze``: latents of a trained run to clusters, volumes, pictures and ChimeraX scripts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+GROUPS, VOLUMES, PLOTS = "Clusters and paths", "Volumes", "Where and how"
+
+
+def _option(default: Any, *names: str, help: str, panel: str, **more: Any) -> Any:
+    return typer.Option(default, *names, help=help, rich_help_panel=panel, show_default=default is not None, **more)
+
+
+def main(
+    run: Path = typer.Argument(..., help="Folder of a training run.", metavar="RUN"),
+    epoch_number: int = typer.Argument(
+        None, help="Epoch, as cryoDRGN takes it; the same as --epoch.", metavar="EPOCH"
+    ),
+    epoch: int = typer.Option(None, "--epoch", help="Epoch, counted from 1; -1 or nothing: the last whole one."),
+    outdir: Path = _option(None, "-o", "--outdir", help="Folder to write to; nothing: RUN/analyze.EPOCH.", panel=PLOTS),
+    ksample: int = _option(20, "--ksample", help="Clusters of k-means, one volume each.", panel=GROUPS),
+    gmm: int = _option(
+        None, "--gmm", help="Groups of the Gaussian mixture; nothing: as many as the data ask for.", panel=GROUPS
+    ),
+    pc: int = _option(2, "--pc", help="Principal components to walk along.", panel=GROUPS),
+    n_per_pc: int = _option(
+        10, "--n-per-pc", help="Volumes along each, from the 5th to the 95th percentile.", panel=GROUPS
+    ),
+    skip_umap: bool = _option(False, "--skip-umap", help="Leave out UMAP, the slowest plot.", panel=PLOTS),
+    skip_vol: bool = _option(False, "--skip-vol", help="Leave out the volumes.", panel=VOLUMES),
+    apix: float = _option(
+        None, "--Apix", help="Pixel size in Angstrom of the trained box; nothing: the run's.", panel=VOLUMES
+    ),
+    flip: bool = _option(False, "--flip", help="Mirror the volumes (the other hand).", panel=VOLUMES),
+    invert: bool = _option(False, "--invert", help="Multiply the volumes by -1.", panel=VOLUMES),
+    downsample: int = _option(
+        None, "-d", "--downsample", help="Crop the volumes to this box size in Fourier space.", panel=VOLUMES
+    ),
+    low_pass: float = _option(
+        None, "--low-pass", help="Filter the volumes to this resolution in Angstrom.", panel=VOLUMES
+    ),
+    vol_start_index: int = _option(
+        0, "--vol-start-index", help="Number of the first volume file; 1 as in cryoDRGN.", panel=VOLUMES
+    ),
+    mass_kda: float = _option(
+        None, "--mass-kda", help="Mass in kDa that the shown surface is to enclose.", panel=VOLUMES
+    ),
+    seed: int = _option(0, "--seed", help="Same seed, same result.", panel=PLOTS),
+) -> None:
+    """Look at a trained run: a map of its particles, their clusters, and a volume of each.
+
+    Writes RUN/analyze.EPOCH: PCA, UMAP and cluster plots, volumes (.mrc)
+    with pictures, particle lists per cluster, and view.cxc for ChimeraX in
+    the colours of the plots. Clusters, volumes and rows count from 0.
+
+        cryosuite analyze run/
+
+        cryosuite analyze run/ 20 --ksample 10 --flip
+
+        cryosuite analyze run/ --epoch 5 --skip-umap -o quick_look/
+    """
+    from cryosuite.errors import InputError
+
+    if epoch is not None and epoch_number is not None and epoch != epoch_number:
+        raise InputError(f"two epochs were given, {epoch_number} and --epoch {epoch}: give one.")
+    epoch = epoch if epoch is not None else epoch_number
+
+    from cryosuite.analysis.run import AnalyzeOptions, analyze
+    from cryosuite.analysis.volumes import VolumeOptions
+    from cryosuite.console import say
+    from cryosuite.data.workdir import AnalysisDir, RunDir
+    from cryosuite.methods import load_run
+    from cryosuite.training.logs import read_metrics
+
+    folder = RunDir(run)
+    volumes = VolumeOptions(apix, flip, invert, downsample, low_pass, vol_start_index, mass_kda)
+    options = AnalyzeOptions(
+        ksample=ksample, gmm=gmm, components=pc, per_component=n_per_pc,
+        skip_umap=skip_umap, skip_volumes=skip_vol, seed=seed, volumes=volumes,
+    )  # fmt: skip
+    loaded = load_run(run, epoch)
+    out = AnalysisDir(outdir) if outdir is not None else folder.analysis(loaded.epoch)
+    say(f"epoch {loaded.epoch}: {loaded.z.shape[0]:,} particles, {loaded.z.shape[1]} latent numbers each -> {out.path}")
+    result = analyze(
+        loaded.z, loaded.decode, out, loaded.pixel_size, loaded.box_size, options,
+        particles=loaded.particles, epoch=loaded.epoch, records=read_metrics(folder.metrics),
+    )  # fmt: skip
+    _report(result, folder)
+
+
+def _report(result: Any, run: Any) -> None:
+    """Where things lie and what to do next."""
+    from cryosuite.console import say, table
+
+    out = result.out
+    shown = "umap" if result.umap is not None else "z_pca" if len(result.pca.ratio) > 1 else "z"
+    rows: list[list[object]] = [["map of the particles", out.plot(shown)]]
+    if result.files:
+        rows += [
+            ["UMAP and volumes in one picture", out.plot("overview")],
+            [f"{len(result.files)} cluster volumes", result.folder.path],
+            ["all of them on one sheet", result.folder.plot("volumes")],
+            ["for ChimeraX", out.chimerax],
+        ]
+        rows += [[f"walk along principal component {i}", walk.chimerax] for i, walk in enumerate(result.walks, start=1)]
+    rows += [
+        ["cluster of each particle, from 0", out.labels],
+        ["particles of each cluster", out.cluster_indices(0).parent],
+    ]
+    if result.mixture is not None:
+        rows.append([f"Gaussian mixture: {result.mixture.count} groups", out.gmm(result.mixture.count).path])
+    table(f"{len(result.colours)} clusters of {len(result.rows):,} particles", ["what", "where"], rows)
+    if result.files:
+        say(f"look:  chimerax {out.chimerax}")
+    largest = int(result.clusters.sizes.argmax())
+    say(f"next:  cryosuite export {run.path} --labels {out.labels} --cluster {largest} -o cluster{largest}.star")
