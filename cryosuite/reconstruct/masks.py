@@ -81,6 +81,23 @@ def auto_mask(
     return soft_mask(inside, dilate, soft)
 
 
+def half_map_mask(volume: torch.Tensor, fsc: torch.Tensor | None) -> torch.Tensor:
+    """The mask for the FSC of half maps, from their joint map (D, D, D).
+
+    The map is blurred to the shell where the unmasked half-map FSC falls below 0.5, so that what is left is signal,
+    and then masked as `auto_mask` does. Falls back to the soft sphere when nothing stands out.
+    """
+    size = volume.shape[-1]
+    blur = 1.0
+    if fsc is not None:
+        below = torch.nonzero(fsc < 0.5).flatten()
+        shell = max(int(below[0]), 2) if len(below) else size // 2
+        blur = max(blur, size / (2 * math.pi * shell))
+    sphere = soft_sphere(size)
+    mask = auto_mask(volume * sphere, blur) * sphere
+    return mask if float(mask.mean()) > 1e-3 else sphere
+
+
 def union_mask(volumes: torch.Tensor, dilate: float = 2.0, soft: float = 3.0) -> torch.Tensor:
     """One mask around all of K noise-free maps (K, D, D, D): > 0.1 of the 99.9th percentile of each, dilated, soft.
 
