@@ -51,8 +51,10 @@ class TriplaneFeatures(nn.Module):
 
 
 def half_space(q: Tensor) -> Tensor:  # (..., 3) -> (...,)
-    """+1 where q_z >= 0, else -1: the network is evaluated at sign * q and Im is multiplied by sign."""
-    return torch.where(q[..., 2] >= 0, 1.0, -1.0).to(q.dtype)
+    """+1 where q_z > 0, else -1 (ties: q_y, then q_x): the network sees sign * q, and Im is multiplied by sign."""
+    x, y, z = q.unbind(-1)
+    positive = (z > 0) | ((z == 0) & ((y > 0) | ((y == 0) & (x >= 0))))
+    return positive.to(q.dtype) * 2 - 1
 
 
 class _Layer(torch.autograd.Function):

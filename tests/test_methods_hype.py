@@ -1,0 +1,363 @@
+"""CryoHype: published sizes, what the encoder and the loss see, volumes, latents, sampling, resume."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hype_toy import blob_particles, blobs
+
+from cryosuite.data.loader import BatchLoader
+from cryosuite.data.workdir import RunDir
+from cryosuite.errors import InputError
+from cryosuite.kernels import fourier
+from cryosuite.kernels.shells import fsc
+from cryosuite.methods.hype import Hype, inclusion, measure_spectra, slice_frequencies, systematic_sample
+from cryosuite.methods.hype_input import turn
+from cryosuite.methods.hype_latent import build_bank, mean_tokens, nearest_rows, principal_axes
+from cryosuite.methods.hype_model import HypeModel, Spectra, half_ball
+from cryosuite.methods.hype_options import PRESETS, HypeOptions, preset
+from cryosuite.training.loop import fit
+from cryosuite.training.method import Step
+from cryosuite.training.options import TrainOptions
+
+TINY = HypeOptions(
+    dim=32, depth=1, heads=2, patch=4, groups=2, inr_width=32, inr_layers=2, n_frequencies=16, march_from=0.5, knn=5, bank=8
+)  # fmt: skip
+
+
+def flat(box_size: int, groups: int = 1) -> Spectra:
+    return Spectra(torch.ones(groups, box_size // 2 + 1), torch.ones(box_size // 2 + 1))
+
+
+def first_batch(particles, size: int = 64):
+    return next(iter(BatchLoader(particles, size, shuffle=False, prefetch=0).epoch(0)))
+
+
+@pytest.fixture(scope="module")
+def tiny_set():
+    return blob_particles([blobs(16, 0), blobs(16, 1)], 48, noise=0.3)
+
+
+# sizes and presets ---------------------------------------------------------------------------------------------------
+
+
+def test_paper_preset_has_the_published_number_of_parameters():
+    options = preset("paper", gpu=False)[1].options
+    with torch.device("meta"):
+        model = HypeModel(128, options, flat(128))
+    assert sum(p.numel() for p in model.parameters()) == 49_806_721
+    assert sum(p.numel() for p in model.hyper.heads.parameters()) == 3_452_800
+    assert sum(p.numel() for p in model.hyper.bases.parameters()) == 3_544_065
+    with torch.device("meta"):
+        deeper = HypeModel(128, replace(options, depth=8), flat(128))
+    assert sum(p.numel() for p in deeper.parameters()) == 63_977_857
+
+
+def test_auto_takes_the_small_preset_without_a_gpu():
+    assert preset("auto", gpu=False)[0] == "small"
+    assert preset("auto", gpu=True)[0] == "default"
+    assert preset("small", gpu=False, groups=8)[1].options == replace(PRESETS["small"].options, groups=8)
+    with pytest.raises(InputError, match="--preset huge: expected auto, small"):
+        preset("huge", gpu=False)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [({"loss": "l1"}, "--loss l1: expected one of whitened, mse"), ({"heads": 5}, "--heads 5"), ({"knn": 0}, "--knn 0"),
+     ({"groups": 5}, "--groups 5"), ({"march_from": 0.0}, "--march-from 0.0")],
+)  # fmt: skip
+def test_impossible_options_are_refused(change, message):
+    with pytest.raises(InputError, match=message):
+        replace(TINY, **change)
+
+
+def test_missing_poses_and_patches_that_do_not_fit_are_refused(tiny_set):
+    particles = tiny_set[0]
+    with pytest.raises(InputError, match="--patch 5: must divide"):
+        Hype(replace(TINY, patch=5)).check(particles)
+    with pytest.raises(InputError, match="needs poses"):
+        Hype(TINY).check(replace(particles, rotation=None))
+
+
+# what goes in --------------------------------------------------------------------------------------------------------
+
+
+def test_window_of_the_particles_is_the_published_one(golden):
+    values = np.load(golden / "hartley" / "hartley.npz")
+    window = fourier.window_mask(values["image"].shape[-1])
+    assert np.allclose(window, values["window_mask_085_099"], atol=1e-5)
+
+
+def test_shifted_particles_look_like_centred_ones():
+    volume = [blobs(16, 0)]
+    centred, _ = blob_particles(volume, 8, shift=0.0)
+    shifted, _ = blob_particles(volume, 8, shift=0.08)
+    model = Hype(replace(TINY, window=False)).build(centred)
+    a, b = (model.prepare(first_batch(p))[0].values for p in (centred, shifted))
+    inside = fourier.half_disc(16).radius < 7.5  # the Nyquist coefficients of a sub-pixel shift are not unique
+    # the two sets are each scaled to unit variance: compare up to that scale
+    scale = (b[:, inside].abs().sum() / a[:, inside].abs().sum()).item()
+    assert torch.allclose(a[:, inside] * scale, b[:, inside], atol=2e-3 * b.abs().max().item())
+
+
+def test_encoder_sees_the_phase_flipped_particle(tiny_set):
+    """Flipping the sign of the CTF and of the data together changes nothing that the encoder sees."""
+    particles = tiny_set[0]
+    model = Hype(TINY).build(particles)
+    batch = first_batch(particles)
+    target, image = model.prepare(batch)
+    disc = fourier.half_disc(16)
+    for scale in ("noise", "total", "wiener"):
+        model.input.options = replace(TINY, encoder_scale=scale)
+        seen = model.input(target, disc, batch)
+        target.values.neg_()
+        target.ctf.neg_()
+        assert torch.allclose(model.input(target, disc, batch), seen, atol=1e-5)
+    assert image.shape == (48, 16, 16)
+
+
+def test_noise_is_whitened():
+    """Pure noise, coloured: values of unit variance in every shell, loss of a silent field 1, encoder image of order 1."""
+    rng = np.random.default_rng(0)
+    images = fourier.fourier_crop(torch.from_numpy(rng.normal(size=(400, 32, 32)).astype(np.float32)), 16)
+    particles, _ = blob_particles([blobs(16, 0)], 400)
+    disc = fourier.half_disc(16)
+    colour = 1 + disc.radius / 4
+    coloured = fourier.from_half_disc(fourier.to_half_disc(images, disc) * colour, disc)
+    power = fourier.to_half_disc(images, disc).abs().square().mean()
+    noise = (power * (1 + np.arange(9) / 4) ** 2)[None].numpy().astype(np.float32)
+    from cryosuite.data.images import ArrayImages
+
+    particles = replace(particles, images=ArrayImages(coloured.numpy()), noise=noise)
+    model = Hype(replace(TINY, window=False)).build(particles)
+    target, image = model.prepare(first_batch(particles, 400))
+    assert target.values.abs().square().mean() == pytest.approx(1, abs=0.08)
+    assert image.std() == pytest.approx(1, abs=0.15)
+    assert 0.0 < model.envelope.max() < model.noise_amplitude.max()
+
+
+def test_in_plane_angle_is_taken_out():
+    """Images of one view at different in-plane angles look alike after the turn."""
+    from cryosuite.kernels import rotations
+
+    euler = torch.tensor([[40.0, 65.0, psi] for psi in (0.0, 50.0, 170.0, -100.0)])
+    rotation = rotations.euler_to_matrix(euler)
+    points = torch.tensor([[3.0, 1.0, -2.0], [-2.0, 4.0, 1.0], [0.0, -5.0, 3.0]])
+    axis = torch.arange(32) - 16.0
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    flat_points = points @ rotation.transpose(1, 2)  # (4, 3, 3): R p
+    images = sum(
+        torch.exp(-((x - p[:, 0, None, None]) ** 2 + (y - p[:, 1, None, None]) ** 2) / 8) for p in flat_points.unbind(1)
+    )
+    turned = turn(images, rotation)
+    assert (turned - turned[:1]).abs().max() < 0.1
+    assert (images - images[:1]).abs().max() > 0.7
+    assert torch.allclose(turned[0], images[0], atol=1e-4)
+
+
+def test_spectra_find_the_signal():
+    particles, _ = blob_particles([blobs(16, 0), blobs(16, 1)], 400, noise=0.5)
+    spectra = measure_spectra(particles, window=False)
+    assert spectra.noise.shape == (1, 9)
+    clean, _ = blob_particles([blobs(16, 0), blobs(16, 1)], 400, noise=0.0)
+    truth = measure_spectra(replace(clean, noise=np.full((1, 9), 1e-6, np.float32)), window=False).signal
+    assert torch.allclose(spectra.signal[1:5], truth[1:5], rtol=0.2)
+
+
+# the field and its volumes ---------------------------------------------------------------------------------------------
+
+
+def test_slices_lie_where_the_convention_says():
+    from cryosuite.kernels import rotations
+
+    rotation = rotations.random_rotations(3, dtype=torch.float32)
+    frequency = fourier.half_disc(16).frequency
+    padded = torch.cat([frequency, torch.zeros(len(frequency), 1)], dim=1)
+    assert torch.allclose(slice_frequencies(frequency, rotation), padded @ rotation, atol=1e-6)
+
+
+def test_half_ball_and_its_mirror_fill_the_ball():
+    half = half_ball(16)
+    both = {tuple(p) for p in half.tolist()} | {tuple(p) for p in (-half).tolist()}
+    axis = torch.arange(-8, 9)
+    radius2 = sum(a**2 for a in torch.meshgrid(axis, axis, axis, indexing="ij"))
+    assert len(both) == 2 * len(half) == int((radius2 <= 64).sum()) - 1
+
+
+@pytest.mark.parametrize("kind", ["complex", "hartley"])
+@pytest.mark.parametrize("conditioning", ["hyper", "concat"])
+def test_volumes_hold_the_values_of_the_field(kind, conditioning):
+    """The transform of a decoded volume is what the network says, on a central slice too; background mean zero."""
+    options = replace(TINY, field=kind, conditioning=conditioning)
+    model = HypeModel(16, options, flat(16)).eval()
+    tokens = torch.randn(2, sum(model.layer_tokens), 32)
+    volumes = model.volumes(tokens)
+    assert volumes.shape == (2, 16, 16, 16) and volumes.dtype == torch.float32
+    disc = fourier.half_disc(16, 7)
+    q = torch.cat([disc.frequency, torch.zeros(len(disc), 1)], dim=1).expand(2, -1, -1)
+    with torch.no_grad():
+        expected = torch.view_as_complex(model.values(q, disc.radius, model.condition(tokens)).contiguous())
+    found = fourier.to_half_disc(volumes.sum(1), disc)  # projection along z = central slice
+    assert torch.allclose(found, expected, atol=1e-3 * expected.abs().max().item())
+    corner = volumes[:, :2, :2, :2]
+    assert corner.mean().abs() < volumes.std()
+
+
+def test_loss_of_the_right_volume_is_one():
+    """With the field replaced by the true slices the whitened loss of noisy images is 1, without noise 0."""
+    for noise, expected in ((0.0, 0.0), (1.0, 1.0)):
+        particles, _ = blob_particles([blobs(16, 0)], 64, noise=noise, shift=0.0)
+        clean, _ = blob_particles([blobs(16, 0)], 64, noise=0.0, shift=0.0)
+        method = Hype(replace(TINY, window=False, march_from=1.0))
+        model = method.build(particles)
+        truth = fourier.to_half_disc(first_batch(clean).images, fourier.half_disc(16))
+        white = model.noise_amplitude[0, fourier.half_disc(16).shell]
+        transfer = model.prepare(first_batch(particles))[0].ctf * white
+        model.values = lambda q, radius, condition, v=truth / transfer: torch.view_as_real(v)
+        loss = method.loss(model, first_batch(particles), Step(0, 1))["loss"]
+        assert float(loss) == pytest.approx(expected, abs=0.05)
+
+
+def test_marching_uses_a_growing_prefix(tiny_set):
+    method = Hype(TINY)
+    model = method.build(tiny_set[0])
+    seen = []
+    values = model.values
+    model.values = lambda q, radius, condition: (seen.append(float(radius.max())), values(q, radius, condition))[1]
+    for index in (0, 20, 40, 99):
+        method.loss(model, first_batch(tiny_set[0]), Step(index, 100))
+    assert seen[0] == 4.0 and seen[2] == seen[3] == 8.0 and 4 < seen[1] < 8
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"field": "hartley"}, {"loss": "mse"}, {"hyper": "lowrank"}, {"inr": "triplane"}, {"conditioning": "concat"},
+     {"sample_coefficients": True}, {"low_memory": True}, {"encoder_input": "real"}, {"encoder_align": True},
+     {"pose_context": True}, {"encoder_rmax": 4, "encoder_lowpass": 3.0}, {"encoder_scale": "wiener"}],
+    ids=str,
+)  # fmt: skip
+def test_every_option_trains_every_parameter(tiny_set, change):
+    method = Hype(replace(TINY, **change))
+    torch.manual_seed(0)
+    model = method.build(tiny_set[0])
+    method.loss(model, first_batch(tiny_set[0]), Step(60, 100))["loss"].backward()
+    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert silent == []
+    assert method.encode(model, first_batch(tiny_set[0])).shape == (48, 3 * 32)
+
+
+# sampling of coefficients ----------------------------------------------------------------------------------------------
+
+
+def test_inclusion_chances_sum_up_and_follow_the_snr():
+    snr = torch.logspace(2, -3, 200)
+    always = torch.arange(200) < 20
+    chance = inclusion(snr, always, 80)
+    assert (chance[:20] == 1).all() and (chance > 0).all() and (chance <= 1).all()
+    assert float(chance.sum()) == pytest.approx(80, rel=0.12)
+    assert (chance[1:] <= chance[:-1] + 1e-6).all()
+
+
+def test_systematic_sample_is_unbiased():
+    torch.manual_seed(0)
+    chance = inclusion(torch.logspace(1, -2, 100), torch.arange(100) < 10, 40)
+    value = torch.rand(100)
+    sums, counts = [], set()
+    for _ in range(800):
+        chosen = systematic_sample(chance)
+        sums.append(float((value[chosen] / chance[chosen]).sum()))
+        counts.add(len(chosen))
+    assert np.mean(sums) == pytest.approx(float(value.sum()), rel=0.02)
+    assert max(counts) - min(counts) <= 1
+
+
+# latents and the bank ----------------------------------------------------------------------------------------------------
+
+
+def test_principal_axes_are_those_of_scikit_learn():
+    from sklearn.decomposition import PCA
+
+    rows = np.random.default_rng(0).normal(size=(200, 12)).astype(np.float32) * np.arange(1, 13)
+    space = principal_axes(rows, 5)
+    reference = PCA(5).fit(rows)
+    assert np.allclose(np.abs(space.components.numpy() @ reference.components_.T), np.eye(5), atol=1e-3)
+    assert np.allclose(space.variances, reference.explained_variance_, rtol=1e-3)
+    z = space.project(torch.from_numpy(rows))
+    assert np.allclose(z.mean(0), 0, atol=1e-3) and np.allclose(z.var(0), reference.explained_variance_, rtol=1e-2)
+
+
+def test_mean_tokens_reads_every_image_once():
+    tokens = torch.randn(20, 3, 4)
+    asked = []
+
+    def read(rows):
+        for part in np.array_split(rows, 3):
+            asked.extend(part.tolist())
+            yield part, tokens[part]
+
+    groups = [np.array([1, 5, 7]), np.array([5]), np.array([19, 1])]
+    found = mean_tokens(groups, read)
+    assert torch.allclose(found, torch.stack([tokens[g].mean(0) for g in groups]), atol=1e-6)
+    assert asked == [1, 5, 7, 19]
+
+
+def test_bank_answers_like_the_images():
+    """Two tight clusters with different tokens: a bank gives back each cluster's tokens."""
+    rng = np.random.default_rng(0)
+    z = np.concatenate([rng.normal(size=(40, 3)), 20 + rng.normal(size=(40, 3))]).astype(np.float32)
+    tokens = torch.cat([torch.zeros(40, 2, 4), torch.ones(40, 2, 4)])
+    space = principal_axes(z, 3)
+    build_bank(space, z, lambda rows: iter([(rows, tokens[rows])]), size=6, knn=10)
+    found = space.tokens_at(torch.from_numpy(z[[0, 50]]))
+    assert torch.allclose(found[0], torch.zeros(2, 4), atol=1e-3)
+    assert torch.allclose(found[1], torch.ones(2, 4), atol=1e-3)
+    assert (nearest_rows(z, z[[3]], 1) == 3).all()
+
+
+def test_pooling_is_the_mean_of_each_layers_tokens():
+    model = HypeModel(16, TINY, flat(16))
+    tokens = torch.randn(3, 5, 32)  # two layers of two tokens, one for the output
+    pooled = model.pool(tokens)
+    assert torch.allclose(pooled[:, :32], tokens[:, :2].mean(1), atol=1e-6)
+    assert torch.allclose(pooled[:, 64:], tokens[:, 4], atol=1e-6)
+
+
+# training ----------------------------------------------------------------------------------------------------------------
+
+SHORT = TrainOptions(epochs=2, batch_size=16, lr=1e-3, log_every=1, save_every=2, accelerator="cpu", precision="32")
+
+
+def test_resumed_training_gives_the_same_curve(tmp_path, tiny_set):
+    particles = tiny_set[0]
+    whole = fit(Hype(TINY), particles, RunDir(tmp_path / "whole"), SHORT)
+    stop = replace(SHORT, max_minutes=1e-9)  # stops with a checkpoint after the first step
+    for part in range(3):
+        fit(Hype(TINY), particles, RunDir(tmp_path / "parts"), stop, resume=part > 0)
+    resumed = fit(Hype(TINY), particles, RunDir(tmp_path / "parts"), SHORT, resume=True)
+    for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.slow
+def test_two_volumes_are_learnt_and_told_apart(tmp_path):
+    """256 clean images of two volumes, 300 steps: the loss falls below 5 % of the signal, volumes are right."""
+    volumes = [blobs(32, 0), blobs(32, 1)]
+    particles, labels = blob_particles(volumes, 256)
+    options = replace(PRESETS["small"].options, patch=8, knn=10, bank=16, march_from=0.6, march_over=0.2)
+    method = Hype(options)
+    training = TrainOptions(epochs=38, batch_size=32, lr=2e-3, ema=0.9, accelerator="cpu", save_every=38)
+    model = fit(method, particles, RunDir(tmp_path / "run"), training).model
+    with torch.no_grad():
+        batch = first_batch(particles, 256)
+        power = float(model.prepare(batch)[0].values.abs().square().mean())
+        loss = float(method.loss(model, batch, Step(303, 304))["loss"])
+        z = method.embed(model, particles, progress=False)
+        centres = torch.from_numpy(np.stack([z[labels == k].mean(0) for k in (0, 1)]))
+        decoded = method.decode(model, centres)
+    assert loss < 0.05 * power
+    for k in (0, 1):
+        right, wrong = fsc(decoded[k], volumes[k])[:10].mean(), fsc(decoded[k], volumes[1 - k])[:10].mean()
+        assert right > 0.9 and right > wrong + 0.2
