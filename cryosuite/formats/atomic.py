@@ -20,6 +20,9 @@ def write_error(path: str | os.PathLike, error: OSError, needed: int | None = No
     if error.errno in _FULL:
         space = f"; it needs {readable_bytes(needed)}" if needed else ""
         return InputError(f"{path}: the disk is full{space}: free some space or write elsewhere. Nothing was changed.")
+    folder = Path(path).absolute().parent
+    if error.errno == errno.ENOENT and not folder.is_dir():
+        return InputError(f"{path}: cannot write: the folder {folder} does not exist")
     return InputError(f"{path}: cannot write: {error.strerror or error}")
 
 

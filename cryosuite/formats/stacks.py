@@ -126,7 +126,7 @@ class StackReader:
         order = np.argsort(rows, kind="stable") if np.any(np.diff(rows) < 0) else np.arange(len(rows))
         ordered = rows[order]
         starts = np.flatnonzero(np.diff(ordered, prepend=-2) != 1)
-        ends = np.append(starts[1:], len(rows))
+        ends = np.append(starts[1:], len(rows))[: len(starts)]
         try:
             with _FILES.borrow(self.path) as descriptor:
                 for start, end in zip(starts, ends, strict=True):
@@ -257,8 +257,8 @@ class StackWriter:
         if not np.isfinite(low) or not np.isfinite(high):
             bad = np.flatnonzero(~np.isfinite(wide).all(axis=(1, 2))) + self.written
             raise InputError(
-                f"{self.path}: {name_rows(bad, 'image')} (0-based) would hold NaN or infinity as {self.dtype}: leave such "
-                "images out, or write float32"
+                f"{self.path}: {name_rows(bad, 'image')} (0-based) would hold NaN or infinity as {self.dtype}: leave "
+                "such images out, or write float32"
             )
         self._low, self._high = min(self._low, low), max(self._high, high)
         self._sum, self._squares = self._sum + wide.sum(), self._squares + np.square(wide, out=wide).sum()

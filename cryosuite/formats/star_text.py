@@ -281,7 +281,9 @@ def _from_starfile(path: Path, blocks: list[_Block]) -> dict[str, pd.DataFrame]:
     tables = {}
     for block in plain:
         frame = read.get(block.name)
-        if isinstance(frame, pd.DataFrame) and list(frame.columns) == block.columns and len(frame) == block.count:
+        if not isinstance(frame, pd.DataFrame) or list(frame.columns) != block.columns or len(frame) != block.count:
+            continue
+        if not frame[[name for name in block.columns if is_text(name)]].isna().any(axis=None):  # "nan" as a name
             tables[block.name] = pd.DataFrame(frame, copy=True)
     return tables
 

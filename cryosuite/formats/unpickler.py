@@ -134,6 +134,7 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """The stand-in for a global that numpy writes; every other global ends the reading."""
+        module = "builtins" if module == "__builtin__" else module  # its name in protocols 0 to 2
         allowed = _ALLOWED.get((module, name))
         if allowed is None:
             raise InputError(
@@ -192,9 +193,7 @@ def _check_opcodes(path: Path, stream: io.BytesIO, data: bytes) -> None:
                 raise InputError(f"{path}: damaged pickle: memo index {argument}")
             if opcode.name == "GLOBAL":
                 module, _, name = str(argument).partition(" ")
-                module = "builtins" if module == "__builtin__" else module
-                if (module, name) not in _ALLOWED:
-                    _Unpickler(stream, path).find_class(module, name)
+                _Unpickler(stream, path).find_class(module, name)
     except InputError:
         raise
     except Exception as error:
