@@ -14,6 +14,7 @@ import numpy as np
 from cryosuite.errors import InputError, notice
 
 UMAP_FIT_LIMIT = 100_000  # above this UMAP is fitted on that many particles and the others are placed into it
+EPOCHS = 300  # of the layout; beyond this it only breathes
 MIXTURE_FIT_LIMIT = 20_000
 MIXTURE_DIMENSIONS = 10
 SHOWN_ROWS = 5
@@ -132,7 +133,7 @@ def umap(z: np.ndarray, seed: int = 0, limit: int = UMAP_FIT_LIMIT, neighbours: 
     fit = np.sort(rng.choice(count, limit, replace=False)) if count > limit else np.arange(count)
     # spectral initialisation fails on tiny graphs
     start = "spectral" if len(fit) > 50 else "random"
-    reducer = UMAP(n_neighbors=min(neighbours, len(fit) - 1), random_state=seed, init=start, n_jobs=1)
+    reducer = UMAP(n_neighbors=min(neighbours, len(fit) - 1), n_epochs=EPOCHS, random_state=seed, init=start, n_jobs=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         embedded = np.full((count, 2), np.nan, np.float32)

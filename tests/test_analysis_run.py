@@ -1,0 +1,244 @@
+"""A whole analysis with a decoder made up for the test: files, index law, scripts, volumes, bad days."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cryosuite.analysis.run import AnalyzeOptions, analyze
+from cryosuite.analysis.volumes import VolumeOptions, flip_hand, low_pass, prepare, write_volumes
+from cryosuite.data.particles import ParticleSet
+from cryosuite.data.workdir import AnalysisDir, VolumeDir
+from cryosuite.errors import InputError, UserNotice
+from cryosuite.formats.config import read_yaml
+from cryosuite.formats.mrc import read_map
+from cryosuite.formats.pickles import read_indices, safe_load
+
+D, PIXEL = 16, 3.0
+RECORDS = [{"step": step, "epoch": 1 + step // 10, "loss": 2.0 - 0.05 * step} for step in range(30)]
+
+
+def decode(z: np.ndarray) -> np.ndarray:
+    """Balls whose radius grows with the first latent number: (k, zdim) -> (k, D, D, D)."""
+    axis = np.arange(D) - D // 2
+    square = axis[:, None, None] ** 2 + axis[None, :, None] ** 2 + axis[None, None, :] ** 2
+    radius = 3.5 + np.tanh(z[:, 0] / 4)
+    return (1 / (1 + np.exp(2 * (np.sqrt(square) - radius[:, None, None, None])))).astype(np.float32)
+
+
+def latents(count: int = 90, zdim: int = 4, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 3, count)
+    z = 8.0 * np.eye(3, zdim)[labels] + 0.3 * rng.normal(size=(count, zdim))
+    return z.astype(np.float32), labels
+
+
+def particle_set(count: int) -> ParticleSet:
+    index = np.arange(count, dtype=np.int64)[::-1] * 2 + 5
+    return ParticleSet.from_array(np.zeros((count, D, D), np.float32), PIXEL, index=index.copy())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory):
+    """One analysis that several tests look at."""
+    z, truth = latents()
+    z[7] = np.nan
+    out = AnalysisDir(tmp_path_factory.mktemp("an alysis") / "analyze.3")
+    options = AnalyzeOptions(ksample=3, per_component=4, skip_umap=False)
+    result = analyze(z, decode, out, PIXEL, D, options, particles=particle_set(len(z)), epoch=3, records=RECORDS)
+    return result, z, truth
+
+
+def test_files_have_the_names_cryodrgn_users_expect(finished) -> None:
+    out = finished[0].out.path
+    names = """z_pca.png z_pca_hexbin.png z_pca_marginals.png umap.pkl umap.png umap_hexbin.png umap_marginals.png
+        learning_curve_epoch3.png kmeans3/labels.pkl kmeans3/centers.txt kmeans3/centers_ind.txt kmeans3/z_values.txt
+        kmeans3/vol_000.mrc kmeans3/vol_002.mrc kmeans3/vol_002.png kmeans3/volumes.png pc1/z_values.txt pc1/vol_000.mrc
+        pc1/vol_003.mrc pc1/umap.png pc1/umap_traversal.png pc1/pca_traversal.png pc2/vol_003.mrc view.cxc pc1/view.cxc
+        pc1/morph.cxc labels.pkl overview.png z_pca.csv umap.csv learning_curve_epoch3.csv kmeans3/volumes.csv
+        pc1/pca_traversal.csv"""
+    for name in re.split(r"\s+", names):
+        assert (out / name).is_file(), name
+    assert not list(out.rglob("*.tmp*")) and not (out / "kmeans3" / "vol_003.mrc").exists()
+
+
+def test_labels_count_from_0_and_rows_left_out_are_minus_1(finished) -> None:
+    result, z, truth = finished
+    labels = safe_load(result.out.labels)[0]
+    assert labels.shape == (len(z),) and labels[7] == -1
+    assert set(labels) == {-1, 0, 1, 2}
+    assert np.isnan(safe_load(result.out.umap)[0][7]).all()
+    for label in range(3):
+        assert len(set(truth[labels == label])) == 1, "the three groups are found"
+    rows = np.loadtxt(result.folder.centers_index).astype(int)
+    np.testing.assert_array_equal(labels[rows], [0, 1, 2])
+    np.testing.assert_allclose(np.loadtxt(result.folder.centers), z[rows], rtol=1e-6)
+
+
+def test_lists_point_into_the_original_stack(finished) -> None:
+    result, z, _ = finished
+    index = particle_set(len(z)).index
+    together = []
+    for label in range(3):
+        chosen = read_indices(result.out.cluster_indices(label))
+        np.testing.assert_array_equal(chosen, index[result.labels == label])
+        together += list(chosen)
+    assert sorted(together) == sorted(np.delete(index, 7))
+    table = pd.read_csv(result.out.plot("umap").with_suffix(".csv"))
+    np.testing.assert_array_equal(table["original_index_from_0"], index[table["row_from_0"]])
+
+
+def test_each_volume_is_that_of_its_label(finished) -> None:
+    result, z, _ = finished
+    for label, file in enumerate(result.files):
+        assert file.path.name == f"vol_{label:03d}.mrc"
+        written = read_map(file.path)
+        assert written.pixel_size == pytest.approx(PIXEL)
+        row = result.rows[result.clusters.centers_index[label]]
+        np.testing.assert_allclose(written.data, decode(z[row : row + 1])[0], atol=1e-6)
+
+
+def test_walk_goes_up_its_component(finished) -> None:
+    result = finished[0]
+    along = np.loadtxt(result.walks[0].z_values)
+    score = (along - result.pca.mean) @ result.pca.components[0]
+    assert (np.diff(score) > 0).all() and len(result.walks[0].volumes()) == 4
+    levels = set(re.findall(r"level (\S+)", result.walks[0].chimerax.read_text()))
+    assert len(levels) == 1, "one level along a path"
+
+
+def test_colours_of_the_script_are_those_of_the_map(finished) -> None:
+    result = finished[0]
+    script = result.out.chimerax.read_text()
+    table = pd.read_csv(result.out.plot("umap").with_suffix(".csv"))
+    of_map = dict(zip(table["cluster_from_0"], table["colour"], strict=True))
+    of_script = {
+        int(model) - 1: colour for model, colour in re.findall(r"volume #(\d+) .*color (#[0-9a-f]{6})", script)
+    }
+    assert of_script == of_map
+    assert read_yaml(result.out.summary)["kmeans"]["colours"] == [of_map[label] for label in range(3)]
+
+
+NUMBER = r"-?\d+(\.\d+)?(e-?\d+)?"
+GRAMMAR = {
+    "set": [r"bgColor white"],
+    "camera": [r"ortho"],
+    "lighting": [r"soft"],
+    "graphics": [r"silhouettes true"],
+    "open": [r'[\w./-]+\.mrc id \d+( name "[^"]+")?', r"([\w./-]+\.mrc )+vseries true id 1"],
+    "volume": [
+        rf"#[\d.]+ style surface step 1 level {NUMBER} color #[0-9a-f]{{6}}",
+        rf"morph #1-\d+ frames \d+ playStep {NUMBER} interpolateColors true",
+    ],
+    "surface": [rf"dust #1(-\d+)? size {NUMBER}"],
+    "view": [r"", r"orient"],
+    "turn": [rf"[xyz] {NUMBER}"],
+    "tile": [r"#1-\d+ columns \d+ spacingFactor [\d.]+"],
+    "vseries": [r"slider #1", r"play #1 direction oscillate loop true maxFrameRate \d+"],
+}
+
+
+@pytest.mark.parametrize("name", ["view.cxc", "pc1/view.cxc", "pc1/morph.cxc"])
+def test_scripts_hold_known_commands_and_relative_paths(finished, name: str) -> None:
+    script: Path = finished[0].out.path / name
+    for line in script.read_text().splitlines():
+        if line.startswith("#"):
+            continue
+        command, _, rest = line.partition(" ")
+        assert any(re.fullmatch(form, rest) for form in GRAMMAR[command]), line
+        if command == "open":
+            files = [word for word in shlex.split(rest) if word.endswith(".mrc")]
+            assert files and all((script.parent / file).is_file() and not Path(file).is_absolute() for file in files)
+
+
+def test_options_of_volumes() -> None:
+    rng = np.random.default_rng(0)
+    volume = rng.normal(size=(1, D, D, D)).astype(np.float32)
+    flipped = flip_hand(volume)
+    np.testing.assert_array_equal(flipped[0, D // 2], volume[0, D // 2])
+    np.testing.assert_array_equal(flipped[0, D // 2 + 3], volume[0, D // 2 - 3])
+    np.testing.assert_array_equal(flip_hand(flipped), volume)
+    inverted, _ = prepare(volume, PIXEL, VolumeOptions(invert=True))
+    np.testing.assert_array_equal(inverted, -volume)
+    small, size = prepare(decode(np.zeros((1, 2))), PIXEL, VolumeOptions(downsample=8))
+    assert small.shape == (1, 8, 8, 8) and size == pytest.approx(2 * PIXEL)
+    assert small.mean() == pytest.approx(decode(np.zeros((1, 2))).mean(), rel=1e-4)
+    assert prepare(volume, PIXEL, VolumeOptions(pixel_size=1.5, downsample=8))[1] == pytest.approx(3.0)
+
+
+def test_low_pass_keeps_slow_waves_and_removes_fast_ones() -> None:
+    x = np.arange(D)
+    slow, fast = np.cos(2 * np.pi * 2 * x / D), np.cos(2 * np.pi * 6 * x / D)  # 24 A and 8 A at 3 A per voxel
+    volume = np.broadcast_to(slow + fast, (D, D, D)).astype(np.float32)
+    np.testing.assert_allclose(low_pass(volume, PIXEL, 15.0)[0, 0], slow, atol=1e-5)
+
+
+def test_batches_and_first_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of two volumes give the same files as one batch; numbers begin where asked."""
+    monkeypatch.setattr("cryosuite.analysis.volumes.BATCH_VOXELS", 2 * D**3)
+    asked = []
+
+    def counting(z: np.ndarray) -> np.ndarray:
+        asked.append(len(z))
+        return decode(z)
+
+    z = np.linspace(-4, 4, 5)[:, None]
+    options = VolumeOptions(start_index=1)
+    files = write_volumes(z, counting, VolumeDir(tmp_path), PIXEL, options, ["#000000"] * 5, D)
+    assert asked == [2, 2, 1]
+    assert [file.path.name for file in files] == [f"vol_{i:03d}.mrc" for i in range(1, 6)]
+    np.testing.assert_allclose(read_map(files[4].path).data, decode(z[4:])[0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("z", "clusters"),
+    [(np.ones((1, 3)), 1), (np.ones((30, 3)), 1), (np.arange(12.0).reshape(4, 3), 4), (np.arange(40.0)[:, None], 20)],
+    ids=["one particle", "all equal", "fewer than clusters", "one number each"],
+)
+@pytest.mark.filterwarnings("ignore::cryosuite.errors.UserNotice")
+def test_bad_days_end_with_volumes(tmp_path: Path, z: np.ndarray, clusters: int) -> None:
+    options = AnalyzeOptions(per_component=2, skip_umap=True)
+    result = analyze(z.astype(np.float32), decode, AnalysisDir(tmp_path / "a"), PIXEL, D, options)
+    assert len(result.files) == clusters == result.clusters.count
+    assert result.out.chimerax.is_file() and result.out.plot("overview").is_file()
+    if z.shape[1] == 1:
+        assert result.out.plot("z").is_file() and result.out.plot("z_hist").is_file()
+
+
+def test_same_seed_same_files(tmp_path: Path) -> None:
+    z, _ = latents(40)
+    options = AnalyzeOptions(ksample=3, skip_umap=True, skip_volumes=True)
+    for name in ("a", "b"):
+        analyze(z, None, AnalysisDir(tmp_path / name), PIXEL, D, options)
+    for file in ("labels.pkl", "z_pca.csv", "z_pca.png"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_options_that_cannot_be_met_are_named_before_any_work(tmp_path: Path) -> None:
+    z, _ = latents(20)
+    for options, word in (
+        (AnalyzeOptions(volumes=VolumeOptions(downsample=18)), "-d 18"),
+        (AnalyzeOptions(volumes=VolumeOptions(low_pass=-2)), "--low-pass"),
+        (AnalyzeOptions(per_component=-1), "--n-per-pc"),
+        (AnalyzeOptions(ksample=0), "--ksample"),
+    ):
+        with pytest.raises(InputError, match=word):
+            analyze(z, decode, AnalysisDir(tmp_path / "a"), PIXEL, D, options)
+    with pytest.raises(InputError, match="20 latents.*19 particles"):
+        analyze(z, decode, AnalysisDir(tmp_path / "a"), PIXEL, D, particles=particle_set(19))
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="-o"):
+        analyze(z, decode, AnalysisDir(tmp_path / "file" / "a"), PIXEL, D)
+
+
+def test_notice_names_the_row_left_out(tmp_path: Path) -> None:
+    z, _ = latents(30)
+    z[4, 1] = np.inf
+    with pytest.warns(UserNotice, match="rows 4"):
+        analyze(z, None, AnalysisDir(tmp_path), PIXEL, D, AnalyzeOptions(ksample=3, skip_umap=True))
+    assert read_yaml(tmp_path / "analyze.yaml")["left_out"] == [4]
