@@ -45,6 +45,17 @@ def test_a_smaller_radius_is_a_prefix():
         assert n == int((disc.radius <= r + 1e-6).sum())
         assert torch.equal(disc.prefix(r).xy, disc.xy[:n])
     assert torch.equal(fourier.half_disc(64, 12).xy, disc.prefix(12).xy)
+    assert len(disc.prefix(5.5).to("meta")) == disc.count(5.5)
+
+
+def test_what_inference_cached_can_be_trained_on():
+    disc = fourier.half_disc(20, 7)
+    with torch.inference_mode():
+        fourier.to_half_disc(torch.zeros(1, 20, 20), disc)
+        assert disc.frequency.shape == (len(disc), 2)
+    images = torch.randn(1, 20, 20, requires_grad=True)
+    (fourier.to_half_disc(images, disc).abs().square().sum() + (images.sum() * disc.frequency).sum()).backward()
+    assert torch.isfinite(images.grad).all()
 
 
 def test_half_disc_is_cached_and_refuses_odd_boxes():

@@ -44,7 +44,9 @@ class HalfDisc:
         """Where the tensors lie."""
         return self.xy.device
 
+    # cached tensors are made outside inference mode: one made inside could never take part in a backward pass
     @functools.cached_property
+    @torch.inference_mode(False)
     def frequency(self) -> Tensor:
         """(P, 2) float32, cycles per pixel, (x, y)."""
         return self.frequency_as(torch.float32)
@@ -54,12 +56,14 @@ class HalfDisc:
         return self.xy.to(dtype) / self.box_size
 
     @functools.cached_property
+    @torch.inference_mode(False)
     def rfft_index(self) -> Tensor:
         """(P,) int64: place of each point in a flattened `rfft2` of a D-box (row ky mod D, column kx)."""
         rows = torch.remainder(self.xy[:, 1], self.box_size)
         return rows * (self.box_size // 2 + 1) + self.xy[:, 0]
 
     @functools.cached_property
+    @torch.inference_mode(False)
     def sign(self) -> Tensor:
         """(P,) float32: (-1)^(kx + ky), which moves the origin from the corner to voxel D//2."""
         return (1 - 2 * torch.remainder(self.xy.sum(1), 2)).to(torch.float32)
@@ -70,15 +74,20 @@ class HalfDisc:
 
     def prefix(self, r: float) -> HalfDisc:
         """The disc of the smaller radius r, its points in the same order."""
-        n = self.count(r)
-        radius = min(int(r), self.r_max)
-        return HalfDisc(self.box_size, radius, self.xy[:n], self.radius[:n], self.shell[:n], self.squared_radius[:n])
+        if r == int(r):
+            return half_disc(self.box_size, min(int(r), self.r_max), self.device)
+        return self._first(self.count(r), min(int(r) + 1, self.r_max))
+
+    def _first(self, n: int, r_max: int) -> HalfDisc:
+        if n == len(self):
+            return self
+        return HalfDisc(self.box_size, r_max, self.xy[:n], self.radius[:n], self.shell[:n], self.squared_radius[:n])
 
     def to(self, device: torch.device | str) -> HalfDisc:
         """The same disc on another device."""
         if torch.device(device) == self.device:
             return self
-        return half_disc(self.box_size, self.r_max, device)
+        return half_disc(self.box_size, self.r_max, device)._first(len(self), self.r_max)
 
 
 def half_disc(box_size: int, r_max: int | None = None, device: torch.device | str = "cpu") -> HalfDisc:
@@ -101,6 +110,7 @@ def half_disc(box_size: int, r_max: int | None = None, device: torch.device | st
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _half_disc(box_size: int, r_max: int, device: torch.device) -> HalfDisc:
     kx, ky = torch.meshgrid(torch.arange(0, r_max + 1), torch.arange(-r_max, r_max + 1), indexing="ij")
     kx, ky = kx.reshape(-1), ky.reshape(-1)

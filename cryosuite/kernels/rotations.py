@@ -140,6 +140,7 @@ def random_rotations(
 
 
 @functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)
 def healpix_rotations(order: int) -> Tensor:
     """Equal-area grid of SO(3), (12 * 4^order * 6 * 2^order, 3, 3) float32: HEALPix directions times in-plane angles.
 

@@ -18,6 +18,7 @@ _SLAB = 1 << 21  # points handled at once in the correlation sums: bounds the fl
 
 
 @functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def shell_index(box_size: int, ndim: int, device: torch.device | str = "cpu") -> Tensor:
     """round(|k|) on the full centred grid, int64 (D,) * ndim; corners go beyond D//2. Cached: do not write to it."""
     axis = torch.arange(-(box_size // 2), box_size - box_size // 2, device=device)
@@ -93,6 +94,7 @@ def _map_pairs(a: Tensor, b: Tensor, mask: Tensor | None, curve) -> Tensor:
 
 
 @functools.lru_cache(maxsize=4)
+@torch.inference_mode(False)
 def _half_shells(box_size: int, ceiling: bool, device: torch.device) -> Tensor:
     """Shell of each point of an uncentred rfftn grid (D, D, D//2+1), int64, clipped to D//2+1 = outside.
 

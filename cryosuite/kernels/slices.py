@@ -102,7 +102,7 @@ def extract_slices(
         raise ValueError("several volumes: say by volume_index which one each slice is taken from")
     rotation = rotation.to(transform.dtype)
     if _use_loops(transform, rotation):
-        which = torch.zeros(rotation.shape[0], dtype=torch.int64) if volume_index is None else volume_index
+        which = torch.zeros(rotation.shape[0], dtype=torch.int64) if volume_index is None else volume_index.long()
         stack = transform.reshape(-1, *transform.shape[-4:])
         if which.numel() and not (int(which.min()) >= 0 and int(which.max()) < stack.shape[0]):
             raise ValueError(f"volume_index must lie between 0 and {stack.shape[0] - 1}")
