@@ -160,25 +160,24 @@ def draw_particles(states: StateSet, options: SimulateOptions) -> Particles:
 
 @dataclass
 class Signal:
-    """Variance of the clean images over all pixels, pooled and per state, in the render box and at D."""
+    """What the clean images hold: (N, 2) sums over the pixels of each and of its square, before the crop and at D."""
 
-    render: float
-    size: float
-    render_per_state: np.ndarray
-    size_per_state: np.ndarray
+    render: np.ndarray
+    size: np.ndarray
 
 
-def _variance(sums: np.ndarray, pixels: int) -> float:
-    """Pooled variance from rows of (sum, sum of squares) of images with so many pixels; 0 without rows."""
+def _variance(sums: np.ndarray, pixels: int, scale: np.ndarray | float = 1.0) -> float:
+    """Variance over all pixels of images with these (sum, sum of squares), each multiplied by ``scale`` first."""
     if not len(sums):
         return 0.0
-    mean, square = sums.mean(0) / pixels
+    scale = np.broadcast_to(scale, len(sums))
+    mean, square = (sums[:, 0] * scale).mean() / pixels, (sums[:, 1] * scale**2).mean() / pixels
     return float(square - mean**2)
 
 
 def _make_clean(path: Path, renderer: Renderer, particles: Particles, options: SimulateOptions) -> Signal:
     """First pass: write the clean images (D, in units of atomic number per pixel) and measure their variance."""
-    n, size, render = len(particles), options.box_size, renderer.optics.render_box
+    n, size = len(particles), options.box_size
     at_render, at_size = np.zeros((n, 2)), np.zeros((n, 2))
     step = renderer.batch_size()
     with (
@@ -195,21 +194,17 @@ def _make_clean(path: Path, renderer: Renderer, particles: Particles, options: S
             at_size[rows] = torch.stack([wide.sum((1, 2)), wide.pow(2).sum((1, 2))], 1).cpu().numpy()
             stack.write(images.cpu().numpy())
             progress.advance(rows.stop - rows.start)
-    label, first = particles.label, slice(0, SNR_IMAGES)
-    states = range(len(renderer.atoms))
-    return Signal(
-        _variance(at_render[first], render**2),
-        _variance(at_size[first], size**2),
-        np.array([_variance(at_render[label == k], render**2) for k in states]),
-        np.array([_variance(at_size[label == k], size**2) for k in states]),
-    )
+    return Signal(at_render, at_size)
 
 
-def _scales(signal: Signal, noise: NoiseModel, options: SimulateOptions) -> np.ndarray:
+def _scales(signal: Signal, label: np.ndarray, states: int, noise: NoiseModel, options: SimulateOptions) -> np.ndarray:
     """What the clean images of each state are multiplied with so that the noise at D has unit variance: (K,)."""
     at_size = options.noise_at == "D"
-    pooled, per_state = (signal.size, signal.size_per_state) if at_size else (signal.render, signal.render_per_state)
-    variance = np.full(len(per_state), pooled) if options.noise_scope == "global" else per_state
+    sums, box = (signal.size, options.box_size) if at_size else (signal.render, options.optics.render_box)
+    if options.noise_scope == "global":
+        variance = np.full(states, _variance(sums[:SNR_IMAGES], box**2))
+    else:
+        variance = np.array([_variance(sums[label == k], box**2) for k in range(states)])
     sigma2 = variance / options.snr  # noise variance in the box of noise_at, for images as they come
     noise_at_size = sigma2 if at_size else sigma2 * noise.variance_at_size()
     return 1.0 / np.sqrt(np.maximum(noise_at_size, 1e-30))
@@ -265,7 +260,7 @@ def simulate(states: StateSet, options: SimulateOptions, out: Path | str, comman
     clean = work.path / "clean.mrcs"
     try:
         signal = _make_clean(clean, renderer, particles, options)
-        scale = _scales(signal, noise, options)
+        scale = _scales(signal, particles.label, len(states), noise, options)
         extras = Extras(renderer, particles, options, stage_rng)
         _add_noise(work, clean, extras, noise, scale, options)
     finally:
@@ -273,8 +268,9 @@ def simulate(states: StateSet, options: SimulateOptions, out: Path | str, comman
             with contextlib.suppress(OSError):
                 clean.unlink(missing_ok=True)
     number = np.bincount(particles.label, minlength=len(states))
-    effective = signal.size_per_state * scale**2  # noise has unit variance at D
-    pooled = float((effective * number).sum() / number.sum())
+    pixels = options.box_size**2  # the noise at D has unit variance: the signal's variance is the SNR
+    pooled = _variance(signal.size, pixels, scale[particles.label])
+    effective = [_variance(signal.size[particles.label == k], pixels, scale[k]) for k in range(len(states))]
     truth = write_truth(work, states, options.optics, scale)
     record = {
         "kind": "simulated",
