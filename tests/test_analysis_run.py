@@ -43,6 +43,15 @@ def particle_set(count: int) -> ParticleSet:
     return ParticleSet.from_array(np.zeros((count, D, D), np.float32), PIXEL, index=index.copy())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Small pictures, and components in place of UMAP, whose compiler takes longer than all else here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cryosuite.analysis.run.PREVIEW", 48)
+        patch.setattr("cryosuite.analysis.latents.umap", lambda z, seed: np.ascontiguousarray(z[:, :2]))
+        yield
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory):
     """One analysis that several tests look at."""
@@ -197,12 +206,12 @@ def test_batches_and_first_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(
     ("z", "clusters"),
-    [(np.ones((1, 3)), 1), (np.ones((30, 3)), 1), (np.arange(12.0).reshape(4, 3), 4), (np.arange(40.0)[:, None], 20)],
+    [(np.ones((1, 3)), 1), (np.ones((30, 3)), 1), (np.arange(12.0).reshape(4, 3), 4), (np.arange(8.0)[:, None], 8)],
     ids=["one particle", "all equal", "fewer than clusters", "one number each"],
 )
 @pytest.mark.filterwarnings("ignore::cryosuite.errors.UserNotice")
 def test_bad_days_end_with_volumes(tmp_path: Path, z: np.ndarray, clusters: int) -> None:
-    options = AnalyzeOptions(per_component=2, skip_umap=True)
+    options = AnalyzeOptions(components=1, per_component=2, skip_umap=True)
     result = analyze(z.astype(np.float32), decode, AnalysisDir(tmp_path / "a"), PIXEL, D, options)
     assert len(result.files) == clusters == result.clusters.count
     assert result.out.chimerax.is_file() and result.out.plot("overview").is_file()

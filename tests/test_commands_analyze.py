@@ -43,6 +43,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
         return LoadedRun("fake", particles, loaded, number, 2.5, D, decode, {})
 
     monkeypatch.setattr("cryosuite.methods.load_run", load)
+    monkeypatch.setattr("cryosuite.analysis.run.PREVIEW", 48)
     return folder
 
 
