@@ -115,7 +115,8 @@ def _lines(path: Path) -> Iterator[bytes]:
     """The lines of the file, refused unless they are text."""
     offset, rest = 0, b""
     with open(path, "rb") as stream:
-        while piece := stream.read(_PIECE):
+        size = min(_PIECE, max(path.stat().st_size, 4096))
+        while piece := stream.read(size):
             if offset == 0:
                 if piece.startswith((b"\xff\xfe", b"\xfe\xff")):
                     raise InputError(f"{path}: not a STAR file that can be read: UTF-16 text; save it as UTF-8")

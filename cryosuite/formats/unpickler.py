@@ -185,10 +185,8 @@ def _truncated(path: Path) -> InputError:
 
 def _check_opcodes(path: Path, stream: io.BytesIO, data: bytes) -> None:
     """Walk through one pickle without running it: its end must be there, and no memo index may cost memory."""
-    steps = 0
     try:
         for opcode, argument, _ in pickletools.genops(stream):
-            steps += 1
             if opcode.name in ("PUT", "LONG_BINPUT") and argument > len(data):
                 raise InputError(f"{path}: damaged pickle: memo index {argument}")
             if opcode.name == "GLOBAL":
