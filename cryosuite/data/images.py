@@ -67,7 +67,7 @@ class StackCache:
         with self._lock:
             reader = self._readers.pop(key, None)
             if reader is None:
-                reader = StackReader(Path(path))
+                reader = StackReader(Path(path), warn=False)
             self._readers[key] = reader
             while len(self._readers) > self.limit:
                 # not closed here: another thread may still read from it; its map goes with the last reference

@@ -1,0 +1,170 @@
+"""``open_particles``: one door for work directories, RELION, cryoSPARC and cryoDRGN inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cryosuite.data.assemble import Sources, assemble
+from cryosuite.data.cs_rows import cs_rows
+from cryosuite.data.locate import StackFinder
+from cryosuite.data.particles import ParticleSet
+from cryosuite.data.rows import Given, Rows
+from cryosuite.data.star_rows import star_rows
+from cryosuite.data.workdir import DATASET, RunDir, WorkDir, resolve_link
+from cryosuite.errors import InputError
+from cryosuite.formats.mrc import read_header
+from cryosuite.formats.pickles import safe_load
+
+KINDS = "a work directory, a .star, .cs, .mrcs, .mrc or .txt file"
+
+
+def open_particles(
+    path: Path | str,
+    *,
+    poses: Path | str | None = None,
+    ctf: Path | str | None = None,
+    ind: Path | str | np.ndarray | None = None,
+    datadir: Path | str | None = None,
+    pixel_size: float | None = None,
+    need_poses: bool = True,
+    need_ctf: bool = True,
+    passthrough: Sequence[Path | str] = (),
+    sign: int | None = None,
+    voltage_kv: float | None = None,
+    cs_mm: float | None = None,
+    amplitude_contrast: float | None = None,
+    mixed_boxes: bool = False,
+) -> ParticleSet:
+    """Open a particle set and check it; no pixel is read.
+
+    Args:
+        path: a work directory (or its dataset.yaml), a training run, .star, .cs, .mrcs, .mrc, or a .txt list of stacks.
+        poses, ctf: cryoDRGN pickles; they replace what a star or cs says.
+        ind: pickle or array of ORIGINAL indices to keep, in that order.
+        datadir: folder of the stacks.
+        pixel_size: Angstrom, for files that do not say it.
+        need_poses, need_ctf: raise when they are missing; otherwise the set has None.
+        passthrough: cryoSPARC passthrough files, joined by uid.
+        sign: +1 white, -1 dark particles in the file; None: what the file says, else white.
+        voltage_kv, cs_mm, amplitude_contrast: for files that do not say them.
+        mixed_boxes: allow stacks of several box sizes (``preprocess`` brings them to one).
+
+    Raises:
+        InputError: one message that names the file, the row or field, and what to do.
+    """
+    path = Path(path)
+    given = Given(pixel_size, voltage_kv, cs_mm, amplitude_contrast)
+    sources = Sources(
+        path=path,
+        poses=None if poses is None else Path(poses),
+        ctf=None if ctf is None else Path(ctf),
+        ind=ind if ind is None or isinstance(ind, np.ndarray) else Path(ind),
+        datadir=None if datadir is None else Path(datadir),
+        given=given,
+        need_poses=need_poses,
+        need_ctf=need_ctf,
+        sign=sign,
+        mixed_boxes=mixed_boxes,
+        passthrough=tuple(Path(extra) for extra in passthrough),
+    )
+    if path.name == DATASET:
+        path = path.parent
+    if path.is_dir():
+        if not WorkDir(path).exists() and RunDir(path).exists():
+            return open_run_particles(RunDir(path), need_poses=need_poses, need_ctf=need_ctf)
+        return _open_work(WorkDir(path), sources)
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder. Give {KINDS}.")
+    return assemble(_rows_of(path, sources), sources)
+
+
+def open_run_particles(run: RunDir, **options: Any) -> ParticleSet:
+    """The particles a run was trained on, as its config.yaml says (keys particles, poses, ctf, ind, datadir)."""
+    config = run.read_config()
+    if not config.get("particles"):
+        raise InputError(f"{run.config}: does not say which particles were used (no `particles` entry).")
+    links = {
+        key: resolve_link(str(config[key]), run.path) for key in ("poses", "ctf", "ind", "datadir") if config.get(key)
+    }
+    return open_particles(resolve_link(str(config["particles"]), run.path), **links, **options)
+
+
+def _rows_of(path: Path, sources: Sources) -> Rows:
+    """Read the table or list, by the file's ending."""
+    need_poses = sources.need_poses and sources.poses is None
+    need_ctf = sources.need_ctf and sources.ctf is None
+    from cryosuite.formats.star import read_stack_list
+
+    suffix = path.suffix.lower()
+    if suffix == ".star":
+        return star_rows(path, sources.given, need_poses, need_ctf)
+    if suffix == ".cs":
+        return cs_rows(path, sources.given, need_poses, need_ctf, sources.passthrough)
+    if suffix in (".mrcs", ".mrc"):
+        return _stack_rows(path, [path], sources)
+    if suffix == ".txt":
+        finder = StackFinder(path, sources.datadir)
+        return _stack_rows(path, [finder.find(name) for name in read_stack_list(path)], sources)
+    raise InputError(f"{path}: unknown kind of file. Give {KINDS}.")
+
+
+def _stack_rows(path: Path, stacks: list[Path], sources: Sources) -> Rows:
+    """Rows of bare stacks: all images in order, numbered through from 0."""
+    counts = [read_header(stack).nz for stack in stacks]
+    file_id = np.repeat(np.arange(len(stacks), dtype=np.int32), counts)
+    slices = np.concatenate([np.arange(count, dtype=np.int64) for count in counts])
+    rows = Rows(path, sum(counts), [str(stack) for stack in stacks], file_id, slices)
+    if sources.given.pixel_size is not None:
+        rows.pixel_size = np.full(rows.n, sources.given.pixel_size)
+    for need, have, what, option in (
+        (sources.need_poses, sources.poses, "orientations", "--poses poses.pkl"),
+        (sources.need_ctf, sources.ctf, "CTF", "--ctf ctf.pkl"),
+    ):
+        if need and have is None:
+            raise InputError(
+                f"{path}: a bare stack has no {what}. Add {option}, or give the .star or .cs file instead."
+            )
+    return rows
+
+
+def _open_work(work: WorkDir, sources: Sources) -> ParticleSet:
+    """A work directory: everything comes from its own files; poses and CTF given by the user replace its own."""
+    dataset = work.read_dataset()
+    sources.dataset = dataset
+    sources.datadir = None  # the stack lies in the folder
+    if sources.poses is None and work.poses.is_file():
+        sources.poses = work.poses
+    if sources.ctf is None and work.ctf.is_file():
+        sources.ctf = work.ctf
+    if sources.need_poses and sources.poses is None:
+        raise InputError(f"{work.path}: this set has no orientations (no {work.poses.name}). Give them: --poses.")
+    if sources.need_ctf and sources.ctf is None:
+        raise InputError(f"{work.path}: this set has no CTF (no {work.ctf.name}). Give it: --ctf.")
+    if not work.particles.is_file():
+        raise InputError(f"{work.particles}: the stack is missing; was the folder copied completely?")
+    if work.rows.is_file() or not work.star.is_file():
+        rows = _stack_rows(work.particles, [work.particles], sources)
+        table = safe_load(work.rows)[0] if work.rows.is_file() else {}
+        _apply_table(work, rows, table)
+    else:
+        rows = star_rows(work.star, sources.given, False, False)
+        table = {}
+    if rows.pixel_size is None and dataset.get("pixel_size"):
+        rows.pixel_size = np.full(rows.n, float(dataset["pixel_size"]))
+    rows.ctf_premultiplied = rows.ctf_premultiplied or bool(dataset.get("ctf_premultiplied"))
+    noise = np.asarray(safe_load(work.noise)[0], np.float32) if work.noise.is_file() else None
+    return assemble(rows, sources, index=table.get("index"), noise=noise, source=work.star)
+
+
+def _apply_table(work: WorkDir, rows: Rows, table: Any) -> None:
+    """Fill in what rows.pkl of a work directory says; InputError when it does not belong to the stack."""
+    if not isinstance(table, dict) or any(len(np.atleast_1d(value)) != rows.n for value in table.values()):
+        raise InputError(f"{work.rows}: does not fit {work.particles} with {rows.n} images; run preprocess again")
+    rows.optics_group = table.get("optics_group")
+    rows.half = table.get("half")
+    known = {"index", "optics_group", "half"}
+    rows.extras = {name: np.asarray(value, np.float32) for name, value in table.items() if name not in known}

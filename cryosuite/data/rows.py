@@ -1,0 +1,89 @@
+"""What a metadata file says of each particle, in one form for star and cs.
+
+Two steps, because shifts and CTF need the true box size, which only the stacks know: ``Rows`` says where the images
+lie, ``Rows.details`` gives poses and CTF once box and pixel size are certain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+
+from cryosuite.errors import notice
+
+
+@dataclass(frozen=True)
+class Given:
+    """Values the user gave on the command line for what a file does not say (or says otherwise)."""
+
+    pixel_size: float | None = None  # A
+    voltage_kv: float | None = None
+    cs_mm: float | None = None
+    amplitude_contrast: float | None = None
+
+
+@dataclass
+class Details:
+    """Poses and CTF of N rows; None where the file does not say them and they are not needed.
+
+    rotation (N, 3, 3) float32; shift (N, 2) float32, fraction of the box; ctf (N, 9) float32; extras: aberrations.
+    """
+
+    rotation: np.ndarray | None = None
+    shift: np.ndarray | None = None
+    ctf: np.ndarray | None = None
+    extras: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+# (box (N,), pixel size (N,) A) -> poses and CTF
+DetailsOf = Callable[[np.ndarray, np.ndarray], Details]
+
+
+def no_details(box: np.ndarray, pixel_size: np.ndarray) -> Details:
+    """For bare stacks."""
+    return Details()
+
+
+@dataclass
+class Rows:
+    """N rows of a particle table.
+
+    files, file_id (N,), slices (N,): where the image of each row lies (names as written in the file; slices from 0).
+    box (N,) pixels and pixel_size (N,) A: as the file says, or None. signs (N,): +1 white, -1 dark, or None.
+    """
+
+    path: Path
+    n: int
+    files: list[str]
+    file_id: np.ndarray
+    slices: np.ndarray
+    box: np.ndarray | None = None
+    pixel_size: np.ndarray | None = None
+    optics_group: np.ndarray | None = None
+    uid: np.ndarray | None = None
+    half: np.ndarray | None = None
+    signs: np.ndarray | None = None
+    ctf_premultiplied: bool = False
+    extras: dict[str, np.ndarray] = field(default_factory=dict)
+    details: DetailsOf = no_details
+
+    def take(self, rows: np.ndarray) -> Rows:
+        """Some of the rows, in the order given (``details`` stays that of the whole table)."""
+        values: dict = {"n": len(rows), "extras": {name: value[rows] for name, value in self.extras.items()}}
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, np.ndarray):
+                values[entry.name] = value[rows]
+        return replace(self, **values)
+
+
+def chosen_pixel_size(path: Path, found: np.ndarray | None, given: Given, n: int) -> np.ndarray | None:
+    """Pixel size (n,) A: the user's if given (with a notice when the file says otherwise), else the file's, or None."""
+    if given.pixel_size is None:
+        return found
+    if found is not None and abs(found / given.pixel_size - 1).max() > 1e-3:
+        notice(f"{path}: says {found[0]:.5g} A per pixel, your --Apix {given.pixel_size:g} is used instead")
+    return np.full(n, float(given.pixel_size))
