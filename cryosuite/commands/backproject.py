@@ -73,6 +73,9 @@ def main(
 
         cryosuite backproject work/ -o cluster3 --labels run/analyze.20/labels.pkl --cluster 3
     """
+    import os
+
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep; read when torch is loaded
     import torch
 
     from cryosuite.data.open import open_particles

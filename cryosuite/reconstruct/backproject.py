@@ -12,6 +12,7 @@ regulariser relative to the shell mean of W (BENCHMARKS, sections 5 and 6), or 1
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -177,24 +178,41 @@ class Accumulator:
         self.disc = fourier.half_disc(particles.box_size, r_max)
         self.precision = inverse_noise(particles, self.disc)
 
-    def run(self, key: np.ndarray, bar: Progress | _Silent | None = None) -> dict[int, object]:
+    def run(self, key: np.ndarray, bar: Progress | _Silent | None = None) -> dict[int, slices.Accumulator]:
         """Accumulate the rows with key >= 0, each into the accumulator of its key; returns key -> accumulator."""
         rows = np.nonzero(key >= 0)[0]
         step = max(1, POINTS_PER_CHUNK // len(self.disc))
-        sums: dict[int, object] = {}
-        for part, images in read_ahead(self._chunks(rows, step), 2):
-            values, weights, rotation = self.coefficients(part, images)
-            own = key[part]
-            for one in np.unique(own):
-                if int(one) not in sums:
-                    sums[int(one)] = slices.new_accumulator(self.particles.box_size)
-                pick = torch.from_numpy(np.nonzero(own == one)[0])
-                whole = len(pick) == len(own)
-                chosen = (values, weights, rotation) if whole else (values[pick], weights[pick], rotation[pick])
-                slices.insert_slices(sums[int(one)], *chosen, self.disc)
-            if bar is not None:
-                bar.advance(len(part))
+        sums: dict[int, slices.Accumulator] = {}
+        # reading, coefficients and the insertion into each half run in threads of their own, always in stack order,
+        # so that the result does not depend on timing; torch's own threads only get in their way
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with ThreadPoolExecutor(2) as pool:
+                for part, coefficients in read_ahead(self._prepared(rows, step), 2):
+                    own = key[part]
+                    for one in np.unique(own).tolist():
+                        if one not in sums:
+                            sums[one] = slices.new_accumulator(self.particles.box_size)
+                    for task in [pool.submit(self._insert_half, half, own, coefficients, sums) for half in (0, 1)]:
+                        task.result()
+                    if bar is not None:
+                        bar.advance(len(part))
+        finally:
+            torch.set_num_threads(threads)
         return sums
+
+    def _insert_half(self, half: int, own: np.ndarray, coefficients: tuple, sums: dict) -> None:
+        """Insert those rows of a chunk whose key belongs to one half set."""
+        for one in np.unique(own[own % 2 == half]).tolist():
+            pick = torch.from_numpy(np.nonzero(own == one)[0])
+            chosen = coefficients if len(pick) == len(own) else [value[pick] for value in coefficients]
+            slices.insert_slices(sums[one], *chosen, self.disc)
+
+    def _prepared(self, rows: np.ndarray, step: int) -> Iterator[tuple[np.ndarray, tuple]]:
+        torch.set_num_threads(1)  # of the thread this generator runs in
+        for part, images in read_ahead(self._chunks(rows, step), 2):
+            yield part, self.coefficients(part, images)
 
     def _chunks(self, rows: np.ndarray, step: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for start in range(0, len(rows), step):
