@@ -14,6 +14,8 @@ import numpy as np
 from cryosuite.errors import InputError, notice
 
 UMAP_FIT_LIMIT = 100_000  # above this UMAP is fitted on that many particles and the others are placed into it
+EXACT_NEIGHBOURS = 30_000  # up to here exact neighbours cost less than compiling the approximate search
+UMAP_OWN_EXACT = 4096  # below this UMAP itself takes exact neighbours
 EPOCHS = 300  # of the layout; beyond this it only breathes
 MIXTURE_FIT_LIMIT = 20_000
 MIXTURE_DIMENSIONS = 10
@@ -133,7 +135,9 @@ def umap(z: np.ndarray, seed: int = 0, limit: int = UMAP_FIT_LIMIT, neighbours: 
     fit = np.sort(rng.choice(count, limit, replace=False)) if count > limit else np.arange(count)
     # spectral initialisation fails on tiny graphs
     start = "spectral" if len(fit) > 50 else "random"
-    reducer = UMAP(n_neighbors=min(neighbours, len(fit) - 1), n_epochs=EPOCHS, random_state=seed, init=start, n_jobs=1)
+    near = min(neighbours, len(fit) - 1)
+    known = _exact_neighbours(z[fit], near) if UMAP_OWN_EXACT <= count <= EXACT_NEIGHBOURS else (None, None, None)
+    reducer = UMAP(near, n_epochs=EPOCHS, random_state=seed, init=start, n_jobs=1, precomputed_knn=known)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         embedded = np.full((count, 2), np.nan, np.float32)
@@ -145,6 +149,14 @@ def umap(z: np.ndarray, seed: int = 0, limit: int = UMAP_FIT_LIMIT, neighbours: 
     lost = ~np.isfinite(embedded).all(axis=1)
     embedded[lost] = np.nanmean(embedded, axis=0) if not lost.all() else 0.0
     return embedded
+
+
+def _exact_neighbours(z: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, None]:
+    """Rows and distances of the nearest neighbours, each particle its own first, in the form UMAP takes."""
+    from sklearn.neighbors import NearestNeighbors
+
+    distance, row = NearestNeighbors(n_neighbors=count, algorithm="brute").fit(z).kneighbors(z)
+    return row.astype(np.int32), distance.astype(np.float32), None
 
 
 def nearest(z: np.ndarray, centers: np.ndarray) -> np.ndarray:
