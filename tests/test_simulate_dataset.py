@@ -256,7 +256,7 @@ def test_maps_as_sources(sim, tmp_path):
     a, b = _images(work.path / "clean.mrcs"), _images(tmp_path / "m" / "clean.mrcs")
     disc = half_disc(32, 14)
     a, b = (to_half_disc(torch.from_numpy(v[:40]), disc) for v in (a, b))
-    assert ((a - b).abs().pow(2).sum(1) / a.abs().pow(2).sum(1)).max() < 0.01**2
+    assert ((a - b).abs().pow(2).sum(1) / a.abs().pow(2).sum(1)).max() < 0.02**2
 
 
 def test_stream_is_a_function_of_its_number(states):

@@ -21,7 +21,7 @@ def sixteen() -> list[phantoms.Phantom]:
 
 def test_masses_sizes_and_centres(sixteen):
     masses = [p.mass for p in sixteen]
-    assert min(masses) >= MASS_RANGE[0] * 0.9 and max(masses) <= MASS_RANGE[1]
+    assert min(masses) >= MASS_RANGE[0] and max(masses) <= MASS_RANGE[1]
     assert max(masses) > 3 * min(masses), "a mixture spans light and heavy molecules"
     for p in sixteen:
         assert np.linalg.norm(p.xyz, axis=1).max() <= MAX_RADIUS
@@ -30,9 +30,9 @@ def test_masses_sizes_and_centres(sixteen):
 
 
 def test_sixteen_take_less_than_two_seconds():
-    start = time.perf_counter()
+    start = time.process_time()
     make_phantoms(16, np.random.default_rng(5))
-    assert time.perf_counter() - start < 2.0
+    assert time.process_time() - start < 2.0
 
 
 def test_the_seed_decides_everything():
@@ -49,7 +49,7 @@ def test_pairwise_distinct(seed):
     ]
     correlation = torch.corrcoef(torch.stack(maps).flatten(1))
     off = correlation[~torch.eye(16, dtype=torch.bool)]
-    assert off.max() < 0.85 and off.mean() < 0.5
+    assert off.max() < 0.8 and off.mean() < 0.5
 
 
 def test_domains_have_the_density_of_protein():
@@ -74,8 +74,7 @@ def test_domains_do_not_overlap(sixteen):
     alpha_carbon, domain = p.xyz[1::8], p.domain[1::8]
     for d in range(1, domain.max() + 1):
         distance, _ = cKDTree(alpha_carbon[domain < d]).query(alpha_carbon[domain == d])
-        if p.symmetry == 1:
-            assert distance.min() > phantoms.CLASH - 1e-6
+        assert phantoms.CLASH - 1e-6 < distance.min() < 8.0, "in contact, without overlap"
 
 
 @pytest.mark.parametrize("n", [2, 3, 4])

@@ -59,7 +59,7 @@ def _even_cube(data: np.ndarray) -> np.ndarray:
 
 
 def _resize(volume: torch.Tensor, size: int) -> torch.Tensor:
-    """The same map on a grid of another even size, by cropping or padding its transform; the sum over voxels is kept."""
+    """The same map on a grid of another even size, by cropping or padding its transform; the sum is kept."""
     old = volume.shape[0]
     half, common = size // 2, min(old, size)
     spectrum = fft3c(volume)

@@ -18,6 +18,9 @@ DENSITY = 0.81  # Da/A^3
 MASS_RANGE = (100e3, 600e3)  # Da
 MAX_RADIUS = 125.0  # A: fits a box of 320 A with shifts
 CLASH = 4.5  # A: nearer C-alphas of another domain are taken away
+ALIKE = 0.7  # correlation of two shapes at 20 A above which one is drawn again
+CONTACT = 6.0  # A: domains this near touch
+INTERFACE = 0.03  # share of a subunit that may overlap the next (and is cut)
 
 # one residue: radius (A), angle (deg) and height (A) of N, CA, C, O, CB and three side-chain atoms about a helix axis
 _HELIX = np.array(
@@ -147,10 +150,10 @@ def _turn_z(points: np.ndarray, turns: float) -> np.ndarray:
 
 def _place(
     semi_axes: np.ndarray, centres: list[np.ndarray], radii: list[float], elongation: float, rng: np.random.Generator
-) -> np.ndarray:
-    """Where the next domain goes: touching an earlier one, the last one when the complex is a long one."""
+) -> tuple[np.ndarray, int]:
+    """Where the next domain goes and beside which: an earlier one, the last one when the complex is a long one."""
     radius = float(np.mean(semi_axes))
-    best, best_room = None, -np.inf
+    best, best_room = (np.zeros(3), 0), -np.inf
     for _ in range(12):
         host = len(centres) - 1 if rng.random() < elongation else int(rng.integers(len(centres)))
         direction = rng.normal(size=3)
@@ -161,16 +164,68 @@ def _place(
         centre = centres[host] + direction * 0.93 * (radii[host] + radius)
         room = min(np.linalg.norm(centre - c) / (r + radius) for c, r in zip(centres, radii, strict=True))
         if room > best_room:
-            best, best_room = centre, room
+            best, best_room = (centre, host), room
         if room > 0.85:
             break
     return best
 
 
-def _without_clashes(residues: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """The residues (n, 8, 3) whose C-alpha is not near any point of ``others`` (m, 3)."""
+def _free(residues: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Which residues (n, 8, 3) have their C-alpha away from all points of ``others`` (m, 3): (n,) bool."""
     distance, _ = cKDTree(others).query(residues[:, 1], distance_upper_bound=CLASH)
-    return residues[~np.isfinite(distance)]
+    return ~np.isfinite(distance)
+
+
+def _dock(residues: np.ndarray, others: np.ndarray, towards: np.ndarray) -> np.ndarray:
+    """Residues (n, 8, 3) moved along the unit vector ``towards`` until they touch ``others`` (m, 3); the shift (3,)."""
+    tree, shift = cKDTree(others), np.zeros(3)
+    for _ in range(10):
+        gap = float(tree.query(residues[:, 1] + shift)[0].min())
+        if gap < CONTACT:
+            break
+        shift = shift + towards * (gap - CLASH)
+    return shift
+
+
+def _ring(unit: np.ndarray, symmetry: int) -> tuple[np.ndarray, np.ndarray]:
+    """A subunit (n, 8, 3) moved out along x until its copies about z just touch, and which residues do not overlap."""
+    unit = unit - unit[:, 1].mean(0)
+    low, high = 0.0, 2.0 * float(np.linalg.norm(unit[:, 1], axis=1).max()) / np.sin(np.pi / symmetry)
+    for _ in range(10):
+        middle = (low + high) / 2
+        alpha_carbon = unit[:, 1] + np.array([middle, 0.0, 0.0])
+        clashes = cKDTree(_turn_z(alpha_carbon, 1 / symmetry)).query(alpha_carbon)[0] < CLASH
+        low, high = (middle, high) if clashes.mean() > INTERFACE else (low, middle)
+    unit = unit + np.array([high, 0.0, 0.0])
+    others = np.concatenate([_turn_z(unit[:, 1], k / symmetry) for k in range(1, symmetry)])
+    return unit, _free(unit, others)
+
+
+def _subunit(mass: float, count: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Domains (n_i, 8, 3) in contact with one another, ``count`` of them; what overlaps an earlier one is cut."""
+    elongation = rng.uniform(0, 1)
+    share = rng.uniform(0.6, 1.4, count)
+    share *= mass / share.sum()
+    centres: list[np.ndarray] = []
+    radii: list[float] = []
+    parts: list[np.ndarray] = []
+    lost = 0.0
+    for target in share:
+        residues, semi_axes = _domain(target + lost, rng)  # what was cut from one domain is given to the next
+        residues = residues @ random_rotation(rng).T
+        centre = np.zeros(3)
+        if parts:
+            centre, host = _place(semi_axes, centres, radii, elongation, rng)
+            placed = np.concatenate(parts)[:, 1]
+            towards = (centres[host] - centre) / np.linalg.norm(centres[host] - centre)
+            centre = centre + _dock(residues + centre, placed, towards)
+            residues = residues + centre
+            residues = residues[_free(residues, placed)]
+        lost = float(np.clip(target + lost - len(residues) * RESIDUE_DA, -0.5 * mass / count, mass / count))
+        centres.append(centre)
+        radii.append(float(np.mean(semi_axes)))
+        parts.append(residues)
+    return parts
 
 
 def make_phantom(rng: np.random.Generator, mass: float, symmetry: int = 1, domains: int | None = None) -> Phantom:
@@ -178,7 +233,7 @@ def make_phantom(rng: np.random.Generator, mass: float, symmetry: int = 1, domai
 
     Args:
         rng: all randomness comes from here.
-        mass: Da, of the whole complex (met to a few per cent).
+        mass: Da, of the whole complex (met to about a tenth).
         symmetry: n of Cn.
         domains: number of domains of one subunit; None: one per 25-60 kDa.
 
@@ -187,30 +242,12 @@ def make_phantom(rng: np.random.Generator, mass: float, symmetry: int = 1, domai
     """
     unit = mass / symmetry
     count = domains or int(np.clip(round(unit / rng.uniform(25e3, 60e3)), 2 if symmetry == 1 else 1, 12))
-    elongation = rng.uniform(0, 1)
-    share = rng.uniform(0.6, 1.4, count)
-    share *= unit / share.sum()
-    radius_unit = (unit / DENSITY / (4 / 3 * np.pi)) ** (1 / 3)
-    # distance of the first domain from the symmetry axis: rings of three and four leave a hole
-    start = 0.0 if symmetry == 1 else radius_unit * rng.uniform(0.8, 1.1) / np.sin(np.pi / symmetry) ** 0.7
-    centres, radii, parts, lost = [], [], [], 0.0
-    for i in range(count):
-        target = share[i] + lost  # what was cut from one domain is given to the next
-        residues, semi_axes = _domain(target, rng)
-        residues = residues @ random_rotation(rng).T
-        centre = np.array([start, 0.0, 0.0]) if i == 0 else _place(semi_axes, centres, radii, elongation, rng)
-        residues = residues + centre
-        if parts:
-            residues = _without_clashes(residues, np.concatenate(parts)[:, 1])
-        if symmetry > 1 and len(residues):
-            copies = [_turn_z(np.concatenate([*parts, residues])[:, 1], k / symmetry) for k in range(1, symmetry)]
-            residues = _without_clashes(residues, np.concatenate(copies))
-        lost = float(np.clip(target - len(residues) * RESIDUE_DA, -0.5 * unit / count, unit / count))
-        centres.append(centre)
-        radii.append(float(np.mean(semi_axes)))
-        parts.append(residues)
+    parts = _subunit(unit, count, rng)
     domain = np.repeat(np.arange(count), [len(p) for p in parts])
     residues = np.concatenate(parts)
+    if symmetry > 1:
+        residues, kept = _ring(residues, symmetry)
+        residues, domain = residues[kept], domain[kept]
     copies = np.concatenate([_turn_z(residues, k / symmetry) for k in range(symmetry)])
     xyz = copies.reshape(-1, 3)
     number = np.tile(_ATOMIC_NUMBER, len(copies))
@@ -218,19 +255,31 @@ def make_phantom(rng: np.random.Generator, mass: float, symmetry: int = 1, domai
     return Phantom(xyz, number, np.repeat(np.tile(domain, symmetry), ATOMS), len(copies) * RESIDUE_DA, symmetry)
 
 
+def _coarse(phantom: Phantom) -> np.ndarray:
+    """C-alphas counted in cells of 20 A, as a unit vector without its mean: to compare shapes."""
+    edges = np.arange(-140.0, 141.0, 20.0)
+    count = np.histogramdd(phantom.xyz[1::ATOMS], bins=[edges] * 3)[0].ravel()
+    count -= count.mean()
+    return count / max(np.linalg.norm(count), 1e-9)
+
+
 def make_phantoms(count: int, rng: np.random.Generator, mass_range: tuple[float, float] = MASS_RANGE) -> list[Phantom]:
     """``count`` distinct phantoms: masses spread evenly (in logarithm) over the range, almost half of them symmetric.
 
-    Shapes that reach farther than MAX_RADIUS from their centre are drawn again.
+    Shapes that reach farther than MAX_RADIUS from their centre, or that resemble an earlier one, are drawn again.
     """
-    low, high = np.log(mass_range[0] * 1.1), np.log(mass_range[1] * 0.9)
+    low, high = np.log(mass_range[0] * 1.25), np.log(mass_range[1] * 0.95)  # cuts at contacts cost up to a fifth
     masses = np.exp(low + (high - low) * (rng.permutation(count) + rng.uniform(0, 1, count)) / count)
     cycle = (1, 2, 1, 3, 1, 1, 4, 1, 2)
-    phantoms = []
+    phantoms: list[Phantom] = []
+    shapes = np.zeros((0, 14**3))
     for i, mass in enumerate(masses):
         for _ in range(30):
             phantom = make_phantom(rng, float(mass), cycle[i % len(cycle)])
-            if np.linalg.norm(phantom.xyz, axis=1).max() <= MAX_RADIUS:
+            shape = _coarse(phantom)
+            alike = float((shapes @ shape).max(initial=0.0))
+            if np.linalg.norm(phantom.xyz, axis=1).max() <= MAX_RADIUS and alike < ALIKE:
                 break
         phantoms.append(phantom)
+        shapes = np.vstack([shapes, shape])
     return phantoms
