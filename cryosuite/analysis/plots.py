@@ -68,8 +68,8 @@ def path_colours(count: int) -> list[str]:
 
 def point_size(count: int) -> tuple[float, float]:
     """Area (points^2) and opacity of the dots of a scatter of ``count`` particles."""
-    area = float(np.clip(3.2e4 / max(count, 1), 0.35, 26.0))
-    return area, float(np.clip(1.6e4 / max(count, 1), 0.25, 0.85))
+    area = float(np.clip(3.2e4 / max(count, 1), 0.9, 26.0))
+    return area, float(np.clip(5e4 / max(count, 1), 0.3, 0.85))
 
 
 def _square(axes: Axes, xy: np.ndarray) -> None:
@@ -95,17 +95,40 @@ def draw_numbers(
     """The number of each cluster in a ring of its colour: in its middle, or beside it when it is small."""
     size = size or (9.0 if len(colours) <= 30 else 6.5)
     points_per_unit = 72.0 / axes.figure.dpi
-    for label, colour in enumerate(colours):
+    shown = [label for label in range(len(colours)) if (labels == label).any()]
+    anchors, offsets = [], []
+    for label in shown:
         own = xy[labels == label]
-        if not len(own):
-            continue
         place = own[np.square(own - np.median(own, axis=0)).sum(axis=1).argmin()]
         apart = (axes.transData.transform(own) - axes.transData.transform(place)) * points_per_unit
         near = float(np.percentile(np.linalg.norm(apart, axis=1), 40))
         shift = near + 1.5 * size if near < 1.5 * size else 0.0
-        box = {"boxstyle": "circle,pad=0.22", "fc": "white", "ec": colour, "lw": 1.4, "alpha": 0.92}
-        axes.annotate(str(label), place, xytext=(0.6 * shift, 0.8 * shift), textcoords="offset points", fontsize=size,
+        anchors.append(place)
+        offsets.append((0.6 * shift, 0.8 * shift))
+    at = axes.transData.transform(np.array(anchors)) * points_per_unit
+    offsets = _push_apart(at + np.array(offsets), 2.1 * size) - at
+    for label, place, offset in zip(shown, anchors, offsets, strict=True):
+        box = {"boxstyle": "circle,pad=0.22", "fc": "white", "ec": colours[label], "lw": 1.4, "alpha": 0.92}
+        axes.annotate(str(label), place, xytext=tuple(offset), textcoords="offset points", fontsize=size,
                       ha="center", va="center", color=INK, weight="bold", bbox=box, zorder=5)  # fmt: skip
+
+
+def _push_apart(places: np.ndarray, distance: float, rounds: int = 60) -> np.ndarray:
+    """Move points (k, 2) as little as it takes until hardly any two are closer than ``distance``."""
+    places = places.copy()
+    for _ in range(rounds):
+        between = places[:, None] - places[None]
+        length = np.linalg.norm(between, axis=-1)
+        # points at one place leave along directions of their own
+        angle = np.arange(len(places)) * 2.4
+        between = np.where(length[..., None] > 1e-6, between, np.stack([np.cos(angle), np.sin(angle)], -1)[:, None])
+        missing = np.clip(distance - length, 0, None)
+        np.fill_diagonal(missing, 0)
+        if missing.max(initial=0.0) < 0.05 * distance:
+            break
+        step = between / np.maximum(length, 1.0)[..., None] * missing[..., None]
+        places += 0.4 * step.sum(axis=1)
+    return places
 
 
 def _bare(axes: Axes, names: Sequence[str]) -> None:
