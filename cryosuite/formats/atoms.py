@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cryosuite.errors import InputError
-from cryosuite.formats.checks import existing_file
+from cryosuite.formats.checks import existing_file, printable
+
+if TYPE_CHECKING:
+    import gemmi
 
 _SUFFIXES = (".pdb", ".ent", ".cif", ".mmcif")
 
@@ -46,12 +50,22 @@ def read_atoms(path: str | os.PathLike) -> Atoms:
     try:
         structure = gemmi.read_structure(str(path))
         structure.setup_entities()
+        atoms = _collect(structure)
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: cannot read this atomic model: some names are not text") from None
     except Exception as error:  # gemmi raises several types for damaged text
-        raise InputError(f"{path}: cannot read this atomic model: {str(error).splitlines()[0][:200]}") from None
-    if len(structure) == 0:
-        raise InputError(f"{path}: holds no model")
+        raise InputError(f"{path}: cannot read this atomic model: {printable(error)}") from None
+    if len(atoms) == 0:
+        raise InputError(f"{path}: holds no atoms other than waters and hydrogens")
+    if not np.isfinite(atoms.xyz).all():
+        raise InputError(f"{path}: some coordinates are not numbers")
+    return atoms if atoms.name else replace(atoms, name=Path(stem).stem)
+
+
+def _collect(structure: gemmi.Structure) -> Atoms:
+    """The atoms of the first model as arrays."""
     xyz, number, mass, chains, residues = [], [], [], [], []
-    for chain in structure[0]:
+    for chain in structure[0] if len(structure) else ():
         for residue in chain:
             if residue.is_water():
                 continue
@@ -64,24 +78,19 @@ def read_atoms(path: str | os.PathLike) -> Atoms:
                 mass.append(atom.element.weight)
                 chains.append(chain.name)
                 residues.append(index if index is not None else 0)
-    if not xyz:
-        raise InputError(f"{path}: holds no atoms other than waters and hydrogens")
-    positions = np.array(xyz, np.float64)
-    if not np.isfinite(positions).all():
-        raise InputError(f"{path}: some coordinates are not numbers")
     return Atoms(
-        xyz=positions,
+        xyz=np.array(xyz, np.float64).reshape(-1, 3),
         atomic_number=np.array(number, np.int64),
         mass=np.array(mass, np.float64),
-        chain=np.array(chains),
+        chain=np.array(chains, str),
         residue_index=np.array(residues, np.int64),
-        name=structure.name or Path(stem).stem,
+        name=structure.name,
     )
 
 
-def _one_location(residue: object) -> list:
+def _one_location(residue: gemmi.Residue) -> list[gemmi.Atom]:
     """Atoms of a residue with one alternate location each: the most occupied, the first of equals."""
-    chosen: dict[str, object] = {}
+    chosen: dict[str, gemmi.Atom] = {}
     for atom in residue:
         if atom.altloc == "\0":
             chosen.setdefault(f"{atom.name}/{len(chosen)}", atom)

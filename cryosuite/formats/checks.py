@@ -16,6 +16,12 @@ MAX_VOLTAGE_KV = 2000.0
 MIN_DEFOCUS_A = 100.0  # a whole table below this is in micrometres, not Angstrom
 
 
+def printable(text: object, limit: int = 200) -> str:
+    """Text out of a file or a library's error, fit for one line of a message: no line breaks, no control characters."""
+    words = " ".join(str(text).split())
+    return "".join(c if c.isprintable() else "?" for c in words[:limit])
+
+
 def existing_file(path: str | os.PathLike, what: str = "file") -> Path:
     """Return ``path`` as a Path when it is a non-empty regular file.
 

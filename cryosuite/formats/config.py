@@ -11,7 +11,7 @@ import numpy as np
 
 from cryosuite.errors import InputError
 from cryosuite.formats.atomic import write_text
-from cryosuite.formats.checks import read_bytes
+from cryosuite.formats.checks import printable, read_bytes
 
 
 def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
@@ -27,11 +27,11 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
         loaded = yaml.safe_load(data)
     except yaml.constructor.ConstructorError as error:
         where = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
-        raise InputError(f"{path}: refused{where}: {error.problem}; only plain values are allowed") from None
+        raise InputError(f"{path}: refused{where}: {printable(error.problem)}; only plain values are allowed") from None
     except yaml.YAMLError as error:
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise InputError(f"{path}: not valid YAML: {printable(error)}") from None
     except (ValueError, RecursionError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not valid YAML: {error}") from None
+        raise InputError(f"{path}: not valid YAML: {printable(error)}") from None
     if not isinstance(loaded, dict):
         raise InputError(f"{path}: expected a mapping (name: value lines), found {type(loaded).__name__}")
     return loaded

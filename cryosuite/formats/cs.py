@@ -16,7 +16,7 @@ import numpy as np
 
 from cryosuite.errors import InputError, notice
 from cryosuite.formats.atomic import atomic_path
-from cryosuite.formats.checks import check_ctf, check_shifts, existing_file, name_rows, require_finite
+from cryosuite.formats.checks import check_ctf, check_shifts, existing_file, name_rows, printable, require_finite
 from cryosuite.formats.unpickler import load_bytes
 
 _MAX_HEADER = 1 << 20
@@ -77,13 +77,14 @@ def _npy_header(path: Path, stream: io.BufferedReader) -> tuple[np.dtype, tuple[
         else:
             header = np.lib.format._read_array_header(stream, version, max_header_size=_MAX_HEADER)
     except Exception as error:  # the header is text that numpy parses; its errors are of many kinds
-        text = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: damaged or truncated .cs header: {text}") from None
+        raise InputError(f"{path}: damaged or truncated .cs header: {printable(error)}") from None
     shape, _, dtype = header
     if dtype.hasobject:
         _refuse_objects(path, stream)
     if dtype.names is None or len(shape) != 1 or shape[0] < 0:
-        raise InputError(f"{path}: not a .cs table: expected rows of named fields, found shape {shape} of {dtype}")
+        raise InputError(
+            f"{path}: not a .cs table: expected rows of named fields, found shape {shape} of {printable(dtype)}"
+        )
     if dtype.itemsize == 0:
         raise InputError(f"{path}: damaged .cs header: rows of 0 bytes")
     return dtype, shape, stream.tell()
@@ -159,7 +160,8 @@ def field(array: np.ndarray, name: str, path: str | os.PathLike, width: int | No
     shape = (len(array),) if width is None else (len(array), width)
     if values.dtype.kind not in "biuf" or values.shape != shape:
         raise InputError(
-            f"{path}: field {name} has type {values.dtype} and shape {values.shape}, expected {shape} numbers"
+            f"{path}: field {name} has type {printable(values.dtype)} and shape {values.shape}, expected numbers of "
+            f"shape {shape}"
         )
     values = values.astype(np.float64)
     require_finite(values, path, name)

@@ -12,7 +12,15 @@ import numpy as np
 
 from cryosuite.errors import InputError, notice
 from cryosuite.formats.atomic import write_bytes
-from cryosuite.formats.checks import check_ctf, check_rotations, check_shifts, existing_file, name_rows, require_finite
+from cryosuite.formats.checks import (
+    check_ctf,
+    check_rotations,
+    check_shifts,
+    existing_file,
+    name_rows,
+    printable,
+    require_finite,
+)
 from cryosuite.formats.unpickler import safe_load
 
 __all__ = [
@@ -215,8 +223,8 @@ def read_torch(path: str | os.PathLike, map_location: str = "cpu") -> Any:
         refused = re.search(r"GLOBAL (\S+)", text) or re.search(r"global[: ]+`?([\w.]+)", text)
         if refused:
             raise InputError(
-                f"{path}: refused: the checkpoint asks for {refused.group(1)}; only tensors and plain containers are "
-                "loaded, because anything else can run code"
+                f"{path}: refused: the checkpoint asks for {printable(refused.group(1))}; only tensors and plain "
+                "containers are loaded, because anything else can run code"
             ) from None
-        first = text.strip().splitlines()[0][:200] if text.strip() else type(error).__name__
-        raise InputError(f"{path}: not a readable torch checkpoint: {first}") from None
+        reason = printable(text.strip().split("\n")[0]) or type(error).__name__
+        raise InputError(f"{path}: not a readable torch checkpoint: {reason}") from None

@@ -25,7 +25,7 @@ from cryosuite.formats.checks import existing_file
 
 _TOKEN = re.compile(rb"""\s*(?:"((?:[^"]|"(?!\s|$))*)"(?=\s|$)|'((?:[^']|'(?!\s|$))*)'(?=\s|$)|(\#.*)|(\S+))""")
 _CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-_NEEDS_QUOTES = r"""\s|^$|^["'#_;]|^(?:data_|loop_)"""
+_NEEDS_QUOTES = r"""(?i)\s|^$|^["'#_;]|^(?:data_|loop_)"""
 _NOT_A_NUMBER = ["nan", "NaN", "<NA>"]
 _PIECE = 1 << 24  # bytes of the file held at a time
 _ROWS = 100_000  # rows turned into columns at a time
@@ -141,8 +141,11 @@ def _text_lines(path: Path, piece: bytes, offset: int) -> list[bytes]:
     return piece.split(b"\n")[:-1]
 
 
-def _tokens(path: Path, line: bytes, number: int) -> list[bytes]:
-    """The values of a line with quotes or '#': quotes taken off, a comment at a word's start dropped."""
+def _tokens(path: Path, line: bytes, number: int) -> tuple[list[bytes], bytes]:
+    """The values of a line with quotes or '#', and its first word, empty where that is a quoted value.
+
+    Quotes are taken off, a comment at a word's start is dropped.
+    """
     values = []
     for double, single, comment, bare in _TOKEN.findall(line.rstrip()):
         if comment:
@@ -152,7 +155,7 @@ def _tokens(path: Path, line: bytes, number: int) -> list[bytes]:
         values.append(bare if bare else double or single)
     if any(b"\t" in value for value in values):
         raise InputError(f"{path}: line {number}: a quoted value holds a tab, which RELION cannot read")
-    return values
+    return values, values[0] if values and line.lstrip()[:1] not in (b"'", b'"') else b""
 
 
 def _scan(path: Path, as_text: set[tuple[str, str]]) -> list[_Block]:
@@ -163,12 +166,15 @@ def _scan(path: Path, as_text: set[tuple[str, str]]) -> list[_Block]:
     blank = foreign = number = 0
     for number, line in enumerate(_lines(path), start=1):
         plain = b"#" not in line and b'"' not in line and b"'" not in line
-        values = line.split() if plain else _tokens(path, line, number)
+        values = line.split()
+        if plain:
+            first = values[0] if values else b""
+        else:
+            values, first = _tokens(path, line, number)
         if not values:
             if state == "rows" and not line.strip():
                 blank = blank or number
             continue
-        first = values[0]
         starts_block = len(values) == 1 and first[:5].lower() == b"data_"
         if state == "rows" and len(values) == len(block.columns) and not starts_block:
             block.gap, blank = block.gap or blank, 0
@@ -184,7 +190,7 @@ def _scan(path: Path, as_text: set[tuple[str, str]]) -> list[_Block]:
             after = f" (the blank line {blank} ends the table for RELION)" if blank else ""
             _require_width(path, block, values, number, after)
         else:
-            state = _header_line(path, block, state, values, number, as_text)
+            state = _header_line(path, block, state, values, first, number, as_text)
             block.plain = block.plain and (plain or state == "names")
     if not blocks:
         what = "is empty (blank lines only)" if not foreign and not number else "has no data_ block: not a STAR file"
@@ -205,10 +211,15 @@ def _new_block(path: Path, blocks: dict[str, _Block], word: bytes, number: int) 
 
 
 def _header_line(
-    path: Path, block: _Block, state: str, values: list[bytes], number: int, as_text: set[tuple[str, str]]
+    path: Path,
+    block: _Block,
+    state: str,
+    values: list[bytes],
+    first: bytes,
+    number: int,
+    as_text: set[tuple[str, str]],
 ) -> str:
     """A line between ``data_`` and the first row of a table, or of a block of key and value lines; the new state."""
-    first = values[0]
     if state == "names" and first[:1] == b"_":
         if len(values) > 2 or (len(values) == 2 and not values[1].isdigit()) or len(first) < 2:
             raise InputError(f"{path}: line {number}: expected one column name, found {_shown(values)}")

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from cryosuite.errors import InputError
-from cryosuite.formats.checks import read_bytes
+from cryosuite.formats.checks import printable, read_bytes
 
 _DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|c8|c16|[SUV]\d{1,6}|O8?|\?)")
 _MAX_DEPTH = 50
@@ -138,8 +138,8 @@ class _Unpickler(pickle.Unpickler):
         allowed = _ALLOWED.get((module, name))
         if allowed is None:
             raise InputError(
-                f"{self._path}: refused: the pickle asks for {module}.{name}; only numpy arrays, numbers, text and "
-                "containers of them are read, because anything else can run code"
+                f"{self._path}: refused: the pickle asks for {printable(f'{module}.{name}')}; only numpy arrays, "
+                "numbers, text and containers of them are read, because anything else can run code"
             )
         return allowed
 
@@ -175,7 +175,7 @@ def load_bytes(path: Path, data: bytes) -> list[Any]:
             text = str(error)
             if "truncated" in text or "exhausted" in text:
                 raise _truncated(path) from None
-            raise InputError(f"{path}: damaged pickle: {text or type(error).__name__}") from None
+            raise InputError(f"{path}: damaged pickle: {printable(text) or type(error).__name__}") from None
     return loaded
 
 
@@ -198,7 +198,7 @@ def _check_opcodes(path: Path, stream: io.BytesIO, data: bytes) -> None:
         text = str(error)
         if any(word in text for word in ("exhausted", "not enough data", "expected", "only", "no newline", "EOF")):
             raise _truncated(path) from None
-        raise InputError(f"{path}: not a pickle, or a damaged one: {text[:200]}") from None
+        raise InputError(f"{path}: not a pickle, or a damaged one: {printable(text)}") from None
 
 
 def _resolve(value: Any, seen: dict[int, Any], depth: int) -> Any:
