@@ -10,14 +10,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from cryosuite.analysis.lists import write_lists
 from cryosuite.analysis.run import AnalyzeOptions, analyze
 from cryosuite.analysis.volumes import VolumeOptions, flip_hand, low_pass, prepare, write_volumes
+from cryosuite.data.open import open_particles
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.workdir import AnalysisDir, VolumeDir
 from cryosuite.errors import InputError, UserNotice
 from cryosuite.formats.config import read_yaml
 from cryosuite.formats.mrc import read_map
 from cryosuite.formats.pickles import read_indices, safe_load
+from cryosuite.formats.star import read_star
 
 D, PIXEL = 16, 3.0
 RECORDS = [{"step": step, "epoch": 1 + step // 10, "loss": 2.0 - 0.05 * step} for step in range(30)]
@@ -100,6 +103,27 @@ def test_lists_point_into_the_original_stack(finished) -> None:
     assert sorted(together) == sorted(np.delete(index, 7))
     table = pd.read_csv(result.out.plot("umap").with_suffix(".csv"))
     np.testing.assert_array_equal(table["original_index_from_0"], index[table["row_from_0"]])
+
+
+def test_star_files_of_clusters_open_with_the_same_images(golden: Path, tmp_path: Path) -> None:
+    """Rows, columns and tables are carried, and the images are found from the new place."""
+    particles = open_particles(golden / "relion" / "particles.star")
+    labels = np.arange(len(particles)) % 3
+    labels[5] = -1
+    write_lists(AnalysisDir(tmp_path), particles, labels, 3)
+    before = read_star(golden / "relion" / "particles.star")
+    chosen = np.flatnonzero(labels == 2)
+    star = AnalysisDir(tmp_path).cluster_star(2)
+    after = read_star(star)
+    assert list(after) == list(before) and len(after["particles"]) == len(chosen)
+    pd.testing.assert_frame_equal(after["optics"], before["optics"])
+    expected = before["particles"].iloc[chosen].reset_index(drop=True)
+    pd.testing.assert_frame_equal(
+        after["particles"].drop(columns="rlnImageName"), expected.drop(columns="rlnImageName"), check_dtype=False
+    )
+    again = open_particles(star)
+    np.testing.assert_array_equal(again.read(np.arange(3)), particles.read(chosen[:3]))
+    np.testing.assert_allclose(again.rotation, particles.rotation[chosen], atol=1e-6)
 
 
 def test_each_volume_is_that_of_its_label(finished) -> None:
