@@ -121,5 +121,5 @@ class Renderer:
 
     def batch_size(self) -> int:
         """Images per batch that keep memory at some ten MB on a CPU, some hundred on a GPU."""
-        budget = 1 << (20 if self.device.type == "cpu" else 25)
+        budget = 1 << (18 if self.device.type == "cpu" else 25)
         return int(np.clip(budget // self.optics.render_box**2, 4, 4096))
