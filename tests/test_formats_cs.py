@@ -118,6 +118,13 @@ def test_aberrations_in_use_are_kept() -> None:
     np.testing.assert_allclose(extras["mag_matrix"][0], [[1.01, 0.002], [0.003, 0.99]], rtol=1e-6)
 
 
+def test_scale_of_zero_everywhere_is_no_scale() -> None:
+    ctf = {"df1_A": 12000, "df2_A": 11000, "df_angle_rad": 0, "accel_kv": 300, "cs_mm": 2.7, "amp_contrast": 0.1}
+    fields = {f"ctf/{name}": np.full(6, value, np.float32) for name, value in (ctf | {"scale": 0}).items()}
+    with pytest.warns(UserNotice, match="taken as 1"):
+        assert cs.ctf_from_cs(table(**fields), "x.cs")[1] == {}
+
+
 def test_passthrough_is_joined_by_uid(tmp_path: Path) -> None:
     """Rows in another order, more rows than needed: the fields arrive at the right particles."""
     whole = table(8)

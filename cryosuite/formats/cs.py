@@ -54,7 +54,9 @@ def _read_npy(path: str | os.PathLike) -> np.ndarray:
                 )
             if found > expected:
                 notice(f"{path}: {found - expected} bytes behind the last row are ignored")
-            array = np.frombuffer(stream.read(expected), dtype).copy()
+            array = np.empty(shape[0], dtype)
+            if stream.readinto(memoryview(array.view(np.uint8))) != expected:
+                raise InputError(f"{path}: the file became shorter while it was read")
     except OSError as error:
         raise InputError(f"{path}: cannot read this .cs file: {error.strerror or error}") from None
     return array
@@ -72,10 +74,8 @@ def _npy_header(path: Path, stream: io.BufferedReader) -> tuple[np.dtype, tuple[
         version = np.lib.format.read_magic(stream)
         if version == (1, 0):
             header = np.lib.format.read_array_header_1_0(stream, max_header_size=_MAX_HEADER)
-        elif version == (2, 0):
+        else:  # 3.0 differs in names that are not ASCII, which cryoSPARC does not write
             header = np.lib.format.read_array_header_2_0(stream, max_header_size=_MAX_HEADER)
-        else:
-            header = np.lib.format._read_array_header(stream, version, max_header_size=_MAX_HEADER)
     except Exception as error:  # the header is text that numpy parses; its errors are of many kinds
         raise InputError(f"{path}: damaged or truncated .cs header: {printable(error)}") from None
     shape, _, dtype = header
@@ -360,7 +360,9 @@ def _aberrations(array: np.ndarray, path: str | os.PathLike, cs_mm: np.ndarray) 
     for name, key, width, neutral in plain:
         if name in array.dtype.names:
             values = field(array, name, path, width)
-            if np.any(values != neutral):
+            if key == "scale" and not values.any():
+                notice(f"{path}: {name} is 0 in all rows: taken as 1")
+            elif np.any(values != neutral):
                 extras[key] = values.astype(np.float32)
     if "ctf/tilt_A" in array.dtype.names:
         tilt = field(array, "ctf/tilt_A", path, 2)

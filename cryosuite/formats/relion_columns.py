@@ -35,7 +35,7 @@ def images_from_star(tables: ParticleTables) -> tuple[list[str], np.ndarray, np.
     plain = (parts[1] == "").to_numpy()
     stack = parts[2].where(~plain, parts[0])
     number = parts[0].where(~plain, "1")
-    good = number.str.fullmatch(r"[0-9]{1,15}").fillna(False).astype(bool).to_numpy()
+    good = number.str.fullmatch(r"[0-9]{1,9}").fillna(False).astype(bool).to_numpy()
     index = np.zeros(len(names), np.int64)
     index[good] = number[good].astype(np.int64)
     good = good & (index >= 1) & (stack != "").to_numpy()
@@ -47,8 +47,7 @@ def images_from_star(tables: ParticleTables) -> tuple[list[str], np.ndarray, np.
             "NUMBER@STACK with numbers from 1, such as 000001@stack.mrcs"
         )
     code, stacks = pd.factorize(stack)
-    pairs = np.stack([code.astype(np.int64), index])
-    repeats = pairs.shape[1] - len(np.unique(pairs, axis=1).T)
+    repeats = len(index) - len(np.unique(code.astype(np.int64) * (index.max() + 1) + index))
     if repeats:
         notice(
             f"{tables.path}: {repeats} duplicate image names: the same image is used again (symmetry expansion?); keep "
@@ -171,7 +170,9 @@ def _aberrations(tables: ParticleTables) -> dict[str, np.ndarray]:
     extras: dict[str, np.ndarray] = {}
     for name, key, neutral in (("rlnCtfBfactor", "bfactor", 0.0), ("rlnCtfScalefactor", "scale", 1.0)):
         values = tables.numbers(name, neutral)
-        if np.any(values != neutral):
+        if key == "scale" and not values.any():
+            notice(f"{tables.path}: {name} is 0 in all rows: taken as 1")
+        elif np.any(values != neutral):
             extras[key] = values.astype(np.float32)
     tilt = np.stack([tables.numbers("rlnBeamTilt" + axis, 0.0) for axis in "XY"], axis=1)
     if np.any(tilt):
