@@ -22,7 +22,7 @@ def tokens(net, b: int = 3, dim: int = 5) -> torch.Tensor:
 
 
 def test_layers_and_number_of_tokens():
-    assert SHAPES == [LayerShape(6, 8, 4), LayerShape(8, 8, 4), LayerShape(8, 2, 1)]
+    assert list(SHAPES) == [LayerShape(6, 8, 4), LayerShape(8, 8, 4), LayerShape(8, 2, 1)]
     assert GroupHypernet(SHAPES, 5).n_tokens == 9
     # the published layout: 32 groups for each of 4 hidden layers, one for the output
     assert sum(shape.groups for shape in layer_shapes(384, 1024, 4, 32, 1)) == 129

@@ -31,10 +31,8 @@ def test_mlp_equals_the_published_form():
         one = torch.ones(*h.shape[:-1], 1)
         full = torch.cat([w, b[None, :, None].expand(len(w), -1, 1)], dim=-1)
         out = torch.cat([h, one], dim=-1) @ full.transpose(1, 2)
-        if layer == len(matrices) - 1:
-            h = out
-        else:
-            h = torch.relu(out + h if layer else out)
+        last = layer == len(matrices) - 1
+        h = out if last else torch.relu(out + h if layer else out)
     assert torch.allclose(mlp(x, matrices, biases), h, rtol=1e-4, atol=1e-3)
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from click.core import ParameterSource
 
 INPUT, TRAINING, MODEL, ENCODER, SPEED = (
     "Particles", "Training", "Model (the preset decides unless given)", "What the encoder sees", "Machine",
@@ -132,10 +131,9 @@ def main(
         cryosuite train-hype work/ -o run/ --resume
     """
     values = dict(context.params)
-    typed = {
-        name for name in values
-        if context.get_parameter_source(name) not in (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP, None)
-    }  # fmt: skip
+    # by name: Typer may bring its own copy of click, whose enumeration is another class
+    sources = {name: getattr(context.get_parameter_source(name), "name", "DEFAULT") for name in values}
+    typed = {name for name, source in sources.items() if not source.startswith("DEFAULT")}
     raise typer.Exit(_train(values, typed))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cryosuite.data.loader import Batch
 from cryosuite.kernels import ctf as ctf_kernel
 from cryosuite.kernels import fourier
-from cryosuite.methods.hype_input import EncoderInput
+from cryosuite.methods.hype_input import EncoderInput, view_direction
 from cryosuite.methods.hype_options import HypeOptions
 from cryosuite.nets.hypernet import build_hypernet, layer_shapes
 from cryosuite.nets.inr import ConcatField, FourierFeatures, HyperField, TriplaneFeatures
@@ -101,7 +101,7 @@ class HypeModel(nn.Module):
 
     def tokens(self, image: Tensor, batch: Batch) -> Tensor:  # (b, S, S) -> (b, n_tokens, dim)
         """Weight tokens of images made by ``prepare``."""
-        return self.encoder(image, batch.rotation[:, 2] if self.options.pose_context else None)
+        return self.encoder(image, view_direction(batch.rotation) if self.options.pose_context else None)
 
     def condition(self, tokens: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Weights and biases of the field for tokens (b, n_tokens, dim)."""
