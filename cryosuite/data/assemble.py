@@ -24,6 +24,8 @@ class Sources:
     path: Path
     poses: Path | None = None
     ctf: Path | None = None
+    user_poses: Path | None = None
+    user_ctf: Path | None = None
     ind: Path | np.ndarray | None = None
     datadir: Path | None = None
     given: Given = field(default_factory=Given)
@@ -91,6 +93,9 @@ def assemble(
         rows=chosen,
         passthrough=sources.passthrough,
         datadir=sources.datadir,
+        poses_from=sources.user_poses,
+        ctf_from=sources.user_ctf,
+        n_source=everything.n,
         dataset=sources.dataset,
     )
 

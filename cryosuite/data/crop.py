@@ -1,4 +1,4 @@
-"""Fourier crop of many images in numpy: ``kernels.fourier.fourier_crop`` without torch (the tests hold them together)."""
+"""Fourier crop of many images in numpy: ``kernels.fourier.fourier_crop`` without torch (the tests compare them)."""
 
 from __future__ import annotations
 

@@ -71,6 +71,7 @@ def open_particles(
         mixed_boxes=mixed_boxes,
         passthrough=tuple(Path(extra) for extra in passthrough),
     )
+    sources.user_poses, sources.user_ctf = sources.poses, sources.ctf
     if path.name == DATASET:
         path = path.parent
     if path.is_dir():

@@ -39,7 +39,9 @@ class ParticleSet:
         noise: (G, D//2 + 1) float32, E|n|^2 of a coefficient of the unnormalised centred transform at integer
             shell r, per optics group, or None.
         normalised: True when mean 0 and sd 1 outside the particle have been set.
-        path: what the user gave. source: the metadata file whose row ``rows[i]`` is particle i.
+        box_sizes: (N,) int32 where stacks of several boxes are mixed, else None.
+        path: what the user gave, with passthrough, datadir, poses_from, ctf_from. n_source: rows before ``ind``.
+        source: the metadata file whose row ``rows[i]`` is particle i.
     """
 
     images: Images
@@ -64,6 +66,9 @@ class ParticleSet:
     rows: np.ndarray | None = None
     passthrough: tuple[Path, ...] = ()
     datadir: Path | None = None
+    poses_from: Path | None = None
+    ctf_from: Path | None = None
+    n_source: int = 0
     dataset: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -75,6 +80,7 @@ class ParticleSet:
             self.index = np.arange(n, dtype=np.int64)
         if self.rows is None:
             self.rows = np.arange(n, dtype=np.int64)
+        self.n_source = self.n_source or n
         for entry in fields(self):
             value = getattr(self, entry.name)
             per_row = isinstance(value, np.ndarray) and entry.name != "noise"

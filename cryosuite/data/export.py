@@ -1,0 +1,171 @@
+"""Rows of a particle set back to the programs they came from: star, cs or index lists, un-binned by original index."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cryosuite.data.locate import StackFinder
+from cryosuite.data.particles import ParticleSet
+from cryosuite.data.star_tables import star_tables
+from cryosuite.data.workdir import DATASET, WorkDir
+from cryosuite.errors import InputError
+from cryosuite.formats.cs import read_cs, write_cs
+from cryosuite.formats.pickles import write_pickle
+from cryosuite.formats.star import ParticleTables, particle_tables, write_star
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where rows came from first: a table or stack and the rows of it; ``how``: other options it was opened with."""
+
+    source: Path  # what was opened
+    table: Path  # the star, cs or stack itself
+    rows: np.ndarray
+    passthrough: tuple[Path, ...] = ()
+    datadir: Path | None = None
+    how: dict[str, Any] = field(default_factory=dict)
+
+
+def load_metadata(particles: ParticleSet) -> ParticleTables | np.ndarray | None:
+    """The star tables or cs rows the set was opened from, one row per particle in its order; None for bare stacks.
+
+    Read again from disk each time: a set keeps no text in memory.
+    """
+    if particles.source is None or particles.rows is None:
+        return None
+    return _rows_of(particles.source, particles.rows, particles.passthrough)
+
+
+def _rows_of(table: Path, rows: np.ndarray, passthrough: Sequence[Path]) -> ParticleTables | np.ndarray | None:
+    suffix = table.suffix.lower()
+    if suffix == ".star" and table.is_file():
+        return take_rows(particle_tables(table), rows)
+    if suffix == ".cs":
+        return read_cs(table, passthrough=passthrough)[rows]
+    return None
+
+
+def take_rows(tables: ParticleTables, rows: np.ndarray) -> ParticleTables:
+    """The tables with some of the particles; all other blocks stay."""
+    return replace(
+        tables, particles=tables.particles.iloc[rows].reset_index(drop=True), group=np.asarray(tables.group)[rows]
+    )
+
+
+def origin(particles: ParticleSet) -> Origin:
+    """The set these particles were first taken from: un-binned rows, joined by original index.
+
+    Follows ``source`` of dataset.yaml through any number of preprocessings; images are not looked for, so stacks that
+    were moved do not matter. Raises InputError when the source is gone.
+    """
+    if particles.source is None:
+        raise InputError("these particles are in no file")
+    dataset, found = particles.dataset, None
+    while dataset.get("kind") == "preprocessed" and dataset.get("source"):
+        source = Path(dataset["source"])
+        if not source.exists():
+            raise InputError(
+                f"{particles.path}: was made from {source}, which is not there any more. Put it back, or export the "
+                "rows of the work directory itself with --binned."
+            )
+        folder = source.parent if source.name == DATASET else source
+        found = Origin(
+            source=source,
+            table=WorkDir(folder).star if folder.is_dir() else source,
+            rows=particles.index,
+            passthrough=tuple(Path(path) for path in dataset.get("passthrough") or ()),
+            datadir=Path(dataset["datadir"]) if dataset.get("datadir") else None,
+            how={key: dataset[key] for key in ("poses", "ctf") if dataset.get(key)},
+        )
+        dataset = WorkDir(folder).read_dataset() if folder.is_dir() else {}
+    here = Origin(
+        particles.path or particles.source, particles.source, particles.rows, particles.passthrough, particles.datadir
+    )
+    return found or here
+
+
+def export_particles(particles: ParticleSet, out: Path | str, binned: bool = False) -> Path:
+    """Write the rows of ``particles`` to ``out``: .star, .cs (from a cs source), or .pkl with original indices.
+
+    Rows are those of the original, un-binned set (``binned``: of the work directory itself); every column, block and
+    uid of the source is kept, and the order is that of ``particles``. Raises InputError for other endings, a .cs of
+    particles that cryoSPARC never saw, and a source that is gone.
+    """
+    out = Path(out)
+    suffix = out.suffix.lower()
+    if suffix not in (".star", ".cs", ".pkl"):
+        raise InputError(f"{out}: give a name that ends in .star, .cs, or .pkl (a list of indices)")
+    if suffix == ".pkl":
+        write_pickle(out, particles.index)
+        return out
+    if binned and particles.source is not None:
+        start = Origin(particles.source, particles.source, particles.rows, particles.passthrough, particles.datadir)
+    else:
+        start = origin(particles)
+    metadata = _rows_of(start.table, start.rows, start.passthrough)
+    if suffix == ".star":
+        write_star(out, _star_blocks(particles, start, metadata, out, binned))
+    elif isinstance(metadata, np.ndarray):
+        write_cs(out, metadata)
+    else:
+        raise InputError(
+            f"{out}: the particles come from {start.table}, which is no .cs file, so there are no uids for cryoSPARC. "
+            "Give a name that ends in .star."
+        )
+    return out
+
+
+def _star_blocks(particles: ParticleSet, start: Origin, metadata: Any, out: Path, binned: bool) -> dict[str, Any]:
+    """The source's own tables with fewer rows; of a cs file or bare stack the tables we make."""
+    if isinstance(metadata, ParticleTables):
+        return metadata.blocks(particles=_reachable(metadata, start, out))
+    from cryosuite.data.open import open_particles
+
+    if not binned and particles.dataset:
+        opened = open_particles(
+            start.source, passthrough=start.passthrough, datadir=start.datadir, need_poses=False, need_ctf=False,
+            **start.how,
+        )  # fmt: skip
+        particles = opened.subset(start.rows)
+    return star_tables(particles, _image_names(particles, out), particles.box_size, particles.pixel_size)
+
+
+def _reachable(tables: ParticleTables, start: Origin, out: Path) -> Any:
+    """The particle table with image names that also work where ``out`` lies.
+
+    Names that are found from there, or nowhere, stay as they are (RELION's project-relative names do); others, such as
+    names relative to the source star's own folder, become absolute.
+    """
+    table = tables.particles
+    parts = table["rlnImageName"].astype(str).str.partition("@")
+    bare = (parts[1] == "").to_numpy()
+    stacks = parts[2].where(~bare, parts[0])
+    here, there = StackFinder(out), StackFinder(start.table, start.datadir)
+    changed = {}
+    for name in stacks.unique():
+        if not _exists(here, name) and (found := _exists(there, name)):
+            changed[name] = str(found.resolve())
+    if not changed:
+        return table
+    table = table.copy()
+    renamed = stacks.map(lambda name: changed.get(name, name))
+    table["rlnImageName"] = renamed.where(bare, parts[0] + "@" + renamed)
+    return table
+
+
+def _exists(finder: StackFinder, name: str) -> Path | None:
+    return next((path for path in finder.candidates(name) if path.is_file()), None)
+
+
+def _image_names(particles: ParticleSet, out: Path) -> list[str]:
+    """NUMBER@STACK for sets that come from cs files or bare stacks."""
+    images = particles.images
+    if not hasattr(images, "files"):
+        raise InputError(f"{out}: these particles are in no file")
+    files = [str(Path(path).resolve()) if Path(path).exists() else str(path) for path in images.files]
+    return [f"{number + 1:06d}@{files[file]}" for file, number in zip(images.file_id, images.slices, strict=True)]

@@ -1,0 +1,240 @@
+"""The streaming pipeline behind ``cryosuite preprocess``: any particle set -> a work directory.
+
+A chunk of images is read, Fourier-cropped, normalised and written while the next ones are read by other threads; the
+noise spectrum is gathered on the way. Memory does not grow with the number of particles (but for about 200 bytes of
+bookkeeping each), and torch is not loaded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cryosuite import console
+from cryosuite.data.contrast import SURE, box_of, contrast_score, read_boxes
+from cryosuite.data.noise import DEFAULT_RADIUS, NoiseEstimator, radius_map
+from cryosuite.data.particles import ParticleSet
+from cryosuite.data.work_files import write_work_files
+from cryosuite.data.workdir import WorkDir
+from cryosuite.errors import InputError, notice
+from cryosuite.formats.mrc import StackWriter
+
+CHUNK_BYTES = 16 << 20  # of float32 images before the crop
+NOISE_IMAGES = 20000  # enough for 0.1 % per shell; more would only cost time
+SAME_FIELD = 1e-4  # relative difference of box x pixel size up to which boxes can be brought to one
+
+
+@dataclass(frozen=True)
+class PreprocessOptions:
+    """How images are prepared.
+
+    box_size: D to crop to in Fourier space (None: keep). diameter: of the particle in Angstrom; what lies outside is
+    background (None: 75 % of the box, RELION's default). dtype: "float32" or "float16". threads: 0 for all.
+    """
+
+    box_size: int | None = None
+    diameter: float | None = None
+    dtype: str = "float32"
+    threads: int = 0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What came out: the folder, the number of images, and rows (from 0) that were left out or are constant."""
+
+    work: WorkDir
+    written: int
+    excluded: np.ndarray
+    constant: np.ndarray
+    sign: int
+    sign_from: str
+
+
+def preprocess(particles: ParticleSet, out: Path, options: PreprocessOptions, command: str = "") -> Prepared:
+    """Write a work directory: images of one box, mean 0 and sd 1 outside the particle, particles white.
+
+    Images that hold NaN or infinity are left out, with a notice that lists them; constant images stay, with a notice.
+    dataset.yaml is written last: a folder without it is not a particle set. Raises InputError for boxes that cannot be
+    brought to one, an odd or larger box, a particle that fills the box, or a full disk.
+    """
+    work = WorkDir(out)
+    size, pixel_size = target(particles, options.box_size)
+    radius = background_radius(size, pixel_size, options.diameter)
+    _require_other_folder(particles, work)
+    sign, sign_from = decide_sign(particles, options.diameter)
+    flip = sign * particles.sign < 0
+    work.path.mkdir(parents=True, exist_ok=True)
+    work.dataset.unlink(missing_ok=True)
+    noise = NoiseEstimator(size, particles.n_groups)
+    every = max(1, len(particles) // NOISE_IMAGES)
+    excluded, constant = [], []
+    with (
+        StackWriter(work.particles, len(particles), size, float(np.median(pixel_size)), _dtype(options)) as writer,
+        console.Progress(len(particles), "preprocess") as progress,
+    ):
+        for rows, images, flat in _stream(particles, size, radius, flip, options.threads):
+            good = np.isfinite(images).all(axis=(1, 2))
+            excluded.append(rows[~good])
+            constant.append(rows[flat & good])
+            sampled = good & ~flat & (rows % every == 0)
+            if sampled.any():
+                noise.add(images[sampled], particles.optics_group[rows[sampled]], radius)
+            writer.write(images if good.all() else images[good])
+            progress.advance(len(rows))
+        bad = np.concatenate(excluded)
+        _report(particles, bad, np.concatenate(constant))
+        if writer.written == 0:
+            raise InputError(f"{particles.path}: no image without NaN or infinity: nothing to write")
+        writer.count = writer.written  # the images left out are not in the header
+    kept = np.setdiff1d(np.arange(len(particles)), bad)
+    spectrum = noise.spectrum() if kept.size > np.concatenate(constant).size else None
+    record = {
+        "command": command,
+        "sign": sign,
+        "sign_from": sign_from,
+        "normalised": True,
+        "dtype": options.dtype,
+        "background_radius_pixels": float(radius),
+        "particle_diameter": options.diameter,
+        "excluded": particles.index[bad].tolist(),
+    }
+    write_work_files(work, particles.subset(kept), size, pixel_size[kept], spectrum, record)
+    return Prepared(work, len(kept), bad, np.concatenate(constant), sign, sign_from)
+
+
+def target(particles: ParticleSet, wanted: int | None) -> tuple[int, np.ndarray]:
+    """The box to crop to and the pixel size (N,) A that each image will have there.
+
+    Raises InputError for an odd box, one larger than the images, and for images of several boxes that span different
+    lengths: cropped to one box they would be magnified differently.
+    """
+    boxes = box_of(particles, np.arange(len(particles)))
+    smallest = int(boxes.min())
+    size = smallest if wanted is None else wanted
+    if size % 2 or size < 2:
+        raise InputError(f"-D {size}: the box size must be even")
+    if size > smallest:
+        raise InputError(
+            f"-D {size}: larger than the images of {particles.path} ({smallest} pixels); images are only cropped"
+        )
+    field = boxes * particles.pixel_size.astype(np.float64)
+    if particles.box_sizes is not None and field.max() / field.min() - 1 > SAME_FIELD:
+        low, high = int(field.argmin()), int(field.argmax())
+        raise InputError(
+            f"{particles.path}: box {boxes[low]} at {particles.pixel_size[low]:.4g} A spans {field[low]:.5g} A, box "
+            f"{boxes[high]} at {particles.pixel_size[high]:.4g} A spans {field[high]:.5g} A: cropping cannot bring "
+            "them to one box and one pixel size. Extract the particles again with boxes of the same length in Angstrom."
+        )
+    return size, field / size
+
+
+def background_radius(size: int, pixel_size: np.ndarray, diameter: float | None) -> float:
+    """Radius in pixels outside which an image is background."""
+    if diameter is None:
+        return DEFAULT_RADIUS * size
+    radius = diameter / 2 / float(np.median(pixel_size))
+    if not 1 <= radius < size / 2:
+        span = size * float(np.median(pixel_size))
+        raise InputError(
+            f"--particle-diameter {diameter:g}: must be smaller than the box, which is {span:.4g} A wide, or no "
+            "background is left"
+        )
+    return radius
+
+
+def decide_sign(particles: ParticleSet, diameter: float | None) -> tuple[int, str]:
+    """The factor that makes the stored images white, and who says so; a notice when the images had to be asked."""
+    score = contrast_score(particles, diameter)
+    found = particles.sign * (1 if score > 0 else -1)
+    looks = "white" if found > 0 else "dark"
+    stated = "white" if particles.sign > 0 else "dark"
+    if particles.sign_from != "assumed":
+        if abs(score) > SURE and found != particles.sign:
+            who = "you say" if particles.sign_from == "option" else f"{particles.sign_from} says"
+            notice(
+                f"{particles.path}: {who} that particles are {stated} in the stack, but the images look {looks} "
+                f"(by {abs(score):.1f} standard errors); {stated} is used. Check a reconstruction; --invert and "
+                "--uninvert overrule."
+            )
+        return particles.sign, particles.sign_from
+    if abs(score) < SURE:
+        notice(
+            f"{particles.path}: nothing says whether particles are white or dark, and the images do not tell (score "
+            f"{score:.1f}): {stated} is assumed, as RELION writes them. Use --invert if they are dark."
+        )
+        return particles.sign, "assumed"
+    done = "kept as they are" if found > 0 else "multiplied by -1"
+    notice(
+        f"{particles.path}: particles are {looks} in the stack (found from the images, by {abs(score):.1f} standard "
+        f"errors): images are {done}."
+    )
+    return found, "data"
+
+
+def normalise(images: np.ndarray, outside: np.ndarray, flip: bool = False) -> np.ndarray:
+    """Bring images (b, D, D) in place to mean 0 and sd 1 where ``outside`` (D, D) is True; flip the sign if asked.
+
+    Returns (b,) bool: images without any variation there, which are only brought to mean 0.
+    """
+    pixels = images.reshape(len(images), -1)
+    weight = (outside.ravel() / outside.sum()).astype(np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        pixels -= (pixels @ weight)[:, None]
+        sd = np.sqrt(np.square(pixels) @ weight)
+        size = np.abs(pixels).max(axis=1)
+        flat = ~(sd > 1e-6 * size) & np.isfinite(sd)
+        pixels *= ((-1.0 if flip else 1.0) / np.where(flat, 1.0, sd))[:, None].astype(np.float32)
+    return flat
+
+
+def _stream(
+    particles: ParticleSet, size: int, radius: float, flip: bool, threads: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Chunks in order: rows (b,), prepared images (b, size, size), which are constant (b,); made by several threads."""
+    from threadpoolctl import threadpool_limits
+
+    outside = radius_map(size) > radius
+    step = max(1, CHUNK_BYTES // (4 * particles.box_size**2))
+
+    def prepare(begin: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        rows = np.arange(begin, min(begin + step, len(particles)))
+        images = read_boxes(particles, rows, size)
+        return rows, images, normalise(images, outside, flip)
+
+    workers = threads or len(os.sched_getaffinity(0))
+    with threadpool_limits(1), ThreadPoolExecutor(workers) as pool:
+        ahead: deque[Future] = deque()
+        for begin in range(0, len(particles), step):
+            ahead.append(pool.submit(prepare, begin))
+            if len(ahead) > workers + 1:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def _dtype(options: PreprocessOptions) -> type:
+    if options.dtype not in ("float32", "float16"):
+        raise InputError(f"--dtype {options.dtype}: expected float32 or float16")
+    return np.float16 if options.dtype == "float16" else np.float32
+
+
+def _report(particles: ParticleSet, bad: np.ndarray, constant: np.ndarray) -> None:
+    """Notices about images that were left out or hold nothing."""
+    for rows, problem, done in ((bad, "NaN or infinite pixels", "left out"), (constant, "no variation", "kept")):
+        if len(rows):
+            names = ", ".join(map(str, particles.index[rows[:20]])) + (" ..." if len(rows) > 20 else "")
+            many = "s" if len(rows) > 1 else ""
+            names = names if len(rows) != 2 else names.replace(", ", " and ")
+            notice(f"{particles.path}: image{many} {names} (0-based): {problem}; {done} ({len(rows)} in all).")
+
+
+def _require_other_folder(particles: ParticleSet, work: WorkDir) -> None:
+    files = getattr(particles.images, "files", [])
+    if work.particles.exists() and any(Path(path).resolve() == work.particles.resolve() for path in files):
+        raise InputError(f"{work.path}: holds the images to be prepared; choose another folder with -o")
