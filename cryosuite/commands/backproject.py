@@ -42,9 +42,7 @@ def main(
     class_column: str = _option(
         None, "--class-column", help="One map per class of this star or cs column, e.g. rlnClassNumber.", panel=SELECT
     ),
-    cluster: list[int] = _option(
-        None, "--cluster", help="Only this class; may be given several times.", panel=SELECT
-    ),
+    cluster: list[int] = _option(None, "--cluster", help="Only this class; may be given several times.", panel=SELECT),
     regularise: str = _option(
         "0.1",
         "--regularise",

@@ -1,0 +1,235 @@
+"""``cryosuite eval-fsc``: two maps, half maps, or a whole run against its truth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+RUN, MAPS = "A run against its truth", "Two maps"
+
+
+def _option(default: Any, *names: str, help: str, panel: str, **more: Any) -> Any:
+    return typer.Option(default, *names, help=help, rich_help_panel=panel, show_default=default is not None, **more)
+
+
+def main(
+    inputs: list[Path] = typer.Argument(
+        ...,
+        help="Two maps; or a folder of backproject; or the folder of a training run; or a simulated set.",
+        metavar="MAP1 MAP2 | FOLDER",
+    ),
+    mask: str = typer.Option(
+        None, "--mask", help="Mask file; auto: made from the maps; none. Default for a run: the truth's own mask."
+    ),
+    outdir: Path = typer.Option(
+        None, "-o", "--outdir", help="Folder for CSV, JSON and PNG. For a run the default is RUN/eval.EPOCH."
+    ),
+    compat: str = typer.Option(
+        None, "--compat", help="cryobench: that benchmark's shells, sampler and absolute FSC, for published tables."
+    ),
+    seed: int = typer.Option(0, "--seed", help="Of random phases and random choices."),
+    half_maps: bool = _option(
+        False, "--half-maps", help="The two maps are half maps: correct the FSC for the mask.", panel=MAPS
+    ),
+    apix: float = _option(None, "--Apix", help="Pixel size in Angstrom, in place of the maps' own.", panel=MAPS),
+    truth: Path = _option(None, "--truth", help="Simulated folder that holds the truth.", panel=RUN),
+    epoch: int = _option(None, "--epoch", help="Epoch; nothing: the last.", panel=RUN),
+    images: int = _option(100, "--images", help="Volumes to decode and judge.", panel=RUN),
+    sampler: str = _option(
+        None,
+        "--sampler",
+        help="random-per-class (default): equally many of each state. compat: every n-th particle sorted by state.",
+        panel=RUN,
+    ),
+    oracle: bool = _option(
+        False,
+        "--oracle",
+        help="Add the floor (all particles in one map) and the ceiling (true classes backprojected); kept on disk.",
+        panel=RUN,
+    ),
+    no_clustering: bool = _option(False, "--no-clustering", help="Leave out ARI, AMI and kNN.", panel=RUN),
+    cluster_seeds: int = _option(10, "--cluster-seeds", help="Random starts of k-means to average over.", panel=RUN),
+    gmm_seeds: int = _option(3, "--gmm-seeds", help="The same for Gaussian mixtures, which are slow.", panel=RUN),
+    umap: bool = _option(False, "--umap", help="Also cluster after UMAP to 16 dimensions.", panel=RUN),
+    volume_from: str = _option(
+        None, "--volume-from", help="How the run makes its volumes, if not as trained (image, knn, ...).", panel=RUN
+    ),
+    threads: int = typer.Option(0, "--threads", help="Processor threads; 0: all."),
+) -> None:
+    """Compare maps shell by shell (FSC), or judge a run against a known truth.
+
+    Two maps give the resolution in Angstrom where their FSC falls below 0.5 and 0.143, and the area under the curve.
+    Half maps are also corrected for the mask by randomising phases. A run on simulated particles gets the benchmark's
+    scores: FSC of the decoded volumes with the true ones, and how well the latents separate the true states.
+
+        cryosuite eval-fsc half_map_a.mrc half_map_b.mrc --half-maps --mask mask.mrc
+
+        cryosuite eval-fsc map/            (a folder of backproject)
+
+        cryosuite eval-fsc run/ --oracle
+    """
+    import os
+
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep; read when torch is loaded
+    import torch
+
+    if threads > 0:
+        torch.set_num_threads(threads)
+    if compat not in (None, "cryobench"):
+        raise _error(f"--compat {compat}: unknown; there is cryobench.")
+    if len(inputs) > 2:
+        raise _error(f"{len(inputs)} inputs given: two maps or one folder are expected")
+    if len(inputs) == 2 or not inputs[0].is_dir():
+        _two_maps(inputs, mask, outdir, bool(compat), half_maps, apix, seed)
+        return
+    from cryosuite.data.results import MapsDir
+
+    folder = MapsDir(inputs[0])
+    if folder.half_a.exists() and folder.half_b.exists():
+        own = str(folder.mask) if mask is None and folder.mask.exists() else mask
+        _two_maps([folder.half_a, folder.half_b], own, outdir, bool(compat), True, apix, seed)
+        return
+    from cryosuite.commands.eval_run import RunOptions, evaluate_run, evaluate_set, is_run
+
+    options = RunOptions(
+        truth, epoch, images, sampler, oracle, bool(compat), mask, not no_clustering, cluster_seeds, gmm_seeds, umap,
+        seed, outdir, volume_from,
+    )  # fmt: skip
+    if is_run(inputs[0]):
+        evaluate_run(inputs[0], options)
+    else:
+        evaluate_set(inputs[0], options)
+
+
+def _error(message: str) -> Exception:
+    from cryosuite.errors import InputError
+
+    return InputError(message)
+
+
+def _two_maps(
+    paths: list[Path],
+    mask: str | None,
+    outdir: Path | None,
+    compat: bool,
+    half_maps: bool,
+    apix: float | None,
+    seed: int,
+) -> None:
+    """FSC of two maps: table on screen, files when a folder is given."""
+    from cryosuite.metrics.fsc import fsc_table
+
+    if len(paths) != 2:
+        raise _error(f"{paths[0]}: one map alone cannot be compared; give two maps, or a folder")
+    a, b, pixel_size = _read_pair(paths, apix)
+    chosen = _mask_of(mask, a, b, half_maps)
+    table = fsc_table(a, b, pixel_size, chosen, corrected=half_maps, compat=compat, seed=seed)
+    _print(table, paths)
+    if outdir is not None:
+        _write(table, outdir, paths)
+
+
+def _read_pair(paths: list[Path], apix: float | None) -> tuple[Any, Any, float]:
+    """Two maps as tensors and their pixel size; InputError when they do not lie on one grid."""
+    import torch
+
+    from cryosuite.errors import notice
+    from cryosuite.formats.mrc import read_map
+
+    first, second = (read_map(path) for path in paths)
+    for path, one in zip(paths, (first, second), strict=True):
+        if len(set(one.data.shape)) != 1 or one.data.shape[0] % 2:
+            raise _error(f"{path}: has shape {one.data.shape}; cubic maps with an even box are needed")
+    if first.data.shape != second.data.shape:
+        raise _error(
+            f"{paths[0]} has a box of {first.data.shape[0]}, {paths[1]} one of {second.data.shape[0]}: "
+            "bring both to one grid first"
+        )
+    sizes = [one.pixel_size for one in (first, second) if one.pixel_size]
+    if apix is None and len(sizes) == 2 and abs(sizes[0] - sizes[1]) > 0.005 * sizes[0]:
+        raise _error(
+            f"{paths[0]} has {sizes[0]:.4g} A per pixel, {paths[1]} has {sizes[1]:.4g} A: they are not on one grid. "
+            "If a header is wrong, give the pixel size with --Apix."
+        )
+    pixel_size = apix or (sizes[0] if sizes else None)
+    if pixel_size is None:
+        notice(f"{paths[0]}: no pixel size in the header: 1 A is assumed; give --Apix")
+        pixel_size = 1.0
+    if not pixel_size > 0:
+        raise _error(f"--Apix {apix}: a positive number of Angstrom is needed")
+    for path, one in zip(paths, (first, second), strict=True):
+        if not _finite(one.data):
+            raise _error(f"{path}: holds values that are not finite (NaN or infinite)")
+    return torch.from_numpy(first.data), torch.from_numpy(second.data), float(pixel_size)
+
+
+def _finite(data: Any) -> bool:
+    """Whether all values are finite: their sum is, unless some are not."""
+    import numpy as np
+
+    return bool(np.isfinite(data.sum(dtype=np.float64)))
+
+
+def _mask_of(mask: str | None, a: Any, b: Any, half_maps: bool) -> Any:
+    """The mask tensor: from a file, made from the mean of the maps, or None."""
+    import torch
+
+    from cryosuite.formats.mrc import read_map
+    from cryosuite.kernels import shells
+    from cryosuite.reconstruct.masks import half_map_mask
+
+    if mask == "none" or (mask is None and not half_maps):
+        return None
+    if mask in (None, "auto"):
+        return half_map_mask((a + b) / 2, shells.fsc(a, b) if half_maps else None)
+    found = torch.from_numpy(read_map(Path(mask)).data)
+    if found.shape != a.shape:
+        raise _error(f"{mask}: has a box of {found.shape[-1]}, the maps one of {a.shape[-1]}")
+    low, high = float(found.min()), float(found.max())
+    if low < -0.01 or high > 1.01:
+        raise _error(f"{mask}: holds values from {low:.3g} to {high:.3g}; a mask lies between 0 and 1")
+    return found
+
+
+def _print(table: Any, paths: list[Path]) -> None:
+    from cryosuite import console
+
+    rows = []
+    for row in table.summary():
+        if row["curve"] == "random":
+            continue
+        cells = [f"{row['resolution_0.5_A']:.2f}", f"{row['resolution_0.143_A']:.2f}"]
+        rows.append([row["curve"], *cells, f"{row['auc']:.4f}", f"{row['auc_normalised']:.4f}"])
+    title = f"{paths[0].name} and {paths[1].name}: D = {table.box_size}, {table.pixel_size:.4g} A per pixel"
+    if table.mask_fraction is not None:
+        title += f", mask {table.mask_fraction:.3f} of the box"
+    console.table(title, ["FSC", "A at 0.5", "A at 0.143", "AUC", "AUC normalised"], rows)
+    if table.curves["unmasked"][: table.box_size // 4].mean() < -0.2:
+        console.say("note: the FSC is negative: one of the maps has inverted contrast")
+    if table.randomised_from is not None:
+        where = table.box_size * table.pixel_size / table.randomised_from
+        console.say(f"phases randomised beyond {where:.2f} A (shell {table.randomised_from})")
+
+
+def _write(table: Any, outdir: Path, paths: list[Path]) -> None:
+    """CSV, text, JSON and PNG of one comparison."""
+    import json
+
+    from cryosuite.data.results import ScoresDir
+    from cryosuite.formats.atomic import atomic_path, write_text
+    from cryosuite.metrics.fsc import write_png
+
+    out = ScoresDir(outdir)
+    outdir.mkdir(parents=True, exist_ok=True)
+    write_text(out.curves, table.as_csv())
+    write_text(out.text, table.as_text())
+    summary = {
+        "maps": [str(path) for path in paths], "box_size": table.box_size, "pixel_size_A": table.pixel_size,
+        "mask_fraction": table.mask_fraction, "randomised_from_shell": table.randomised_from,
+        "shells": "cryobench" if table.compat else "ours", "curves": table.summary(),
+    }  # fmt: skip
+    write_text(out.summary, json.dumps(summary, indent=1) + "\n")
+    with atomic_path(out.plot) as temporary:
+        write_png(temporary, table, f"{paths[0].name} and {paths[1].name}")
