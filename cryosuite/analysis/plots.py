@@ -68,7 +68,7 @@ def path_colours(count: int) -> list[str]:
 
 def point_size(count: int) -> tuple[float, float]:
     """Area (points^2) and opacity of the dots of a scatter of ``count`` particles."""
-    area = float(np.clip(3.2e4 / max(count, 1), 0.9, 26.0))
+    area = float(np.clip(3.2e4 / max(count, 1), 0.9, 16.0))
     return area, float(np.clip(5e4 / max(count, 1), 0.3, 0.85))
 
 
@@ -229,8 +229,11 @@ def learning_curve(path: Path, records: Sequence[Mapping[str, float]], epoch: in
     mean = np.convolve(np.pad(loss, (width // 2, width - 1 - width // 2), mode="edge"), np.ones(width) / width, "valid")
     with figure(path, 6.8, 4.2) as drawn:
         axes = drawn.add_subplot()
-        axes.plot(step, loss, color="#b9d4ea", lw=0.8, label="each step written down")
-        axes.plot(step, mean, color="#123f73", lw=1.8, label=f"mean of {width}")
+        if width > 2:
+            axes.plot(step, loss, color="#b9d4ea", lw=0.8, label="as written down")
+            axes.plot(step, mean, color="#123f73", lw=1.8, label=f"mean of {width} values")
+        else:
+            axes.plot(step, loss, "-o", color="#123f73", lw=1.8, ms=3.5, label="as written down")
         low, high = np.percentile(loss, [0.5, 98])
         axes.set_ylim(low - 0.08 * (high - low) - 1e-9, high + 0.12 * (high - low) + 1e-9)
         _bare(axes, ("training step", "loss"))

@@ -145,10 +145,10 @@ def read_indices(path: str | os.PathLike, n_total: int | None = None) -> np.ndar
     return index
 
 
-def read_latent(path: str | os.PathLike) -> list[np.ndarray]:
+def read_latent(path: str | os.PathLike, finite: bool = True) -> list[np.ndarray]:
     """Latents: [mu] or [mu, logvar], each float32 (N, zdim).
 
-    Raises InputError for NaN (naming rows) and wrong shapes.
+    Raises InputError for wrong shapes, and for NaN (naming rows) unless ``finite`` is False.
     """
     objects = safe_load(path)
     if len(objects) == 1 and isinstance(objects[0], (tuple, list)) and len(objects[0]) in (1, 2):
@@ -162,7 +162,8 @@ def read_latent(path: str | os.PathLike) -> list[np.ndarray]:
         array = array[:, None] if array.ndim == 1 else array
         if array.ndim != 2:
             raise InputError(f"{path}: latents have shape {array.shape}, expected (N, zdim)")
-        require_finite(array, path, "latent")
+        if finite:
+            require_finite(array, path, "latent")
         latents.append(_float32(array))
     if len(latents) == 2 and latents[0].shape != latents[1].shape:
         raise InputError(f"{path}: mu has shape {latents[0].shape} but logvar {latents[1].shape}")

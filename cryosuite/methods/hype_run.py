@@ -71,7 +71,7 @@ def load(run: RunDir, config: dict[str, Any], epoch: int, volume_from: str | Non
     model = HypeModel(particles.box_size, options, nothing)
     load_into(model, state, run.weights(epoch))
     model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    z = read_latent(run.z(epoch))[0]
+    z = read_latent(run.z(epoch), finite=False)[0]  # analyze names bad rows and leaves them out
     if len(z) != len(particles):
         raise InputError(f"{run.z(epoch)}: {len(z)} latents for {len(particles)} particles: did the set change?")
     method = Hype(options)
