@@ -25,7 +25,7 @@ from cryosuite.training.options import TrainOptions
 
 TINY = HypeOptions(
     dim=32, depth=1, heads=2, patch=4, groups=2, inr_width=32, inr_layers=2, n_frequencies=16, march_from=0.5,
-    knn=5, bank=8,
+    encoder_input="hartley", encoder_align=False, knn=5, bank=8,
 )  # fmt: skip
 
 
@@ -349,7 +349,7 @@ def test_two_volumes_are_learnt_and_told_apart(tmp_path):
     """256 clean images of two volumes, 300 steps: the loss falls below 5 % of the signal, volumes are right."""
     volumes = [blobs(32, 0), blobs(32, 1)]
     particles, labels = blob_particles(volumes, 256)
-    options = replace(PRESETS["small"].options, patch=8, knn=10, bank=16, march_from=0.6, march_over=0.2)
+    options = replace(PRESETS["small"].options, knn=10, bank=16, march_from=0.6, march_over=0.2)
     method = Hype(options)
     training = TrainOptions(epochs=38, batch_size=32, lr=2e-3, ema=0.9, accelerator="cpu", save_every=38)
     model = fit(method, particles, RunDir(tmp_path / "run"), training).model

@@ -68,7 +68,14 @@ class HypeModel(nn.Module):
         self.input = EncoderInput(box_size, o, spectra)
         size = self.input.size
         self.encoder = WeightTokenTransformer(
-            size, o.patch or best_patch(size), n_tokens, o.dim, o.depth, o.heads, o.pos_embed, 3 * o.pose_context
+            size,
+            o.patch or best_patch(size, o.patches),
+            n_tokens,
+            o.dim,
+            o.depth,
+            o.heads,
+            o.pos_embed,
+            3 * o.pose_context,
         )
         whitened = o.loss == "whitened"
         mean_noise = spectra.noise[:, 1:].mean(1, keepdim=True) if not whitened else spectra.noise

@@ -32,7 +32,8 @@ class HypeOptions:
     dim: int = 768  # width of the transformer
     depth: int = 6  # its blocks
     heads: int = 12
-    patch: int = 0  # side of an image patch in pixels; 0: the encoder's image size / 8
+    patch: int = 0  # side of an image patch in pixels; 0: as ``patches`` says
+    patches: int = 8  # patches per side of the encoder's image, as nearly as its size allows
     pos_embed: str = "learned"
     groups: int = 32  # weight tokens per hidden layer
     hyper: str = "groups"
@@ -49,11 +50,11 @@ class HypeOptions:
     sample_coefficients: bool = False
     sample_fraction: float = 0.4  # of the coefficients, when sampling
     sample_radius: float = 0.25  # everything below this radius (in units of D/2) is always used
-    encoder_input: str = "hartley"
+    encoder_input: str = "real"
     encoder_scale: str = "noise"
     encoder_rmax: int = 0
     encoder_lowpass: float = 0.0
-    encoder_align: bool = False  # turn the encoder's image by the known in-plane angle
+    encoder_align: bool = True  # undo the known in-plane angle, mirror views of the lower hemisphere
     pose_context: bool = False  # tell the encoder the viewing direction
     window: bool = True
     low_memory: bool = False
@@ -97,13 +98,30 @@ class Preset:
 PRESETS = {
     "small": Preset(
         HypeOptions(
-            dim=128, depth=3, heads=4, groups=4, inr_width=128, inr_layers=3, n_frequencies=64, march_from=0.35
+            dim=128,
+            depth=3,
+            heads=4,
+            patches=4,
+            groups=4,
+            inr_width=128,
+            inr_layers=3,
+            n_frequencies=64,
+            march_from=0.35,
         ),
         {"lr": 1e-3, "epochs": 40, "batch_size": 64},
     ),
     "default": Preset(HypeOptions(), {"lr": 1e-4, "epochs": 50, "batch_size": 64}),
     "paper": Preset(
-        HypeOptions(pos_embed="none", field="hartley", loss="mse", march_from=1.0, march_over=0.0, volume_from="image"),
+        HypeOptions(
+            pos_embed="none",
+            field="hartley",
+            loss="mse",
+            march_from=1.0,
+            march_over=0.0,
+            volume_from="image",
+            encoder_input="hartley",
+            encoder_align=False,
+        ),  # fmt: skip
         {
             "lr": 1e-4,
             "epochs": 50,
@@ -113,7 +131,7 @@ PRESETS = {
             "grad_clip": 0.0,
             "ema": 0.0,
             "precision": "32",
-        },
+        },  # fmt: skip
     ),
 }
 

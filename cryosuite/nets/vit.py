@@ -113,7 +113,7 @@ class WeightTokenTransformer(nn.Module):
         return x[:, -self.n_tokens :]
 
 
-def best_patch(image_size: int, target: float = 8.0) -> int:
-    """The patch size that divides the image and gives about ``target`` patches per side (D / 8: 16 at D = 128)."""
+def best_patch(image_size: int, target: int = 8) -> int:
+    """The patch size that divides the image and gives as nearly as possible ``target`` patches per side."""
     divisors = [p for p in range(1, image_size + 1) if image_size % p == 0]
     return min(divisors, key=lambda p: abs(math.log(image_size / p / target)))

@@ -46,10 +46,10 @@ class Size:
 
 
 SIZES = {
-    "small-32": Size("small", 32, 64, {"patch": 8}),
-    "small-64": Size("small", 64, 32, {"patch": 16}),
-    "paper-32": Size("default", 32, 4, {"patch": 4}),
-    "paper-64": Size("default", 64, 2, {"patch": 8}),
+    "small-32": Size("small", 32, 64, {}),
+    "small-64": Size("small", 64, 32, {}),
+    "paper-32": Size("default", 32, 4, {}),
+    "paper-64": Size("default", 64, 2, {}),
 }
 
 
@@ -108,7 +108,7 @@ class Variant:
     def __init__(self, name: str, size: Size, *, published: bool = False, plain: bool = False, bf16: bool = False,
                  **changes: object) -> None:  # fmt: skip
         torch.manual_seed(0)
-        options = replace(PRESETS[size.preset].options, encoder_align=False, **size.changes, **changes)
+        options = replace(PRESETS[size.preset].options, **size.changes, **changes)
         spectra = Spectra(torch.ones(1, size.box // 2 + 1), torch.ones(size.box // 2 + 1))
         self.name, self.bf16, self.plain, self.method = name, bf16, plain, Hype(options)
         self.model = HypeModel(size.box, options, spectra)
