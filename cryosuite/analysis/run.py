@@ -16,6 +16,7 @@ import numpy as np
 from cryosuite import __version__
 from cryosuite.analysis import chimerax, latents, plots, sheets
 from cryosuite.analysis.latents import Clusters, Pca
+from cryosuite.analysis.overview import overview
 from cryosuite.analysis.palette import palette
 from cryosuite.analysis.volumes import Decode, VolumeFile, VolumeOptions, check_options, draw_volumes, write_volumes
 from cryosuite.console import Progress, say
@@ -266,7 +267,7 @@ def _volumes(
     heads, texts = [str(label) for label in range(clusters.count)], sheets.percent(sizes)
     sheets.contact_sheet(result.folder.plot("volumes"), result.pictures, result.colours, heads, texts)
     xy, names = (result.umap, UMAP_NAMES) if result.umap is not None else _fallback_map(result, z)
-    sheets.overview(out.plot("overview"), xy, result.labels, result.colours, result.pictures, names)
+    overview(out.plot("overview"), xy, result.labels, result.colours, result.pictures, names)
     plots.write_csv(result.folder.plot("volumes").with_suffix(".csv"), {
         "cluster_from_0": np.arange(clusters.count),
         "volume": [file.path.name for file in result.files],
