@@ -34,9 +34,7 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     with atomic_path(path) as temporary:
         try:
             torch.save(state, temporary)
-        except RuntimeError as error:  # torch reports a failed write as a RuntimeError about its zip writer
-            if "writ" not in str(error).lower():
-                raise
+        except RuntimeError:  # how torch reports a failed write of its zip file, in various words
             raise InputError(
                 f"{path}: cannot write (is the disk full?); it needs {readable_bytes(needed)}. "
                 "The file of before is untouched."
@@ -52,7 +50,9 @@ def load_state(path: Path, what: str) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; expected {what}") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
+    except PermissionError:
+        raise InputError(f"{path}: no permission to read this file; expected {what}") from None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{path}: damaged, or not {what} of cryosuite ({reason[:200]})") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:

@@ -1,0 +1,101 @@
+"""Two processes under torchrun (gloo, CPU) train like one process with the same global batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import training_toy
+from training_toy import Toy, ToyOptions, toy_particles, train
+
+from cryosuite.data.workdir import RunDir
+from cryosuite.training.checkpoint import load_state
+from cryosuite.training.inference import encode_all
+from cryosuite.training.logs import read_metrics
+
+pytestmark = pytest.mark.slow
+
+
+def torchrun(run: Path, *more: str, processes: int = 2, **changed) -> subprocess.Popen:
+    """The toy training under torchrun, without noise (every process draws its own)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
+    command += [training_toy.__file__, str(run), json.dumps(changed), "--noise", "0", *more]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str]:
+    """Exit code and stderr of torchrun."""
+    _, text = process.communicate(timeout=180)
+    return process.returncode, text
+
+
+def curve(run: Path) -> np.ndarray:
+    """Loss and gradient norm per line of metrics."""
+    return np.array([[line["step"], line["loss"], line["grad_norm"]] for line in read_metrics(RunDir(run).metrics)])
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    """101 images in batches of 20: the last batch has one image, so one process has none."""
+    method = Toy(ToyOptions(noise=0.0))
+    one = train(tmp_path / "one", method, epochs=4, batch_size=20, log_every=1)
+    train(tmp_path / "odd", method, n=101, epochs=2, batch_size=20, log_every=1)
+    code, text = finish(torchrun(tmp_path / "two", epochs=4, batch_size=20, log_every=1))
+    assert code == 0, text
+    np.testing.assert_allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=1e-4)
+    code, text = finish(
+        torchrun(tmp_path / "odd2", n=101, epochs=2, batch_size=20, log_every=1, checkpoint_every_minutes=0)
+    )
+    assert code == 0, text
+    np.testing.assert_allclose(curve(tmp_path / "odd2"), curve(tmp_path / "odd"), rtol=1e-4)
+    z = encode_all(method, one.model, toy_particles(), progress=False)
+    np.testing.assert_allclose(np.load(tmp_path / "two" / "z4.npy"), z, rtol=1e-3, atol=1e-4)
+    assert len(load_state(RunDir(tmp_path / "two").checkpoint, "a checkpoint")["rng"]) == 2
+
+
+def test_two_processes_stop_together_and_one_goes_on(tmp_path: Path) -> None:
+    """SIGTERM to torchrun: both processes agree on the step; another number of processes may continue."""
+    train(tmp_path / "one", Toy(ToyOptions(noise=0.0)), epochs=4, batch_size=20)
+    process = torchrun(tmp_path / "two", "--slow", "0.05", epochs=4, batch_size=20)
+    deadline = time.monotonic() + 90
+    while len(curve(tmp_path / "two")) < 1 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGTERM)
+    code, text = finish(process)
+    assert code != 0
+    place = load_state(RunDir(tmp_path / "two").checkpoint, "a checkpoint")["place"]
+    assert 5 <= place["step"] < 20, text
+    result = train(tmp_path / "two", Toy(ToyOptions(noise=0.0)), epochs=4, batch_size=20, resume=True)
+    assert result.epochs_done == 4
+    np.testing.assert_allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=1e-4)
+
+
+def test_nan_in_one_process_stops_both_and_names_all_images(tmp_path: Path) -> None:
+    code, text = finish(torchrun(tmp_path, "--nan-at", "7", epochs=4, batch_size=20, checkpoint_every_minutes=0))
+    assert code != 0 and "training diverged at step 8" in text
+    state = load_state(RunDir(tmp_path).checkpoint, "a checkpoint")
+    assert state["place"]["step"] == 7
+    assert all(torch.isfinite(value).all() for value in state["model"].values())
+
+
+def test_devices_start_their_own_processes(tmp_path: Path) -> None:
+    """devices=2 without any launcher."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    given = json.dumps({"epochs": 2, "batch_size": 20, "devices": 2, "log_every": 1})
+    command = [sys.executable, training_toy.__file__, str(tmp_path / "two"), given, "--noise", "0"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    train(tmp_path / "one", Toy(ToyOptions(noise=0.0)), epochs=2, batch_size=20, log_every=1)
+    np.testing.assert_allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=1e-4)
