@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from cryosuite.data.export import take_rows
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.workdir import AnalysisDir
 from cryosuite.errors import InputError, notice
 from cryosuite.formats.pickles import write_pickle
-from cryosuite.formats.star import ParticleTables, particle_tables, write_star
+from cryosuite.formats.star import ParticleTables, write_star
 
 IMAGE = "rlnImageName"
 
@@ -21,7 +22,7 @@ def write_lists(out: AnalysisDir, particles: ParticleSet, labels: np.ndarray, co
     """Write cluster_000.ind.pkl and, for sets that come from a star file, cluster_000.star for each cluster.
 
     The .ind.pkl holds positions in the ORIGINAL stack (as cryoDRGN's --ind takes them); the .star holds the rows of the
-    star file the set was opened from, with all their columns and the other tables.
+    star file the set was opened from, with all their columns and the other tables (``export`` writes un-binned rows).
 
     Args:
         labels: (N,) cluster of each particle of the set, -1 for none.
@@ -30,27 +31,23 @@ def write_lists(out: AnalysisDir, particles: ParticleSet, labels: np.ndarray, co
     tables = _tables(particles)
     names = None if tables is None else _moved_names(tables, out.cluster_star(0).parent)
     for label in range(count):
-        own = labels == label
+        own = np.flatnonzero(labels == label)
         write_pickle(out.cluster_indices(label), particles.index[own])
         if tables is not None:
-            rows = particles.rows[own]
-            chosen = tables.particles.iloc[rows].copy()
+            chosen = take_rows(tables, own)
             if names is not None:
-                chosen[IMAGE] = names[rows]
-            write_star(out.cluster_star(label), tables.blocks(particles=chosen))
+                chosen.particles[IMAGE] = names[own]
+            write_star(out.cluster_star(label), chosen.blocks())
 
 
 def _tables(particles: ParticleSet) -> ParticleTables | None:
-    """The star tables behind a set, or None when it did not come from a star file that is still there."""
-    source = particles.source
-    if source is None or source.suffix != ".star" or not source.is_file():
-        return None
+    """The star tables behind a set, a row per particle, or None when it did not come from a star file still there."""
     try:
-        tables = particle_tables(source)
+        tables = particles.metadata
     except InputError as error:
         notice(f"no star files per cluster: {error}")
         return None
-    return tables if int(particles.rows.max(initial=-1)) < len(tables) else None
+    return tables if isinstance(tables, ParticleTables) else None
 
 
 def _moved_names(tables: ParticleTables, folder: Path) -> np.ndarray | None:
