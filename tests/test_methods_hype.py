@@ -239,7 +239,7 @@ def test_marching_uses_a_growing_prefix(tiny_set):
     "change",
     [{"field": "hartley"}, {"loss": "mse"}, {"hyper": "lowrank"}, {"inr": "triplane"}, {"conditioning": "concat"},
      {"sample_coefficients": True}, {"low_memory": True}, {"encoder_input": "real"}, {"encoder_align": True},
-     {"pose_context": True}, {"encoder_rmax": 4, "encoder_lowpass": 3.0}, {"encoder_scale": "wiener"}],
+     {"pose_context": True}, {"encoder_drop": 0.3}, {"encoder_rmax": 4, "encoder_lowpass": 3.0}, {"encoder_scale": "wiener"}],
     ids=str,
 )  # fmt: skip
 def test_every_option_trains_every_parameter(tiny_set, change):

@@ -16,8 +16,8 @@ RENAMED = {"inr_dim": "inr_width", "march": "march_from"}
 METHOD = (
     "dim", "depth", "heads", "patch", "pos_embed", "groups", "hyper", "conditioning", "inr", "inr_dim", "inr_layers",
     "feat_sigma", "field", "loss", "march", "march_over", "sample_coefficients", "encoder_input", "encoder_scale",
-    "encoder_rmax", "encoder_lowpass", "encoder_align", "pose_context", "window", "low_memory", "latent", "volume_from",
-    "knn",
+    "encoder_rmax", "encoder_lowpass", "encoder_align", "encoder_drop", "pose_context", "window", "low_memory", "latent",
+    "volume_from", "knn",
 )  # fmt: skip
 TRAIN = {
     "num_epochs": "epochs", "batch_size": "batch_size", "lr": "lr", "warmup": "warmup", "wd": "weight_decay",
@@ -99,6 +99,9 @@ def main(
     encoder_lowpass: float = _option(None, help="Gaussian low-pass radius in Fourier pixels; 0: no.", panel=ENCODER),
     encoder_align: bool = _option(
         None, "--encoder-align/--no-encoder-align", help="Turn images upright by their known angle.", panel=ENCODER
+    ),
+    encoder_drop: float = _option(
+        None, help="Share of the Fourier coefficients hidden in each step, against learning noise.", panel=ENCODER
     ),
     pose_context: bool = _option(
         None, "--pose-context/--no-pose-context", help="Tell the encoder the viewing direction.", panel=ENCODER

@@ -22,6 +22,9 @@ class EncoderInput(nn.Module):
     ``encoder_scale`` sets the weight of each shell after the phase flip: "noise" divides by the noise amplitude (the
     default), "total" by that of noise and signal together (all shells of unit variance), "wiener" multiplies with the
     CTF and the Wiener factor instead of flipping signs.
+
+    ``encoder_drop`` hides a random share of the coefficients in training: what the encoder has not seen it cannot
+    pass on, so less of the image's own noise ends up in its volume.
     """
 
     def __init__(self, box_size: int, options: HypeOptions, spectra: Spectra) -> None:
@@ -48,6 +51,10 @@ class EncoderInput(nn.Module):
         else:
             weight = torch.sign(target.ctf)
         coeffs = target.values * (weight * self.scale[disc.shell])
+        drop = self.options.encoder_drop
+        if self.training and drop > 0:
+            kept = torch.rand(coeffs.shape, device=coeffs.device) >= drop
+            coeffs = coeffs * (kept / (1 - drop))
         small = disc
         if self.size < self.box_size:
             small = fourier.half_disc(self.size, device=disc.device)

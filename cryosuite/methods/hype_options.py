@@ -55,6 +55,7 @@ class HypeOptions:
     encoder_rmax: int = 0
     encoder_lowpass: float = 0.0
     encoder_align: bool = True  # undo the known in-plane angle, mirror views of the lower hemisphere
+    encoder_drop: float = 0.0  # share of the coefficients hidden from the encoder in each training step
     pose_context: bool = False  # tell the encoder the viewing direction
     window: bool = True
     low_memory: bool = False
@@ -72,6 +73,8 @@ class HypeOptions:
         for name in POSITIVE:
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected 1 or more")
+        if not 0 <= self.encoder_drop < 1:
+            raise InputError(f"--encoder-drop {self.encoder_drop}: expected 0 or more and below 1")
         for name in ("march_from", "sample_fraction"):
             if not 0 < getattr(self, name) <= 1:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected above 0 and at most 1")
