@@ -25,13 +25,14 @@ from cryosuite.training.logs import read_metrics
 pytestmark = pytest.mark.slow
 
 
-def torchrun(run: Path, *more: str, processes: int = 2, **changed) -> subprocess.Popen:
+def torchrun(run: Path, *more: str, restarts: int = 0, **changed) -> subprocess.Popen:
     """The toy training under torchrun, without noise (every process draws its own)."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+    command += [f"--max-restarts={restarts}"]
     command += [training_toy.__file__, str(run), json.dumps(changed), "--noise", "0", *more]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
@@ -88,6 +89,24 @@ def test_nan_in_one_process_stops_both_and_names_all_images(tmp_path: Path) -> N
     state = load_state(RunDir(tmp_path).checkpoint, "a checkpoint")
     assert state["place"]["step"] == 7
     assert all(torch.isfinite(value).all() for value in state["model"].values())
+
+
+def test_a_killed_process_is_restarted_from_the_checkpoint(tmp_path: Path) -> None:
+    """torchrun --max-restarts: kill -9 of one rank; the same command goes on by itself to the same result."""
+    train(tmp_path / "one", Toy(ToyOptions(noise=0.0)), epochs=4, batch_size=20)
+    process = torchrun(
+        tmp_path / "two", "--slow", "0.05", restarts=1, epochs=4, batch_size=20, checkpoint_every_minutes=0
+    )
+    deadline = time.monotonic() + 90
+    while len(curve(tmp_path / "two")) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    code, text = finish(process)
+    assert code == 0, text
+    log = RunDir(tmp_path / "two").log.read_text()
+    assert "starting at step 0" in log and "going on at step 1" in log and "finished 4 epochs" in log
+    np.testing.assert_allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=1e-4)
 
 
 def test_devices_start_their_own_processes(tmp_path: Path) -> None:

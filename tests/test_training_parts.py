@@ -15,7 +15,15 @@ from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError
 from cryosuite.training.ema import Ema
 from cryosuite.training.inference import encode_all, encode_batches, encode_to_file
-from cryosuite.training.launch import Shape, launch_shape, process_rank, rng_state, seed_all, set_rng_state
+from cryosuite.training.launch import (
+    Shape,
+    launch_shape,
+    process_rank,
+    rng_state,
+    seed_all,
+    set_rng_state,
+    was_restarted,
+)
 from cryosuite.training.method import Method, Step
 from cryosuite.training.options import TrainOptions, plain
 from cryosuite.training.runs import make_config, particles_path, read_run_config, start_run, train_options
@@ -198,6 +206,16 @@ def test_only_the_first_process_writes_the_config(tmp_path: Path, monkeypatch: p
         monkeypatch.setenv(name, value)
     assert start_run(run, config_of(run, tmp_path))["method"] == "toy"
     assert not run.path.exists()
+
+
+def test_a_requeued_job_goes_on_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDir(tmp_path / "run")
+    start_run(run, config_of(run, tmp_path), overwrite=True)
+    run.checkpoint.write_bytes(b"x")
+    assert not was_restarted({}) and not was_restarted({"SLURM_RESTART_COUNT": "0"})
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    start_run(run, config_of(run, tmp_path), overwrite=True)
+    assert run.checkpoint.exists(), "the first start overwrote, the second goes on"
 
 
 def test_lr_curve_is_a_cosine() -> None:

@@ -60,6 +60,15 @@ def process_rank(environ: Mapping[str, str] = os.environ) -> int:
     return int(environ.get("LOCAL_RANK", "0")) + 1000 * int(environ.get("NODE_RANK", "0"))
 
 
+def was_restarted(environ: Mapping[str, str] = os.environ) -> bool:
+    """True where torchrun (--max-restarts) or SLURM (requeue) started this very command before.
+
+    Such a run goes on from its checkpoint although nobody typed --resume.
+    """
+    counts = (environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return any(count.isdigit() and int(count) > 0 for count in counts)
+
+
 def world() -> tuple[int, int]:
     """(rank, number of processes) of the running process group; (0, 1) where there is none."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -15,6 +15,7 @@ from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError
 from cryosuite.training.checkpoint import remove_leftovers
 from cryosuite.training.guard import TrainingDiverged
+from cryosuite.training.launch import was_restarted
 from cryosuite.training.logs import MetricsLog
 from cryosuite.training.method import Method, Step
 from cryosuite.training.options import TrainOptions
@@ -61,11 +62,12 @@ def fit(
     weights.N.pkl after every ``save_every`` epochs, metrics.jsonl and run.log. ``on_epoch(epoch, model)`` is called in
     every process before weights.N.pkl is written, epochs counted from 1, the model holding the averaged weights; it
     may draw random numbers freely. ``resume=True`` goes on exactly where the checkpoint was written; "auto" does so
-    where there is one.
+    where there is one, and is what False means in a job that torchrun or SLURM started again.
 
     Raises InputError for a checkpoint that is missing, foreign or in the way, TrainingDiverged for NaN, Inf or an
     exploding loss (the checkpoint of before stays).
     """
+    resume = resume or ("auto" if was_restarted() else False)
     if resume is False and run.checkpoint.exists():
         raise InputError(f"{run.path}: holds a run already: go on with it by --resume, or choose another folder")
     if resume is True and not run.checkpoint.exists():

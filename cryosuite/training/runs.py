@@ -13,7 +13,7 @@ from cryosuite import __version__
 from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError
 from cryosuite.formats.config import read_yaml, write_yaml
-from cryosuite.training.launch import process_rank
+from cryosuite.training.launch import process_rank, was_restarted
 from cryosuite.training.options import TrainOptions, plain
 
 
@@ -49,12 +49,15 @@ def start_run(
 
     Fresh: writes ``config`` and returns it. With ``resume`` the stored config is returned, so that no option needs to
     be typed again; "auto" resumes where there is a checkpoint and starts (over) where there is none, as a job that may
-    be requeued at any moment wants it. ``overwrite`` deletes the files of the run of before (not the analyses).
+    be requeued at any moment wants it; a job that torchrun or SLURM started again does so unasked. ``overwrite``
+    deletes the files of the run of before (not the analyses).
 
     Raises InputError for a folder that holds a run (without resume or overwrite), one that holds none (with resume)
     and one that belongs to another method. Under torchrun or srun only the first process writes or deletes.
     """
     first = process_rank() == 0
+    if not resume and was_restarted():
+        resume, overwrite = "auto", False
     if resume is True and not run.checkpoint.exists():
         what = "its training had not reached a first checkpoint" if run.exists() else "it holds no run"
         raise InputError(
