@@ -19,7 +19,7 @@ from cryosuite.data.workdir import AnalysisDir, VolumeDir
 from cryosuite.errors import InputError, UserNotice
 from cryosuite.formats.config import read_yaml
 from cryosuite.formats.mrc import read_map
-from cryosuite.formats.pickles import read_indices, safe_load
+from cryosuite.formats.pickles import read_indices, read_labels, safe_load
 from cryosuite.formats.star import read_star
 
 D, PIXEL = 16, 3.0
@@ -81,7 +81,7 @@ def test_files_have_the_names_cryodrgn_users_expect(finished) -> None:
 
 def test_labels_count_from_0_and_rows_left_out_are_minus_1(finished) -> None:
     result, z, truth = finished
-    labels = safe_load(result.out.labels)[0]
+    labels = read_labels(result.out.labels, unlabelled=True)
     assert labels.shape == (len(z),) and labels[7] == -1
     assert set(labels) == {-1, 0, 1, 2}
     assert np.isnan(safe_load(result.out.umap)[0][7]).all()

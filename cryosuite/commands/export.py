@@ -74,7 +74,7 @@ def _in_clusters(found: ParticleSet, labels: Path, cluster: list[int] | None) ->
     from cryosuite.errors import InputError
     from cryosuite.formats.pickles import read_labels
 
-    values = read_labels(labels)
+    values = read_labels(labels, unlabelled=True)
     if len(values) != len(found):
         raise InputError(
             f"{labels}: {len(values)} labels, but {found.path} has {len(found)} particles. Give the labels of this run."

@@ -170,8 +170,11 @@ def read_latent(path: str | os.PathLike, finite: bool = True) -> list[np.ndarray
     return latents
 
 
-def read_labels(path: str | os.PathLike, n: int | None = None) -> np.ndarray:
-    """Class labels (0-based) as int64 (N,). Raises InputError for anything but whole numbers >= 0."""
+def read_labels(path: str | os.PathLike, n: int | None = None, unlabelled: bool = False) -> np.ndarray:
+    """Class labels (0-based) as int64 (N,). Raises InputError for anything but whole numbers >= 0.
+
+    ``unlabelled`` admits -1 too: a particle that ``analyze`` left out.
+    """
     labels = _numbers(_one(path, "a list of labels"), path, "labels")
     labels = labels.reshape(-1) if labels.ndim == 2 and 1 in labels.shape else labels
     if labels.ndim != 1:
@@ -179,7 +182,7 @@ def read_labels(path: str | os.PathLike, n: int | None = None) -> np.ndarray:
     require_finite(labels, path, "label")
     if labels.dtype.kind == "f" and not np.array_equal(labels, np.round(labels)):
         raise InputError(f"{path}: labels must be whole numbers")
-    bad = np.flatnonzero((labels < 0) | (labels > 2**53))
+    bad = np.flatnonzero((labels < (-1 if unlabelled else 0)) | (labels > 2**53))
     if len(bad):
         raise InputError(f"{path}: label {labels[bad[0]]} in {name_rows(bad)} (0-based): labels count from 0")
     _require_count(path, len(labels), n, "labels")
