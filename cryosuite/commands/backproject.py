@@ -52,6 +52,7 @@ def main(
     passes: int = _option(
         1, "--passes", help="Rounds in which gaps between views are filled from the map so far.", panel=MAP
     ),
+    downsample: int = _option(None, "-d", "--downsample", help="Box of the map, smaller than the images'.", panel=MAP),
     mask: Path = _option(None, "--mask", help="Mask for the FSC; nothing: one found in the map.", panel=MAP),
     flip: bool = _option(False, "--flip", help="Mirror the maps (the other hand).", panel=MAP),
     no_half_maps: bool = _option(False, "--no-half-maps", help="Leave out half maps and FSC.", panel=MAP),
@@ -95,11 +96,15 @@ def main(
     if no_ctf:
         found.ctf = None
     keys = class_labels(found, labels, class_column, cluster, first)
-    if given is not None and given.shape[-1] != found.box_size:
-        raise _error(f"{mask}: has a box of {given.shape[-1]}, the particles one of {found.box_size}")
+    box = downsample or found.box_size
+    if not 8 <= box <= found.box_size or box % 2:
+        raise _error(f"--downsample {downsample}: an even box from 8 to {found.box_size} is needed")
+    if given is not None and given.shape[-1] != box:
+        raise _error(f"{mask}: has a box of {given.shape[-1]}, the map one of {box}")
     maps = reconstruct_classes(
-        found, keys, halves=not no_half_maps, regularise=_fraction(regularise), passes=passes, progress="backproject"
-    )
+        found, keys, halves=not no_half_maps, regularise=_fraction(regularise), passes=passes, progress="backproject",
+        map_box=box,
+    )  # fmt: skip
     rows = []
     several = labels is not None or class_column is not None
     outdir.mkdir(parents=True, exist_ok=True)
@@ -107,7 +112,7 @@ def main(
         folder = out.of_class(label) if several and not (cluster and len(cluster) == 1) else out
         table = _write(folder, one.flipped() if flip else one, given, not no_plot, seed)
         rows.append(_row(label if several else "all", one, table, folder))
-    _print(rows, found, outdir)
+    _print(rows, next(iter(maps.values())), outdir)
 
 
 def _error(message: str) -> Exception:
@@ -176,7 +181,7 @@ def _file_labels(path: Path, particles: ParticleSet) -> np.ndarray:
 
     from cryosuite.formats.pickles import read_labels
 
-    values = np.asarray(read_labels(path)).astype(np.int64)
+    values = np.asarray(read_labels(path, unlabelled=True)).astype(np.int64)
     if len(values) == len(particles):
         return values
     if len(particles) and len(values) > int(particles.index.max()):
@@ -237,11 +242,11 @@ def _row(label: object, one: Reconstruction, table: FscTable | None, folder: Map
     return [*cells, str(folder.map)]
 
 
-def _print(rows: list[list[str]], particles: ParticleSet, outdir: Path) -> None:
+def _print(rows: list[list[str]], one: Reconstruction, outdir: Path) -> None:
     from cryosuite.console import table
 
     columns = ["class", "particles", "half sets", "unmasked", "masked", "corrected", "map"]
-    box, pixel = particles.box_size, float(particles.pixel_size[0])
+    box, pixel = one.box_size, one.pixel_size
     if len(rows) > 60:
         rows = [*rows[:30], ["..."] * len(columns), *rows[-30:]]
     table(

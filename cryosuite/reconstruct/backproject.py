@@ -79,6 +79,7 @@ def reconstruct(
     passes: int = PASSES,
     r_max: int | None = None,
     progress: str | None = None,
+    map_box: int | None = None,
 ) -> Reconstruction:
     """Backproject particles into one map, in one pass over the stack.
 
@@ -91,13 +92,14 @@ def reconstruct(
         passes: of `solve` beyond the plain division.
         r_max: largest radius used, Fourier pixels, default D/2.
         progress: label of a progress display, None for silence.
+        map_box: box of the map when smaller than that of the particles (a Fourier crop); even.
 
     Raises:
         InputError: no rotations, or no particles.
     """
     labels = np.full(len(particles), -1, np.int64)
     labels[slice(None) if rows is None else rows] = 0
-    return reconstruct_classes(particles, labels, weights, halves, regularise, passes, r_max, progress)[0]
+    return reconstruct_classes(particles, labels, weights, halves, regularise, passes, r_max, progress, map_box)[0]
 
 
 def reconstruct_classes(
@@ -109,6 +111,7 @@ def reconstruct_classes(
     passes: int = PASSES,
     r_max: int | None = None,
     progress: str | None = None,
+    map_box: int | None = None,
 ) -> dict[int, Reconstruction]:
     """Backproject every class into its own map; each image is read once, whatever the number of classes.
 
@@ -127,8 +130,8 @@ def reconstruct_classes(
     if not len(classes):
         raise InputError("no particles are left to reconstruct from: check --ind, --first and the chosen class")
     half = particles.half_sets() if halves else np.zeros(len(particles), np.int8)
-    accumulator = Accumulator(particles, weights, r_max)
-    bytes_per_class = (2 if halves else 1) * 12 * particles.box_size**3 * 4
+    accumulator = Accumulator(particles, weights, r_max, map_box)
+    bytes_per_class = (2 if halves else 1) * 12 * accumulator.map_box**3 * 4
     group = max(1, MEMORY_LIMIT // bytes_per_class)
     found: dict[int, Reconstruction] = {}
     with Progress(int((labels >= 0).sum()), progress or "") if progress else _Silent() as bar:
@@ -169,13 +172,24 @@ class _Silent:
 class Accumulator:
     """Streams particles of one set into accumulators, one per key."""
 
-    def __init__(self, particles: ParticleSet, weights: np.ndarray | None = None, r_max: int | None = None) -> None:
+    def __init__(
+        self,
+        particles: ParticleSet,
+        weights: np.ndarray | None = None,
+        r_max: int | None = None,
+        map_box: int | None = None,
+    ) -> None:
         if particles.rotation is None:
             raise InputError(f"{particles.path or 'the particle set'}: has no rotations; give poses with --poses")
         self.particles = particles
         self.weights = None if weights is None else torch.as_tensor(np.asarray(weights, np.float32))
         self.pixel_size = common_pixel_size(particles.pixel_size)
+        # a smaller map is the same coefficients in a smaller box
+        self.map_box = map_box or particles.box_size
+        r_max = min(r_max or particles.box_size // 2, self.map_box // 2)
         self.disc = fourier.half_disc(particles.box_size, r_max)
+        self.map_disc = fourier.half_disc(self.map_box, r_max)
+        self.crop_scale = (self.map_box / particles.box_size) ** 3  # keeps grey values
         self.precision = inverse_noise(particles, self.disc)
 
     def run(self, key: np.ndarray, bar: Progress | _Silent | None = None) -> dict[int, slices.Accumulator]:
@@ -193,7 +207,7 @@ class Accumulator:
                     own = key[part]
                     for one in np.unique(own).tolist():
                         if one not in sums:
-                            sums[one] = slices.new_accumulator(self.particles.box_size)
+                            sums[one] = slices.new_accumulator(self.map_box)
                     for task in [pool.submit(self._insert_half, half, own, coefficients, sums) for half in (0, 1)]:
                         task.result()
                     if bar is not None:
@@ -207,7 +221,7 @@ class Accumulator:
         for one in np.unique(own[own % 2 == half]).tolist():
             pick = torch.from_numpy(np.nonzero(own == one)[0])
             chosen = coefficients if len(pick) == len(own) else [value[pick] for value in coefficients]
-            slices.insert_slices(sums[one], *chosen, self.disc)
+            slices.insert_slices(sums[one], *chosen, self.map_disc)
 
     def _prepared(self, rows: np.ndarray, step: int) -> Iterator[tuple[np.ndarray, tuple]]:
         torch.set_num_threads(1)  # of the thread this generator runs in
@@ -224,6 +238,8 @@ class Accumulator:
         the (b, 3, 3) matrices that take its half disc into the volume."""
         particles, disc = self.particles, self.disc
         X = fourier.to_half_disc(torch.from_numpy(images), disc)
+        if self.crop_scale != 1:
+            X = X * self.crop_scale
         if particles.shift is not None:
             X = fourier.phase_shift(X, disc, torch.from_numpy(particles.shift[rows]))
         weights = self.precision[torch.from_numpy(particles.optics_group[rows]).long()]
@@ -263,7 +279,8 @@ class Accumulator:
         if regularise == "fsc" and fsc is not None:
             base = tau_from_fsc(fsc)
         joint = solve(present[0] if len(present) == 1 else present[0] + present[1], base, passes)
-        return Reconstruction(joint, self.pixel_size, sum(counts), *maps, fsc, *counts)
+        pixel_size = self.pixel_size * self.particles.box_size / self.map_box
+        return Reconstruction(joint, pixel_size, sum(counts), *maps, fsc, *counts)
 
 
 def inverse_noise(particles: ParticleSet, disc: fourier.HalfDisc) -> torch.Tensor:
