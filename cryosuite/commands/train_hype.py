@@ -16,8 +16,8 @@ RENAMED = {"inr_dim": "inr_width", "march": "march_from"}
 METHOD = (
     "dim", "depth", "heads", "patch", "pos_embed", "groups", "hyper", "conditioning", "inr", "inr_dim", "inr_layers",
     "feat_sigma", "field", "loss", "march", "march_over", "sample_coefficients", "encoder_input", "encoder_scale",
-    "encoder_rmax", "encoder_lowpass", "encoder_align", "encoder_drop", "pose_context", "window", "low_memory", "latent",
-    "volume_from", "knn",
+    "encoder_rmax", "encoder_lowpass", "encoder_align", "encoder_drop", "pose_context", "window", "low_memory",
+    "latent", "volume_from", "knn",
 )  # fmt: skip
 TRAIN = {
     "num_epochs": "epochs", "batch_size": "batch_size", "lr": "lr", "warmup": "warmup", "wd": "weight_decay",
