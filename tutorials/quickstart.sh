@@ -16,7 +16,7 @@ say "2/5 preprocess: normalise the images into a work folder"
 cryosuite preprocess "$out/sim/particles.star" -D 32 -o "$out/work"
 
 say "3/5 train-hype: learn one volume per image"
-cryosuite train-hype "$out/work" -o "$out/run" --preset small -n 1000 --max-minutes 4
+cryosuite train-hype "$out/work" -o "$out/run" -n 25
 
 say "4/5 analyze: UMAP, clusters, volumes, pictures, ChimeraX script"
 cryosuite analyze "$out/run" --ksample 6
@@ -30,4 +30,4 @@ echo "UMAP:            $analysis/umap.png"
 echo "volumes:         $analysis/kmeans6/vol_*.mrc"
 echo "one picture:     $analysis/overview.png"
 echo "ChimeraX script: $analysis/view.cxc   (open it in ChimeraX)"
-echo "score:           $(ls "$out"/run/eval*/scores.json 2>/dev/null || ls "$out"/run/*.json)"
+echo "score:           $(ls "$out"/run/eval.*/scores.json), a table is above"

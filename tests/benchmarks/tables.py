@@ -18,13 +18,13 @@ SPEED = {
     "help": "`cryosuite --help`",
 }
 MIX_COLUMNS = {
-    "ARI k-means": "ari_kmeans",
-    "ARI GMM": "ari_gmm",
-    "10-NN accuracy": "knn_accuracy",
-    "per-image AUC": "auc_image",
-    "consensus (floor)": "auc_consensus",
-    "label backprojection (ceiling)": "auc_oracle",
-    "gain": "gain",
+    "ARI k-means": "clustering.kmeans_ari",
+    "ARI GMM": "clustering.gmm_ari",
+    "10-NN accuracy": "clustering.knn10_accuracy",
+    "per-image AUC": "per_image.auc_masked",
+    "consensus (floor)": "oracle.consensus_masked",
+    "label backprojection (ceiling)": "oracle.label_backprojection_masked",
+    "gain": "oracle.gain_masked",
 }
 
 
@@ -53,6 +53,13 @@ def speed_table() -> str:
     return markdown(["", "cryosuite, CPU time", "peak memory", "cryoDRGN", "RELION"], rows) + note
 
 
+def look_up(scores: dict, key: str) -> float:
+    """The number under a dotted key."""
+    for part in key.split("."):
+        scores = scores[part]
+    return float(scores)  # type: ignore[arg-type]
+
+
 def spread(values: list[float]) -> str:
     """Mean, and the standard deviation over seeds when there are several."""
     return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
@@ -70,7 +77,7 @@ def mix_table() -> str:
         minutes = mean(result["train_wall_s"] for result in results) / 60
         cells = [f"D = {box}, {variant}", seeds, f"{minutes:.0f} min"]
         for key in MIX_COLUMNS.values():
-            cells.append(spread([result["scores"][key] for result in results]))
+            cells.append(spread([look_up(result["scores"], key) for result in results]))
         rows.append(cells)
     return markdown(["", "seeds", "training", *MIX_COLUMNS], rows)
 
