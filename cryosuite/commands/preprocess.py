@@ -94,6 +94,7 @@ def main(
         cs_mm=cs,
         amplitude_contrast=amplitude_contrast,
         mixed_boxes=True,
+        keep_tables=True,
     )
     options = PreprocessOptions(box_size, particle_diameter, "float16" if float16 else "float32", threads)
     done = preprocess(found, Path(outdir), options, command=shlex.join(["cryosuite", *sys.argv[1:]]))

@@ -33,6 +33,7 @@ class Sources:
     need_ctf: bool = True
     sign: int | None = None
     mixed_boxes: bool = False
+    keep_tables: bool = False
     passthrough: tuple[Path, ...] = ()
     dataset: dict[str, Any] = field(default_factory=dict)
 
@@ -96,6 +97,7 @@ def assemble(
         poses_from=sources.user_poses,
         ctf_from=sources.user_ctf,
         n_source=everything.n,
+        tables=everything.tables if sources.keep_tables else None,
         dataset=sources.dataset,
     )
 

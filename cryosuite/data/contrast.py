@@ -47,8 +47,9 @@ def _compare(
 
     images = read_boxes(particles, rows, size)
     pixel_size = particles.pixel_size[rows] * box_of(particles, rows) / size
-    mean = images.mean(axis=(1, 2), keepdims=True)
-    coefficients = scipy.fft.rfft2(np.fft.ifftshift(images - mean, axes=(1, 2)), axes=(1, 2))
+    with np.errstate(invalid="ignore"):  # infinite pixels: the caller leaves such images out
+        images = images - images.mean(axis=(1, 2), keepdims=True)
+    coefficients = scipy.fft.rfft2(np.fft.ifftshift(images, axes=(1, 2)), axes=(1, 2))
     if particles.shift is not None:
         coefficients = coefficients * _centre(particles.shift[rows], size)
     half_box = 0.25 * size * float(np.median(pixel_size))

@@ -42,7 +42,7 @@ def cs_rows(
     def details(box: np.ndarray, pixel_size: np.ndarray) -> Details:
         return cs_details(table, path, given, box, pixel_size, need_poses, need_ctf)
 
-    rows.details = details
+    rows.details, rows.tables = details, table
     return rows
 
 

@@ -38,7 +38,10 @@ def load_metadata(particles: ParticleSet) -> ParticleTables | np.ndarray | None:
     """
     if particles.source is None or particles.rows is None:
         return None
-    return _rows_of(particles.source, particles.rows, particles.passthrough)
+    if particles.tables is None:
+        return _rows_of(particles.source, particles.rows, particles.passthrough)
+    whole = particles.tables
+    return whole[particles.rows] if isinstance(whole, np.ndarray) else take_rows(whole, particles.rows)
 
 
 def _rows_of(table: Path, rows: np.ndarray, passthrough: Sequence[Path]) -> ParticleTables | np.ndarray | None:

@@ -38,6 +38,7 @@ def open_particles(
     cs_mm: float | None = None,
     amplitude_contrast: float | None = None,
     mixed_boxes: bool = False,
+    keep_tables: bool = False,
 ) -> ParticleSet:
     """Open a particle set and check it; no pixel is read.
 
@@ -52,6 +53,7 @@ def open_particles(
         sign: +1 white, -1 dark particles in the file; None: what the file says, else white.
         voltage_kv, cs_mm, amplitude_contrast: for files that do not say them.
         mixed_boxes: allow stacks of several box sizes (``preprocess`` brings them to one).
+        keep_tables: hold on to the star or cs tables, so that writing them again need not read them again.
 
     Raises:
         InputError: one message that names the file, the row or field, and what to do.
@@ -69,6 +71,7 @@ def open_particles(
         need_ctf=need_ctf,
         sign=sign,
         mixed_boxes=mixed_boxes,
+        keep_tables=keep_tables,
         passthrough=tuple(Path(extra) for extra in passthrough),
     )
     sources.user_poses, sources.user_ctf = sources.poses, sources.ctf

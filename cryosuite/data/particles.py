@@ -13,7 +13,7 @@ from cryosuite.data.images import ArrayImages, Images
 if TYPE_CHECKING:
     from cryosuite.kernels.ctf import CtfParams
 
-CTF_PIXEL_SIZE = 1  # column of the CTF table: D, pixel size, defocus U, V, angle, kV, Cs, amplitude contrast, phase
+NOT_PER_ROW = ("noise", "tables")
 
 
 @dataclass
@@ -41,6 +41,7 @@ class ParticleSet:
         normalised: True when mean 0 and sd 1 outside the particle have been set.
         box_sizes: (N,) int32 where stacks of several boxes are mixed, else None.
         path: what the user gave, with passthrough, datadir, poses_from, ctf_from. n_source: rows before ``ind``.
+        tables: the whole star tables or cs array, when they were to be kept.
         source: the metadata file whose row ``rows[i]`` is particle i.
     """
 
@@ -70,6 +71,7 @@ class ParticleSet:
     ctf_from: Path | None = None
     n_source: int = 0
     dataset: dict[str, Any] = field(default_factory=dict, repr=False)
+    tables: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         n = len(self.images)
@@ -83,7 +85,7 @@ class ParticleSet:
         self.n_source = self.n_source or n
         for entry in fields(self):
             value = getattr(self, entry.name)
-            per_row = isinstance(value, np.ndarray) and entry.name != "noise"
+            per_row = isinstance(value, np.ndarray) and entry.name not in NOT_PER_ROW
             if per_row and len(value) != n:
                 raise ValueError(f"{entry.name} has {len(value)} rows for {n} images")
 
@@ -120,7 +122,7 @@ class ParticleSet:
         values: dict[str, Any] = {"images": self.images.subset(rows)}
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if isinstance(value, np.ndarray) and entry.name != "noise":
+            if isinstance(value, np.ndarray) and entry.name not in NOT_PER_ROW:
                 values[entry.name] = value[rows]
         values["extras"] = {name: value[rows] for name, value in self.extras.items()}
         return replace(self, **values)

@@ -185,9 +185,9 @@ def normalise(images: np.ndarray, outside: np.ndarray, flip: bool = False) -> np
     pixels = images.reshape(len(images), -1)
     weight = (outside.ravel() / outside.sum()).astype(np.float32)
     with np.errstate(invalid="ignore", over="ignore"):
+        size = np.abs(pixels).max(axis=1)
         pixels -= (pixels @ weight)[:, None]
         sd = np.sqrt(np.square(pixels) @ weight)
-        size = np.abs(pixels).max(axis=1)
         flat = ~(sd > 1e-6 * size) & np.isfinite(sd)
         pixels *= ((-1.0 if flip else 1.0) / np.where(flat, 1.0, sd))[:, None].astype(np.float32)
     return flat
@@ -226,7 +226,8 @@ def _dtype(options: PreprocessOptions) -> type:
 
 def _report(particles: ParticleSet, bad: np.ndarray, constant: np.ndarray) -> None:
     """Notices about images that were left out or hold nothing."""
-    for rows, problem, done in ((bad, "NaN or infinite pixels", "left out"), (constant, "no variation", "kept")):
+    found = (bad, "NaN or infinite pixels", "left out"), (constant, "no variation outside the particle", "kept")
+    for rows, problem, done in found:
         if len(rows):
             names = ", ".join(map(str, particles.index[rows[:20]])) + (" ..." if len(rows) > 20 else "")
             many = "s" if len(rows) > 1 else ""

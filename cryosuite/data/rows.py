@@ -53,6 +53,7 @@ class Rows:
 
     files, file_id (N,), slices (N,): where the image of each row lies (names as written in the file; slices from 0).
     box (N,) pixels and pixel_size (N,) A: as the file says, or None. signs (N,): +1 white, -1 dark, or None.
+    tables: the star tables or cs array as read, in file order.
     """
 
     path: Path
@@ -69,13 +70,14 @@ class Rows:
     ctf_premultiplied: bool = False
     extras: dict[str, np.ndarray] = field(default_factory=dict)
     details: DetailsOf = no_details
+    tables: object | None = None
 
     def take(self, rows: np.ndarray) -> Rows:
         """Some of the rows, in the order given (``details`` stays that of the whole table)."""
         values: dict = {"n": len(rows), "extras": {name: value[rows] for name, value in self.extras.items()}}
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if isinstance(value, np.ndarray):
+            if isinstance(value, np.ndarray) and entry.name != "tables":
                 values[entry.name] = value[rows]
         return replace(self, **values)
 

@@ -48,7 +48,7 @@ def star_rows(path: Path, given: Given | None = None, need_poses: bool = True, n
             found.extras.pop("premultiplied", None)
         return found
 
-    rows.details = details
+    rows.details, rows.tables = details, tables
     return rows
 
 

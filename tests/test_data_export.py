@@ -1,0 +1,116 @@
+"""Rows back to RELION and cryoSPARC: the original rows, all columns, and files that open again."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+
+from cryosuite.data.export import export_particles
+from cryosuite.data.open import open_particles
+from cryosuite.data.preprocess import PreprocessOptions, preprocess
+from cryosuite.errors import InputError
+from cryosuite.formats.cs import read_cs
+from cryosuite.formats.pickles import read_indices
+from cryosuite.formats.star import read_star
+
+ROWS = np.array([5, 1, 6])
+
+
+def test_star_rows_come_back_unbinned_with_every_column(golden, tmp_path):
+    source = golden / "adversarial/multiple_blocks.star"
+    preprocess(open_particles(source), tmp_path / "w", PreprocessOptions(16))
+    work = open_particles(tmp_path / "w").subset(ROWS)
+    export_particles(work, tmp_path / "out.star")
+    before, after = read_star(source), read_star(tmp_path / "out.star")
+    assert list(before) == list(after)
+    for name in ("general", "extra", "optics"):
+        assert before[name].equals(after[name])
+    wanted = before["particles"].iloc[ROWS].reset_index(drop=True)
+    assert list(after["particles"].columns) == list(wanted.columns)
+    assert wanted.drop(columns="rlnImageName").equals(after["particles"].drop(columns="rlnImageName"))
+
+
+def test_an_exported_star_opens_as_the_same_rows(golden, tmp_path):
+    source = open_particles(golden / "relion/particles.star")
+    preprocess(source, tmp_path / "w", PreprocessOptions(32))
+    export_particles(open_particles(tmp_path / "w").subset(ROWS), tmp_path / "elsewhere.star")
+    again, wanted = open_particles(tmp_path / "elsewhere.star"), source.subset(ROWS)
+    assert np.array_equal(again.read(slice(None)), wanted.read(slice(None)))
+    for name in ("rotation", "shift", "ctf", "half", "pixel_size"):
+        assert np.array_equal(getattr(again, name), getattr(wanted, name))
+
+
+def test_names_that_work_from_the_new_place_stay_as_they_are(golden, tmp_path):
+    project = tmp_path / "project"
+    (project / "job").mkdir(parents=True)
+    shutil.copy(golden / "adversarial/good.mrcs", project / "good.mrcs")
+    shutil.copy(golden / "adversarial/good.star", project / "job/run.star")  # names are relative to the project
+    preprocess(open_particles(project / "job/run.star"), tmp_path / "w", PreprocessOptions())
+    export_particles(open_particles(tmp_path / "w"), project / "job/selected.star")
+    assert list(read_star(project / "job/selected.star")["particles"]["rlnImageName"])[2] == "000003@good.mrcs"
+
+
+def test_cs_rows_come_back_with_their_uid(golden, tmp_path):
+    source = golden / "adversarial/good.cs"
+    preprocess(open_particles(source), tmp_path / "w", PreprocessOptions(16))
+    export_particles(open_particles(tmp_path / "w").subset(ROWS), tmp_path / "out.cs")
+    assert np.array_equal(read_cs(tmp_path / "out.cs"), read_cs(source)[ROWS])
+    again = open_particles(tmp_path / "out.cs", datadir=golden / "adversarial")
+    assert np.array_equal(again.read(slice(None)), open_particles(source).read(ROWS))
+
+
+def test_cs_particles_as_a_star_for_relion(golden, tmp_path):
+    source = open_particles(golden / "adversarial/good.cs")
+    preprocess(source, tmp_path / "w", PreprocessOptions(16))
+    export_particles(open_particles(tmp_path / "w").subset(ROWS), tmp_path / "out.star")
+    again, wanted = open_particles(tmp_path / "out.star"), source.subset(ROWS)
+    assert np.abs(again.rotation - wanted.rotation).max() < 1e-6
+    assert np.abs(again.shift - wanted.shift).max() < 1e-6
+    assert np.allclose(again.ctf, wanted.ctf, rtol=1e-6)
+    assert np.array_equal(np.abs(again.read(slice(None))), np.abs(wanted.read(slice(None))))
+
+
+def test_a_cryodrgn_set_as_a_star(golden, tmp_path):
+    how = {"poses": golden / "cryodrgn/pose.pkl", "ctf": golden / "cryodrgn/ctf.pkl"}
+    preprocess(open_particles(golden / "relion/particles.mrcs", **how), tmp_path / "w", PreprocessOptions(32))
+    export_particles(open_particles(tmp_path / "w").subset(ROWS), tmp_path / "out.star")
+    again = open_particles(tmp_path / "out.star")
+    star = open_particles(golden / "relion/particles.star").subset(ROWS)
+    assert again.box_size == 64
+    assert np.array_equal(again.read(slice(None)), star.read(slice(None)))
+    assert np.abs(again.rotation - star.rotation).max() < 1e-6
+    assert np.allclose(again.ctf, star.ctf, rtol=1e-5)
+
+
+def test_binned_rows_of_the_work_directory(golden, tmp_path):
+    preprocess(open_particles(golden / "relion/particles.star"), tmp_path / "w", PreprocessOptions(32))
+    work = open_particles(tmp_path / "w")
+    (tmp_path / "far").mkdir()
+    export_particles(work.subset(ROWS), tmp_path / "far/out.star", binned=True)
+    again = open_particles(tmp_path / "far/out.star")
+    assert again.box_size == 32
+    assert np.array_equal(again.read(slice(None)), work.read(ROWS))
+
+
+def test_index_lists_hold_original_positions(golden, tmp_path):
+    first = open_particles(golden / "relion/particles.star", ind=np.arange(100, 120))
+    preprocess(first, tmp_path / "w", PreprocessOptions(32))
+    export_particles(open_particles(tmp_path / "w").subset(ROWS), tmp_path / "ind.pkl")
+    assert read_indices(tmp_path / "ind.pkl").tolist() == [105, 101, 106]
+
+
+def test_what_cannot_be_exported_is_said(golden, tmp_path):
+    source = tmp_path / "source.star"
+    shutil.copy(golden / "relion/particles.star", source)
+    preprocess(open_particles(source, datadir=golden / "relion"), tmp_path / "w", PreprocessOptions(32))
+    work = open_particles(tmp_path / "w")
+    with pytest.raises(InputError, match="no .cs file.*ends in .star"):
+        export_particles(work, tmp_path / "out.cs")
+    with pytest.raises(InputError, match="give a name that ends in"):
+        export_particles(work, tmp_path / "out.csv")
+    source.unlink()
+    with pytest.raises(InputError, match="not there any more.*--binned"):
+        export_particles(work, tmp_path / "out.star")
+    assert not (tmp_path / "out.star").exists()
