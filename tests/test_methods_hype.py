@@ -9,10 +9,12 @@ import pytest
 import torch
 from hype_toy import blob_particles, blobs
 
+from cryosuite.data.images import ArrayImages
 from cryosuite.data.loader import BatchLoader
 from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError
 from cryosuite.kernels import fourier
+from cryosuite.kernels.ctf import ctf
 from cryosuite.kernels.shells import fsc
 from cryosuite.methods.hype import Hype, inclusion, measure_spectra, slice_frequencies, systematic_sample
 from cryosuite.methods.hype_input import turn, view_direction
@@ -130,8 +132,6 @@ def test_noise_is_whitened():
     coloured = fourier.from_half_disc(fourier.to_half_disc(images, disc) * colour, disc)
     power = fourier.to_half_disc(images, disc).abs().square().mean()
     noise = (power * (1 + np.arange(9) / 4) ** 2)[None].numpy().astype(np.float32)
-    from cryosuite.data.images import ArrayImages
-
     particles = replace(particles, images=ArrayImages(coloured.numpy()), noise=noise)
     model = Hype(replace(TINY, window=False)).build(particles)
     target, image = model.prepare(first_batch(particles, 400))
@@ -168,6 +168,25 @@ def test_spectra_find_the_signal():
     clean, _ = blob_particles([blobs(16, 0), blobs(16, 1)], 400, noise=0.0)
     truth = measure_spectra(replace(clean, noise=np.full((1, 9), 1e-6, np.float32)), window=False).signal
     assert torch.allclose(spectra.signal[1:5], truth[1:5], rtol=0.2)
+
+
+def test_images_multiplied_by_their_ctf_give_the_same_target(tiny_set):
+    particles = tiny_set[0]
+    disc = fourier.half_disc(16)
+    images = torch.from_numpy(particles.read(slice(None)))
+    transfer = ctf(disc.frequency, particles.ctf_params())
+    multiplied = fourier.from_half_disc(fourier.to_half_disc(images, disc) * transfer, disc)
+    noise = particles.noise * float(transfer.square().mean())
+    other = replace(particles, images=ArrayImages(multiplied.numpy()), noise=noise, ctf_premultiplied=True)
+    method = Hype(replace(TINY, window=False))
+    plain, undone = (method.build(p).prepare(first_batch(p))[0] for p in (particles, other))
+    seen = transfer.abs() > 0.1
+    inside = seen & (disc.radius < 7.5)
+    scale = (plain.ctf[inside] / undone.ctf[inside]).median()
+    assert scale == pytest.approx(1, abs=0.3)
+    ratio = undone.values[inside] / undone.ctf[inside]
+    assert torch.allclose(ratio, plain.values[inside] / plain.ctf[inside], rtol=1e-2, atol=1e-2)
+    assert (undone.ctf[~seen] == 0).all() and (undone.values[~seen] == 0).all()
 
 
 # the field and its volumes -------------------------------------------------------------------------------------------
@@ -239,7 +258,8 @@ def test_marching_uses_a_growing_prefix(tiny_set):
     "change",
     [{"field": "hartley"}, {"loss": "mse"}, {"hyper": "lowrank"}, {"inr": "triplane"}, {"conditioning": "concat"},
      {"sample_coefficients": True}, {"low_memory": True}, {"encoder_input": "real"}, {"encoder_align": True},
-     {"pose_context": True}, {"encoder_drop": 0.3}, {"encoder_rmax": 4, "encoder_lowpass": 3.0}, {"encoder_scale": "wiener"}],
+     {"pose_context": True}, {"encoder_drop": 0.3}, {"encoder_rmax": 4, "encoder_lowpass": 3.0},
+     {"encoder_scale": "wiener"}],
     ids=str,
 )  # fmt: skip
 def test_every_option_trains_every_parameter(tiny_set, change):

@@ -19,7 +19,7 @@ from cryosuite.errors import InputError, notice
 from cryosuite.kernels import ctf as ctf_kernel
 from cryosuite.kernels import fourier
 from cryosuite.methods.hype_latent import LatentSpace, TokensFromImages, build_bank, principal_axes, subset_rows
-from cryosuite.methods.hype_model import HypeModel, Spectra
+from cryosuite.methods.hype_model import HypeModel, Spectra, undo_multiplication
 from cryosuite.methods.hype_options import HypeOptions
 from cryosuite.training.inference import encode_all
 from cryosuite.training.method import Step
@@ -60,7 +60,8 @@ class Hype:
     def build(self, particles: ParticleSet) -> HypeModel:
         """The model; raises InputError as ``check`` does."""
         self.check(particles)
-        return HypeModel(particles.box_size, self.options, measure_spectra(particles, self.options.window))
+        spectra = measure_spectra(particles, self.options.window)
+        return HypeModel(particles.box_size, self.options, spectra, particles.ctf_premultiplied)
 
     def loss(self, model: HypeModel, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Whitened squared error per coefficient of the half disc: 1 for pure noise."""
@@ -189,21 +190,24 @@ def measure_spectra(particles: ParticleSet, window: bool) -> Spectra:
     D = particles.box_size
     disc = fourier.half_disc(D)
     mask = fourier.window_mask(D) if window else torch.ones(D, D)
-    kept = float(mask.square().mean())
-    noise = torch.from_numpy(np.asarray(noise_spectrum(particles, rows), np.float32)) * kept
+    noise = torch.from_numpy(np.asarray(noise_spectrum(particles, rows), np.float32)) * float(mask.square().mean())
     power, ctf2, points = (torch.zeros(D // 2 + 1, dtype=torch.float64) for _ in range(3))
-    expected = torch.zeros(D // 2 + 1, dtype=torch.float64)
+    share = torch.zeros(len(noise), dtype=torch.float64)  # of the optics groups
     for part in np.array_split(rows, math.ceil(len(rows) / 256)):
         coeffs = fourier.to_half_disc(torch.from_numpy(particles.read(part)) * mask, disc)
         params = particles.ctf_params(part)
         transfer = torch.ones_like(coeffs.real) if params is None else ctf_kernel.ctf(disc.frequency, params)
-        groups = torch.from_numpy(particles.optics_group[part].astype(np.int64))
-        power.index_add_(0, disc.shell, coeffs.abs().square().sum(0).double())
-        ctf2.index_add_(0, disc.shell, transfer.square().sum(0).double())
-        points.index_add_(0, disc.shell, torch.full((len(disc),), float(len(part)), dtype=torch.float64))
-        expected += noise[groups].sum(0).double()
+        seen = torch.ones_like(transfer)
+        if particles.ctf_premultiplied:
+            coeffs, transfer = undo_multiplication(coeffs, transfer)
+            seen = (transfer != 0).to(transfer.dtype)
+        for total, values in ((power, coeffs.abs().square()), (ctf2, transfer.square()), (points, seen)):
+            total.index_add_(0, disc.shell, values.sum(0).double())
+        share += torch.from_numpy(np.bincount(particles.optics_group[part], minlength=len(noise)))
     points, ctf2 = points.clamp_min(1), ctf2.clamp_min(1e-6)
-    expected /= len(rows)
+    if particles.ctf_premultiplied:  # the spectrum is that of noise times CTF
+        noise = noise / (ctf2 / points).float()
+    expected = (share / share.sum()) @ noise.double()
     # what is left above the noise; a shell without visible signal keeps a small share, or nothing could grow there
     signal = torch.maximum(power / points - expected, 0.003 * expected) / (ctf2 / points)
     signal[0] = signal[1]

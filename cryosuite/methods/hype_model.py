@@ -45,11 +45,12 @@ class HypeModel(nn.Module):
         box_size: D of the particles.
         options: of the method.
         spectra: noise and signal per shell.
+        premultiplied: the images were already multiplied by their CTF.
     """
 
-    def __init__(self, box_size: int, options: HypeOptions, spectra: Spectra) -> None:
+    def __init__(self, box_size: int, options: HypeOptions, spectra: Spectra, premultiplied: bool = False) -> None:
         super().__init__()
-        self.box_size, self.options = box_size, options
+        self.box_size, self.options, self.premultiplied = box_size, options, premultiplied
         o = options
         if o.inr == "triplane":
             features: nn.Module = TriplaneFeatures(box_size)
@@ -100,6 +101,8 @@ class HypeModel(nn.Module):
                 transfer = ctf_kernel.ctf(disc.frequency, batch.ctf)
                 odd = ctf_kernel.odd_phase(disc.frequency, batch.ctf)
                 coeffs = coeffs if odd is None else coeffs * odd
+                if self.premultiplied:
+                    coeffs, transfer = undo_multiplication(coeffs, transfer)
             white = self.noise_amplitude[batch.group].reciprocal()[:, disc.shell]  # (b, P)
             target = Target(coeffs * white, transfer * white)
             return target, self.input(target, disc, batch)
@@ -157,6 +160,16 @@ class HypeModel(nn.Module):
                 grid[z, y, x] = values
             result.append(zero_background(fourier.ifft3c(grid).real))
         return torch.stack(result)
+
+
+def undo_multiplication(coeffs: Tensor, transfer: Tensor) -> tuple[Tensor, Tensor]:
+    """Data and CTF (b, P) of images that were multiplied by their CTF, as if they had not been.
+
+    Where the CTF is below 0.1 too little is left of the data: both become zero there, and the loss sees nothing.
+    """
+    seen = transfer.abs() > 0.1
+    inverse = torch.where(seen, 1 / torch.where(seen, transfer, 1.0), 0.0)
+    return coeffs * inverse, transfer * seen
 
 
 def half_ball(box_size: int) -> Tensor:

@@ -68,7 +68,7 @@ def load(run: RunDir, config: dict[str, Any], epoch: int, volume_from: str | Non
     if noise is None or noise.shape[1] != particles.box_size // 2 + 1:
         raise InputError(f"{run.weights(epoch)}: not made for particles of box {particles.box_size} ({particles.path})")
     nothing = Spectra(torch.ones_like(noise), torch.ones_like(noise[0]))
-    model = HypeModel(particles.box_size, options, nothing)
+    model = HypeModel(particles.box_size, options, nothing, particles.ctf_premultiplied)
     load_into(model, state, run.weights(epoch))
     model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     z = read_latent(run.z(epoch), finite=False)[0]  # analyze names bad rows and leaves them out
