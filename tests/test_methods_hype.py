@@ -340,6 +340,31 @@ def test_bank_answers_like_the_images():
     assert (nearest_rows(z, z[[3]], 1) == 3).all()
 
 
+def test_all_tokens_as_latent_decode_to_each_images_own_volume(tiny_set):
+    particles = tiny_set[0].subset(np.arange(6))
+    method = Hype(replace(TINY, latent="tokens"))
+    model = method.build(particles).eval()
+    z = method.embed(model, particles, progress=False)
+    assert z.shape == (6, 5 * 32) and z.dtype == np.float16
+    batch = first_batch(particles)
+    with torch.no_grad():
+        own = model.volumes(model.tokens(model.prepare(batch)[1], batch)[:2])
+    decoded = method.decode(model, torch.from_numpy(z[:2].astype(np.float32)))
+    assert torch.allclose(decoded, own, atol=0.02 * float(own.abs().max()))
+
+
+def test_volume_of_the_nearest_image_is_its_own(tiny_set):
+    particles = tiny_set[0]
+    method = Hype(replace(TINY, volume_from="image"))
+    model = method.build(particles).eval()
+    z = method.embed(model, particles, progress=False)
+    method.use_images(model, particles, z)
+    batch = first_batch(particles)
+    with torch.no_grad():
+        own = model.tokens(model.prepare(batch)[1], batch)
+    assert torch.allclose(method.tokens(model, torch.from_numpy(z[[7, 3]])), own[[7, 3]], atol=1e-4)
+
+
 def test_pooling_is_the_mean_of_each_layers_tokens():
     model = HypeModel(16, TINY, flat(16))
     tokens = torch.randn(3, 5, 32)  # two layers of two tokens, one for the output
