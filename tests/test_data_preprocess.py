@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 
-from cryosuite.data.contrast import contrast_score
+from cryosuite.data.contrast import as_normal, contrast_score
 from cryosuite.data.crop import fourier_crop
 from cryosuite.data.images import ArrayImages
 from cryosuite.data.noise import NoiseEstimator, radius_map
@@ -120,6 +120,12 @@ def test_contrast_of_pure_noise_is_not_found():
     scores = [contrast_score(blobs(200, snr=1e-9, seed=seed)) for seed in range(20)]
     assert np.abs(scores).max() < 4
     assert 0.6 < np.std(scores) < 1.5  # the score is in standard errors
+
+
+def test_a_handful_of_images_proves_little():
+    assert abs(contrast_score(blobs(3, snr=0.3))) < 4
+    assert as_normal(5.0, 3) == pytest.approx(2.06, abs=0.01)  # p = 0.0377
+    assert as_normal(-5.0, 5000) == -5.0
 
 
 def test_a_star_becomes_a_work_directory(golden, tmp_path):
