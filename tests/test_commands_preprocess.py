@@ -99,7 +99,10 @@ def test_bad_input_ends_with_one_line_and_no_output(golden, tmp_path, file, opti
 
 @pytest.mark.slow
 def test_memory_stays_under_a_gibibyte(golden, tmp_path):
-    """3 GB of images (48,000 of 128 pixels) through one process; its peak is what the kernel says."""
+    """3 GB of images (48,000 of 128 pixels) through one process; its peak is what the kernel says.
+
+    Not ru_maxrss: a child inherits that of the process that started it.
+    """
     n, size = 48000, 128
     base = np.random.default_rng(0).standard_normal((1000, size, size), dtype=np.float32)
     with StackWriter(tmp_path / "big.mrcs", n, size, 1.5) as writer:
@@ -112,16 +115,18 @@ def test_memory_stays_under_a_gibibyte(golden, tmp_path):
     write_star(tmp_path / "big.star", {**blocks, "particles": table})
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     script = (
-        "import resource, sys; from cryosuite.cli import main\n"
+        "import atexit, re, sys; from cryosuite.cli import main\n"
+        "peak = lambda: re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]\n"
+        "atexit.register(lambda: print('peak', peak(), 'torch' in sys.modules, file=sys.stderr))\n"
         "sys.argv = ['cryosuite', *sys.argv[1:]]\n"
-        "main()\n"
-        "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 'torch' in sys.modules, file=sys.stderr)"
+        "main()"
     )
     arguments = ["preprocess", str(tmp_path / "big.star"), "-D", "64", "-o", str(tmp_path / "w")]
     done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     peak, torch_loaded = next(line.split()[1:] for line in done.stderr.splitlines() if line.startswith("peak"))
     assert int(peak) < 700 * 1024  # KiB; the limit we promise is 1 GiB
+    print(f"peak {int(peak) // 1024} MiB")
     assert torch_loaded == "False"
     cpu = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
     assert n / cpu > 2500  # images per CPU second, start-up and tables included (4,000-6,000 on a quiet machine)
