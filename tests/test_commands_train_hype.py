@@ -72,7 +72,7 @@ def test_writes_what_it_promises(run, stack):
     folder = RunDir(out)
     for epoch in (1, 2):
         z = read_latent(folder.z(epoch))[0]
-        assert z.shape == (40, 48) and z.dtype == np.float32 and np.isfinite(z).all()
+        assert z.shape == (40, 64) and z.dtype == np.float32 and np.isfinite(z).all()
         assert folder.weights(epoch).exists() and folder.latent_space(epoch).exists()
     rotation, shift = read_poses(folder.poses(2), 40)
     assert np.allclose(rotation, read_poses(stack / "poses.pkl")[0][:40])
@@ -87,7 +87,7 @@ def test_writes_what_it_promises(run, stack):
 def test_a_run_opens_again_and_decodes(run):
     loaded = load_run(run[0])
     assert (loaded.name, loaded.epoch, loaded.box_size, loaded.pixel_size) == ("hype", 2, 16, 6.0)
-    assert loaded.z.shape == (40, 48) and len(loaded.particles) == 40
+    assert loaded.z.shape == (40, 64) and len(loaded.particles) == 40
     volumes = loaded.decode(loaded.z[:2])
     assert volumes.shape == (2, 16, 16, 16) and volumes.dtype == np.float32
     for source in ("image", "cluster", "bank"):
@@ -106,7 +106,7 @@ def test_resume_needs_no_option_again(run, stack):
     done = cryosuite("train-hype", stack / "particles.mrcs", "-o", run[0], "--resume", "-n", 3)
     assert done.returncode == 0, done.stderr
     assert RunDir(run[0]).epochs() == [1, 2, 3]
-    assert load_run(run[0]).z.shape == (40, 48)
+    assert load_run(run[0]).z.shape == (40, 64)
 
 
 def test_bad_input_is_one_line(stack, tmp_path):

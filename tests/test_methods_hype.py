@@ -269,7 +269,8 @@ def test_every_option_trains_every_parameter(tiny_set, change):
     method.loss(model, first_batch(tiny_set[0]), Step(60, 100))["loss"].backward()
     silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert silent == []
-    assert method.encode(model, first_batch(tiny_set[0])).shape == (48, 3 * 32)
+    z = method.encode(model, first_batch(tiny_set[0]))
+    assert z.shape[0] == 48 and z.ndim == 2 and z.dtype == torch.float32
 
 
 # sampling of coefficients --------------------------------------------------------------------------------------------
@@ -365,12 +366,16 @@ def test_volume_of_the_nearest_image_is_its_own(tiny_set):
     assert torch.allclose(method.tokens(model, torch.from_numpy(z[[7, 3]])), own[[7, 3]], atol=1e-4)
 
 
-def test_pooling_is_the_mean_of_each_layers_tokens():
+def test_pooling_is_what_the_layers_are_told():
+    """Mean of the heads' outputs over the groups of a layer; length and offset of a token do not matter."""
     model = HypeModel(16, TINY, flat(16))
     tokens = torch.randn(3, 5, 32)  # two layers of two tokens, one for the output
     pooled = model.pool(tokens)
-    assert torch.allclose(pooled[:, :32], tokens[:, :2].mean(1), atol=1e-6)
-    assert torch.allclose(pooled[:, 64:], tokens[:, 4], atol=1e-6)
+    heads = model.hyper.heads
+    assert pooled.shape == (3, 3 * 32)
+    assert torch.allclose(pooled[:, :32], heads[0](tokens[:, :2]).mean(1), atol=1e-6)
+    assert torch.allclose(pooled[:, 64:], heads[2](tokens[:, 4]), atol=1e-6)
+    assert torch.allclose(model.pool(3 * tokens + 1), pooled, atol=1e-3)
 
 
 # training ------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ class Hype:
     """The method: see training/method.py for its verbs.
 
     ``space`` holds the principal axes and the token bank once ``embed`` has run (or a run was loaded); until then
-    ``encode`` gives the pooled tokens themselves. ``tokens_at`` may be set to something better than the bank.
+    ``encode`` gives the pooled scales themselves. ``tokens_at`` may be set to something better than the bank.
     """
 
     name = "hype"
@@ -81,7 +81,7 @@ class Hype:
             return {"loss": (error.mean() if weight is None else (error * weight).sum(1).mean() / count)}
 
     def encode(self, model: HypeModel, batch: Batch) -> Tensor:
-        """Latents (b, 64); pooled tokens before the principal axes are known; all tokens with ``--latent tokens``."""
+        """Latents (b, 64); pooled scales before the principal axes are known; all tokens with ``--latent tokens``."""
         _, image = model.prepare(batch)
         tokens = model.tokens(image, batch)
         if self.options.latent == "tokens":

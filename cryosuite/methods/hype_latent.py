@@ -1,8 +1,8 @@
 """From weight tokens to a latent per particle and back: pooling, PCA, and a bank of averaged tokens.
 
-The latent of a particle is the mean of the weight tokens of each layer, reduced to 64 numbers by PCA. Pooling cannot be
-undone, so volumes at a latent z come from the tokens of the particles nearest to z: read from their images where the
-stack is at hand, else from a bank of averaged tokens that is written with every epoch kept.
+The latent of a particle is what its weight tokens tell each layer, averaged over the groups and reduced to 64 numbers
+by PCA. Pooling cannot be undone, so volumes at a latent z come from the tokens of the particles nearest to z: read from
+their images where the stack is at hand, else from a bank of averaged tokens that is written with every epoch kept.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TokenReader = Callable[[np.ndarray], Iterator[tuple[np.ndarray, Tensor]]]  # sor
 
 @dataclass
 class LatentSpace:
-    """The principal axes of the pooled tokens, and the bank.
+    """The principal axes of the pooled scales, and the bank.
 
     mean (d,), components (k, d), variances (k,): z = (pooled - mean) @ components.T. bank_z (n, k): centres;
     bank_tokens (n, t, dim) float16: the mean tokens of the particles around each; bank_spread: typical distance.
