@@ -24,8 +24,8 @@ from cryosuite.data.particles import ParticleSet
 from cryosuite.errors import InputError
 from cryosuite.kernels import fourier, shells, slices
 from cryosuite.kernels.aberrations import magnified_rotation
+from cryosuite.kernels.ctf import CtfParams, odd_phase
 from cryosuite.kernels.ctf import ctf as evaluate_ctf
-from cryosuite.kernels.ctf import odd_phase
 from cryosuite.reconstruct.solve import PASSES, REGULARISER, solve, tau_from_fsc
 
 POINTS_PER_CHUNK = 1 << 17  # coefficients handled at once: fits a processor cache, hides call overhead
@@ -247,7 +247,7 @@ class Accumulator:
             weights = weights * self.weights[rows][:, None]
         params = particles.ctf_params(rows)
         if params is None:
-            return X * weights, weights, torch.from_numpy(particles.rotation[rows])
+            return X * weights, weights, self.matrices(rows, params)
         odd = odd_phase(disc.frequency, params)
         if odd is not None:
             X = X * odd
@@ -256,7 +256,7 @@ class Accumulator:
         factor = weights if particles.ctf_premultiplied else weights * C
         return X * factor, weights * C.square(), self.matrices(rows, params)
 
-    def matrices(self, rows: np.ndarray, params: object) -> torch.Tensor:
+    def matrices(self, rows: np.ndarray, params: CtfParams | None) -> torch.Tensor:
         """Rotations (b, 3, 3), with the magnification of the row folded in: a point k of an image with another pixel
         size, or with anisotropic magnification M, belongs at (M k, 0) R times the ratio of pixel sizes."""
         rotation = torch.from_numpy(self.particles.rotation[rows])
