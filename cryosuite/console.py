@@ -40,7 +40,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
 
     grid = Table(title=title, title_justify="left")
     for column in columns:
-        grid.add_column(column)
+        grid.add_column(column, overflow="fold")  # a long path is broken, never cut off
     for row in rows:
         grid.add_row(*[str(cell) for cell in row])
     output().print(grid)

@@ -204,11 +204,12 @@ def _insertion(base: Accumulator, X: torch.Tensor, weight: torch.Tensor, view: V
 
 
 def _judge(one: Alternative, pair: list[slices.Accumulator], power: list[float], pixel_size: float) -> Trial:
-    halves = [solve(acc) for acc in pair]
-    agreement = [held_out(halves[side], Sums(pair[1 - side]), power[1 - side]) for side in (0, 1)]
+    sums = [Sums(acc) for acc in pair]
+    halves = [solve(one_half, passes=0) for one_half in sums]
+    agreement = [held_out(halves[side], sums[1 - side], power[1 - side]) for side in (0, 1)]
     fsc = shells.fsc(*halves)
     resolution = shells.resolution(fsc, 0.143, halves[0].shape[-1], pixel_size)
-    return Trial(one, float(np.mean(agreement)), resolution, fsc, solve(pair[0] + pair[1]))
+    return Trial(one, float(np.mean(agreement)), resolution, fsc, (halves[0] + halves[1]) / 2)
 
 
 def held_out(volume: torch.Tensor, other: Sums, power: float) -> float:

@@ -63,12 +63,12 @@ class Sums:
 
 
 def solve(
-    acc: Accumulator,
+    acc: Accumulator | Sums,
     fraction: float | torch.Tensor = REGULARISER,
     passes: int = PASSES,
     sphere: bool = True,
 ) -> torch.Tensor:
-    """The map (D, D, D) float32 of an accumulator.
+    """The map (D, D, D) float32 of an accumulator, or of its sums.
 
     Args:
         fraction: regulariser relative to the shell mean of W, one number or one per shell 0 .. D/2.
@@ -76,7 +76,7 @@ def solve(
         sphere: multiply the map by the soft sphere of radius 0.47 D, as RELION does: the corners of the box are
             poorly determined and hold artefacts only.
     """
-    sums = Sums(acc)
+    sums = acc if isinstance(acc, Sums) else Sums(acc)
     D, size = sums.box_size, sums.box_size * sums.pad
     start = size // 2 - D // 2
     box = (slice(start, start + D),) * 3

@@ -1,0 +1,119 @@
+"""``cryosuite eval-fsc``: two maps, half maps, a run against its truth."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from cryosuite.cli import app
+from cryosuite.commands import eval_run
+from cryosuite.data.workdir import find_truth
+from cryosuite.errors import InputError
+from cryosuite.formats.config import write_yaml
+from cryosuite.formats.mrc import read_map, write_map
+
+RUNNER = CliRunner()
+
+
+def run(*arguments: object) -> str:
+    result = RUNNER.invoke(app, [str(one) for one in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_two_maps_and_half_maps(golden, tmp_path):
+    relion = golden / "relion"
+    pair = (relion / "half1.mrc", relion / "half2.mrc")
+    assert "masked" not in run("eval-fsc", *pair).replace("unmasked", "")
+    output = run("eval-fsc", *pair, "--half-maps", "--mask", relion / "mask.mrc", "-o", tmp_path)
+    assert "corrected" in output
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["randomised_from_shell"] == 9
+    corrected = next(row for row in scores["curves"] if row["curve"] == "corrected")
+    assert 12 < corrected["resolution_0.143_A"] < 15
+    compat = run("eval-fsc", *pair, "--compat", "cryobench", "--Apix", 3)
+    assert "unmasked" in compat
+
+
+def test_maps_that_do_not_fit(golden, tmp_path):
+    half = golden / "relion" / "half1.mrc"
+    data = read_map(half).data
+    write_map(tmp_path / "small.mrc", data[16:48, 16:48, 16:48], 3.0)
+    write_map(tmp_path / "scale.mrc", data, 2.5)
+    write_map(tmp_path / "mask.mrc", data * 100, 3.0)
+    data = data.copy()
+    data[0, 0, 0] = np.nan
+    write_map(tmp_path / "nan.mrc", data, 3.0)
+    for other, words in (("small.mrc", "one of 32"), ("scale.mrc", "not on one grid"), ("nan.mrc", "not finite")):
+        with pytest.raises(InputError, match=words):
+            run("eval-fsc", half, tmp_path / other)
+    run("eval-fsc", half, tmp_path / "scale.mrc", "--Apix", 3)
+    with pytest.raises(InputError, match="between 0 and 1"):
+        run("eval-fsc", half, half, "--mask", tmp_path / "mask.mrc")
+    with pytest.raises(InputError, match="one map alone"):
+        run("eval-fsc", half)
+    with pytest.raises(InputError, match="unknown; there is cryobench"):
+        run("eval-fsc", half, half, "--compat", "other")
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory):
+    out = tmp_path_factory.mktemp("sim") / "sim"
+    run("simulate", "-o", out, "--structures", "phantom:3", "-n", 240, "-D", 32, "--snr", 0.5, "--seed", 3)
+    return out
+
+
+def test_a_run_against_its_truth(simulated, tmp_path, monkeypatch):
+    """A run that knows the truth exactly scores the maximum; one that decodes the consensus gains nothing."""
+    from cryosuite.data.open import open_particles
+
+    particles = open_particles(simulated)
+    truth = find_truth(simulated)
+    labels = truth.labels_of(particles.index)
+    volumes = np.stack([read_map(path).data for path in truth.volumes])
+    z = np.eye(3, dtype=np.float32)[labels] * 4 + np.random.default_rng(0).normal(0, 0.1, (240, 3)).astype(np.float32)
+
+    def loaded(run_path, epoch=None, **options):
+        return SimpleNamespace(
+            name="perfect", particles=particles, z=z, epoch=4, pixel_size=10.0, box_size=32,
+            decode=lambda points: volumes[points.argmax(1)], config={},
+        )  # fmt: skip
+
+    monkeypatch.setattr("cryosuite.methods.load_run", loaded)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    write_yaml(folder / "config.yaml", {"method": "perfect", "particles": str(simulated)})
+    options = ("--images", 12, "--oracle", "--cluster-seeds", 2, "--gmm-seeds", 1)
+    output = run("eval-fsc", folder, *options)
+    assert "ARI, k-means" in output
+    out = folder / "eval.4"
+    assert {entry.name for entry in out.iterdir()} == {
+        "fsc.csv", "fsc.png", "per_image.csv", "per_conformation.csv", "scores.json",
+    }  # fmt: skip
+    scores = json.loads((out / "scores.json").read_text())
+    assert scores["per_image"]["auc_masked_normalised"] == pytest.approx(1.0, abs=1e-3)
+    assert scores["per_conformation"]["volumes"] == 3
+    assert scores["clustering"]["kmeans_ari"] == 1.0
+    assert scores["clustering"]["knn10_accuracy"] == 1.0
+    assert scores["oracle"]["gain_masked"] > 1.0  # better than backprojection of noisy images
+    assert scores["oracle"]["label_backprojection_masked"] > scores["oracle"]["consensus_masked"] + 0.05
+    assert (simulated / "oracle.json").exists()
+    monkeypatch.setattr(eval_run, "oracle_scores", lambda *_: pytest.fail("the cached scores were not used"))
+    run("eval-fsc", folder, *options, "--no-clustering", "-o", tmp_path / "again")
+
+
+def test_floor_and_ceiling_of_a_simulated_set(simulated):
+    output = run("eval-fsc", simulated, "--compat", "cryobench")
+    assert "consensus" in output
+
+
+def test_a_folder_without_truth(golden, tmp_path):
+    folder = tmp_path / "work"
+    folder.mkdir()
+    write_yaml(folder / "dataset.yaml", {"kind": "preprocessed"})
+    with pytest.raises(InputError):
+        run("eval-fsc", folder)
