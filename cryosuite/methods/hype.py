@@ -42,6 +42,7 @@ class Hype:
         self.options = options or HypeOptions()
         self.space: LatentSpace | None = None
         self.tokens_at: TokensFromImages | None = None
+        self._chances: dict[int, Tensor] = {}  # of coefficients, per number of them
 
     def check(self, particles: ParticleSet) -> None:
         """Raises InputError where poses are missing or the box does not fit the patches."""
@@ -60,6 +61,7 @@ class Hype:
     def build(self, particles: ParticleSet) -> HypeModel:
         """The model; raises InputError as ``check`` does."""
         self.check(particles)
+        self._chances.clear()
         spectra = measure_spectra(particles, self.options.window)
         return HypeModel(particles.box_size, self.options, spectra, particles.ctf_premultiplied)
 
@@ -141,14 +143,20 @@ class Hype:
     # parts -----------------------------------------------------------------------------------------------------------
 
     def _choose(self, model: HypeModel, disc: fourier.HalfDisc, count: int, step: Step):
-        """Which of the first ``count`` coefficients to use and their weights: all, or a sample that follows the SNR."""
+        """Which of the first ``count`` coefficients to use and their weights: all, or a sample that follows the SNR.
+
+        The sample is drawn on the CPU, so that a GPU need not be waited for.
+        """
         if not self.options.sample_coefficients or step.fraction >= FULL_SET_AFTER:
             return slice(0, count), None
-        snr = (model.envelope.square() / model.noise_amplitude.square().mean(0))[disc.shell[:count]]
-        always = disc.radius[:count] <= self.options.sample_radius * model.box_size / 2
-        chance = inclusion(snr, always, max(1, round(self.options.sample_fraction * count)))
+        if count not in self._chances:
+            shell, radius = disc.shell[:count].cpu(), disc.radius[:count].cpu()
+            snr = (model.envelope.square() / model.noise_amplitude.square().mean(0)).cpu()[shell]
+            always = radius <= self.options.sample_radius * model.box_size / 2
+            self._chances[count] = inclusion(snr, always, max(1, round(self.options.sample_fraction * count)))
+        chance = self._chances[count]
         chosen = systematic_sample(chance)
-        return chosen, 1 / chance[chosen]
+        return chosen.to(disc.device), (1 / chance[chosen]).to(disc.device)
 
 
 def slice_frequencies(frequency: Tensor, rotation: Tensor) -> Tensor:  # (P, 2), (b, 3, 3) -> (b, P, 3)
