@@ -30,7 +30,9 @@ def main(
     ] = None,
     cluster: Annotated[
         Optional[list[int]],  # noqa: UP045
-        typer.Option("--cluster", help="Cluster to export, counted from 0; may be given several times."),
+        typer.Option(
+            "--cluster", help="Cluster to export, counted from 0; may be given several times.", metavar="<number>"
+        ),
     ] = None,
     ind: Annotated[
         Optional[Path],  # noqa: UP045
@@ -44,11 +46,13 @@ def main(
         typer.Option("--datadir", help="Folder in which the image stacks lie (for a .star or .cs)."),
     ] = None,
 ) -> None:
-    """Write selected particles as a file that RELION or cryoSPARC takes back, with the original, full-size images.
+    """Write selected particles as a file that RELION or cryoSPARC takes back.
 
-    All columns, optics groups and uids of the file you started from are kept; only rows are left out.
+    The rows are those of the original, full-size images. All columns,
+    optics groups and uids of the file you started from are kept.
 
-        cryosuite export run --labels run/analyze.20/labels.pkl --cluster 3 -o cluster3.star
+        cryosuite export run --labels run/analyze.20/labels.pkl --cluster 3
+        -o cluster3.star
 
         cryosuite export work --ind ind.pkl -o selected.cs
     """

@@ -36,7 +36,12 @@ Datadir = Annotated[
 ]
 Passthrough = Annotated[
     Optional[list[Path]],  # noqa: UP045
-    typer.Option("--passthrough", help="cryoSPARC passthrough .cs; may be given several times.", rich_help_panel=INPUT),
+    typer.Option(
+        "--passthrough",
+        help="cryoSPARC passthrough .cs; may be given several times.",
+        metavar="<path>",
+        rich_help_panel=INPUT,
+    ),
 ]
 Apix = Annotated[
     Optional[float],  # noqa: UP045

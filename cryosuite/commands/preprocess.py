@@ -50,21 +50,23 @@ def main(
 ) -> None:
     """Prepare particle images: crop them in Fourier space, normalise the background, measure the noise.
 
-    Writes a work folder: particles.mrcs, particles.star, poses.pkl, ctf.pkl, noise.pkl and dataset.yaml. Outside the
-    particle the images then have mean 0 and standard deviation 1, and particles are white. Whether they were white or
-    dark is taken from the .cs file or found from the images themselves; the note says which.
+    Writes a work folder: particles.mrcs, particles.star, poses.pkl, ctf.pkl,
+    noise.pkl and dataset.yaml. Outside the particle the images then have
+    mean 0 and standard deviation 1, and particles are white. Whether they
+    were white or dark is taken from the .cs file or found from the images
+    themselves; a note says which.
 
     From RELION, cropped to 128 pixels:
 
-        cryosuite preprocess run_data.star --datadir /data/project -D 128 -o work
+        cryosuite preprocess run_data.star --datadir /data -D 128 -o work
 
     From cryoSPARC:
 
-        cryosuite preprocess J42_particles.cs --passthrough J42_passthrough_particles.cs -D 128 -o work
+        cryosuite preprocess J42.cs --passthrough J42_pass.cs -D 128 -o work
 
     From cryoDRGN:
 
-        cryosuite preprocess particles.mrcs --poses poses.pkl --ctf ctf.pkl -o work
+        cryosuite preprocess p.mrcs --poses poses.pkl --ctf ctf.pkl -o work
     """
     from cryosuite import console
     from cryosuite.data.open import open_particles

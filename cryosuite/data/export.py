@@ -55,6 +55,8 @@ def _rows_of(table: Path, rows: np.ndarray, passthrough: Sequence[Path]) -> Part
 
 def take_rows(tables: ParticleTables, rows: np.ndarray) -> ParticleTables:
     """The tables with some of the particles; all other blocks stay."""
+    if np.array_equal(rows, np.arange(len(tables))):
+        return tables
     return replace(
         tables, particles=tables.particles.iloc[rows].reset_index(drop=True), group=np.asarray(tables.group)[rows]
     )

@@ -94,6 +94,7 @@ def preprocess(particles: ParticleSet, out: Path, options: PreprocessOptions, co
         writer.count = writer.written  # the images left out are not in the header
     kept = np.setdiff1d(np.arange(len(particles)), bad)
     spectrum = noise.spectrum() if kept.size > np.concatenate(constant).size else None
+    left_out = particles.index[bad].tolist()
     record = {
         "command": command,
         "sign": sign,
@@ -102,9 +103,10 @@ def preprocess(particles: ParticleSet, out: Path, options: PreprocessOptions, co
         "dtype": options.dtype,
         "background_radius_pixels": float(radius),
         "particle_diameter": options.diameter,
-        "excluded": particles.index[bad].tolist(),
+        "excluded": left_out,
     }
-    write_work_files(work, particles.subset(kept), size, pixel_size[kept], spectrum, record)
+    particles = particles if len(bad) == 0 else particles.subset(kept)
+    write_work_files(work, particles, size, pixel_size[kept], spectrum, record)
     return Prepared(work, len(kept), bad, np.concatenate(constant), sign, sign_from)
 
 

@@ -40,7 +40,7 @@ def star_tables(
     import pandas as pd
 
     group, first = _groups(particles, pixel_size)
-    table: dict[str, Any] = {"rlnImageName": list(image_names)}
+    table: dict[str, Any] = {"rlnImageName": pd.array(image_names, dtype="str", copy=False)}
     table |= _poses(particles, box_size, pixel_size, carried)
     if particles.ctf is not None:
         for column, name in ((2, "rlnDefocusU"), (3, "rlnDefocusV"), (4, "rlnDefocusAngle"), (8, "rlnPhaseShift")):
@@ -55,9 +55,9 @@ def star_tables(
     if carried is not None:
         source = carried.particles
         kept = [name for name in source.columns if name not in OURS and not name.startswith(PRIVATE)]
-        table |= {name: source[name].to_numpy() for name in kept}
-        table.setdefault("rlnImageOriginalName", source["rlnImageName"].to_numpy())
-    blocks["particles"] = pd.DataFrame(table)
+        table |= {name: source[name].array for name in kept}
+        table.setdefault("rlnImageOriginalName", source["rlnImageName"].array)
+    blocks["particles"] = pd.DataFrame(table, copy=False)
     if carried is not None:
         blocks |= {name: frame for name, frame in carried.other.items() if name not in blocks}
     return blocks

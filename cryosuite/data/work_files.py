@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from cryosuite import __version__
 from cryosuite.data.export import load_metadata
@@ -33,10 +34,11 @@ def write_work_files(
         record: what dataset.yaml says beside the usual.
     """
     n = len(particles)
-    names = [f"{number + 1:06d}@{work.particles.name}" for number in range(n)]
     carried = load_metadata(particles)
     carried = carried if isinstance(carried, ParticleTables) else None
+    names = pd.array([f"{number + 1:06d}@{work.particles.name}" for number in range(n)], dtype="str")
     write_star(work.star, star_tables(particles, names, box_size, pixel_size, carried))
+    del carried, names
     for path in (work.poses, work.ctf, work.noise):
         path.unlink(missing_ok=True)  # of a set that was here before
     if particles.rotation is not None:
