@@ -140,6 +140,16 @@ def test_cache_is_bounded(tmp_path):
     assert len(images.cache._readers) == 2
 
 
+def test_a_stack_written_anew_is_read_anew(tmp_path):
+    write_stacks(tmp_path, 1, 8)
+    first = StackImages.of_stack(tmp_path / "0000.mrcs", 8)
+    assert first.read(np.arange(8))[7, 0, 0] == 7
+    with StackWriter(tmp_path / "0000.mrcs", 3, 32, 1.0) as writer:
+        writer.write(np.full((3, 32, 32), 9.0))
+    assert first.read(np.arange(8))[7, 0, 0] == 7  # what is open stays what it was
+    assert (StackImages.of_stack(tmp_path / "0000.mrcs", 3).read(np.arange(3)) == 9).all()
+
+
 def test_loader_keeps_up_with_training(tmp_path):
     """Training a D = 32 set on one core runs at some 250 images/s; the loader must not be seen beside it."""
     with StackWriter(tmp_path / "s.mrcs", 8192, 32, 3.0) as writer:

@@ -34,16 +34,19 @@ class _OpenFiles:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._lock = threading.Lock()
-        self._files: OrderedDict[str, list[int]] = OrderedDict()  # path -> [descriptor, users]
+        self._files: OrderedDict[tuple, list[int]] = OrderedDict()  # path and inode -> [descriptor, users]
 
     @contextlib.contextmanager
-    def borrow(self, path: Path) -> Iterator[int]:
+    def borrow(self, path: Path, inode: tuple[int, int]) -> Iterator[int]:
         """A descriptor of ``path`` that stays open at least until the block ends."""
-        key = str(path)
+        key = (str(path), *inode)  # a file written anew under the same name is another file
         with self._lock:
             entry = self._files.get(key)
             if entry is None:
                 entry = [os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)), 0]
+                if _inode(entry[0]) != inode:
+                    os.close(entry[0])
+                    raise InputError(f"{path}: the file was replaced while it was in use")
                 self._files[key] = entry
             entry[1] += 1
             self._files.move_to_end(key)
@@ -64,15 +67,21 @@ class _OpenFiles:
                 break
             os.close(self._files.pop(key)[0])
 
-    def forget(self, path: Path) -> None:
+    def forget(self, path: Path, inode: tuple[int, int]) -> None:
         """Close the descriptor of ``path``, now or when its last user is done."""
         with self._lock:
-            entry = self._files.pop(str(path), None)
+            entry = self._files.pop((str(path), *inode), None)
             if entry is not None and entry[1] == 0:
                 os.close(entry[0])
 
 
 _FILES = _OpenFiles(OPEN_FILES)
+
+
+def _inode(file: int | Path) -> tuple[int, int]:
+    """What tells a file from another of the same name: device and inode."""
+    found = os.stat(file)
+    return found.st_dev, found.st_ino
 
 
 class StackReader:
@@ -86,6 +95,7 @@ class StackReader:
     def __init__(self, path: str | os.PathLike, check: bool = False, warn: bool = True) -> None:
         self.header: MrcHeader = read_header(path)
         self.path = self.header.path
+        self._inode = _inode(self.path)
         self.count, self.pixel_size = self.header.nz, self.header.pixel_size
         self.shape = (self.header.ny, self.header.nx)
         if self.header.compressed:
@@ -128,7 +138,7 @@ class StackReader:
         starts = np.flatnonzero(np.diff(ordered, prepend=-2) != 1)
         ends = np.append(starts[1:], len(rows))[: len(starts)]
         try:
-            with _FILES.borrow(self.path) as descriptor:
+            with _FILES.borrow(self.path, self._inode) as descriptor:
                 for start, end in zip(starts, ends, strict=True):
                     out[order[start:end]] = self._run(descriptor, int(ordered[start]), int(end - start))
         except OSError as error:
@@ -149,7 +159,7 @@ class StackReader:
 
     def close(self) -> None:
         """Give the file back; the reader opens it again when needed."""
-        _FILES.forget(self.path)
+        _FILES.forget(self.path, self._inode)
 
     def __len__(self) -> int:
         return self.count
