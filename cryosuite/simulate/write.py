@@ -84,4 +84,8 @@ def write_metadata(
     write_pickle(work.labels, particles.label)
     write_pickle(work.noise, noise[None])
     write_star(work.star, star_tables(work.particles.name, rotation, shift, ctf, options))
+    n = len(rotation)
+    # what the star says, for readers in a hurry
+    rows = {"index": np.arange(n), "optics_group": np.zeros(n, np.int32), "half": (np.arange(n) % 2).astype(np.int8)}
+    write_pickle(work.rows, rows)
     write_yaml(work.dataset, record)
