@@ -143,8 +143,8 @@ def _star_blocks(particles: ParticleSet, start: Origin, metadata: Any, out: Path
 def _reachable(tables: ParticleTables, start: Origin, out: Path) -> Any:
     """The particle table with image names that also work where ``out`` lies.
 
-    Names that are found from there, or nowhere, stay as they are (RELION's project-relative names do); others, such as
-    names relative to the source star's own folder, become absolute.
+    Names relative to the project (the --datadir that was given), found from ``out``, or found nowhere stay as they are:
+    RELION knows the particles by them. Others, such as names relative to the source star's own folder, become absolute.
     """
     table = tables.particles
     parts = table["rlnImageName"].astype(str).str.partition("@")
@@ -153,8 +153,9 @@ def _reachable(tables: ParticleTables, start: Origin, out: Path) -> Any:
     here, there = StackFinder(out), StackFinder(start.table, start.datadir)
     changed = {}
     for name in stacks.unique():
-        if not _exists(here, name) and (found := _exists(there, name)):
-            changed[name] = str(found.resolve())
+        in_project = start.datadir is not None and (Path(start.datadir) / name).is_file()
+        if not in_project and not _exists(here, name) and (found := _exists(there, name)):
+            changed[name] = str(found.absolute())
     if not changed:
         return table
     table = table.copy()
