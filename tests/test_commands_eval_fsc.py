@@ -87,7 +87,7 @@ def test_a_run_against_its_truth(simulated, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     folder.mkdir()
     write_yaml(folder / "config.yaml", {"method": "perfect", "particles": str(simulated)})
-    options = ("--images", 12, "--oracle", "--cluster-seeds", 2, "--gmm-seeds", 1)
+    options = ("--images", 12, "--oracle", "--shapes", "--cluster-seeds", 2, "--gmm-seeds", 1)
     output = run("eval-fsc", folder, *options)
     assert "ARI, k-means" in output
     out = folder / "eval.4"
@@ -96,6 +96,7 @@ def test_a_run_against_its_truth(simulated, tmp_path, monkeypatch):
     }  # fmt: skip
     scores = json.loads((out / "scores.json").read_text())
     assert scores["per_image"]["auc_masked_normalised"] == pytest.approx(1.0, abs=1e-3)
+    assert scores["per_image"]["viou"] == 1.0
     assert scores["per_conformation"]["volumes"] == 3
     assert scores["clustering"]["kmeans_ari"] == 1.0
     assert scores["clustering"]["knn10_accuracy"] == 1.0

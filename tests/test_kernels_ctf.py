@@ -85,8 +85,10 @@ def test_is_positive_at_low_frequency_and_crosses_zero_where_the_formula_does():
 
 
 def test_amplitude_contrast_is_the_value_at_zero(params):
-    assert torch.allclose(ctf(torch.zeros(1, 2, dtype=F64), replace(params, phase_shift_deg=torch.zeros(2)))[:, 0],
-                          params.amplitude_contrast)
+    assert torch.allclose(
+        ctf(torch.zeros(1, 2, dtype=F64), replace(params, phase_shift_deg=torch.zeros(2)))[:, 0],
+        params.amplitude_contrast,
+    )
 
 
 def test_defocus_u_is_the_defocus_along_the_astigmatism_angle():
@@ -97,8 +99,9 @@ def test_defocus_u_is_the_defocus_along_the_astigmatism_angle():
     for defocus, frequency in ((20000.0, along), (15000.0, across)):
         round_table = table.clone()
         round_table[0, 2:4] = defocus
-        assert torch.allclose(ctf(frequency, CtfParams.from_table(table)),
-                              ctf(frequency, CtfParams.from_table(round_table)))
+        assert torch.allclose(
+            ctf(frequency, CtfParams.from_table(table)), ctf(frequency, CtfParams.from_table(round_table))
+        )
 
 
 def test_even_zernike_terms_are_defocus_and_spherical_aberration_when_they_should_be(params):

@@ -243,8 +243,17 @@ def relion_set(folder: Path) -> dict[str, torch.Tensor | CtfParams]:
     optics = {row["OpticsGroup"]: row for row in tables["data_optics"]}
     rows = [{**row, **optics[row["OpticsGroup"]]} for row in tables["data_particles"]]
     get = lambda *names: torch.tensor([[float(row[n]) for n in names] for row in rows], dtype=F64).squeeze(1)  # noqa: E731
-    table = get("ImageSize", "ImagePixelSize", "DefocusU", "DefocusV", "DefocusAngle", "Voltage", "SphericalAberration",
-                "AmplitudeContrast", "PhaseShift")
+    table = get(
+        "ImageSize",
+        "ImagePixelSize",
+        "DefocusU",
+        "DefocusV",
+        "DefocusAngle",
+        "Voltage",
+        "SphericalAberration",
+        "AmplitudeContrast",
+        "PhaseShift",
+    )
     shift = get("OriginXAngst", "OriginYAngst") / get("ImagePixelSize", "ImageSize").prod(1, keepdim=True)
     return {
         "images": torch.tensor(mrcfile.read(folder / "particles.mrcs")),

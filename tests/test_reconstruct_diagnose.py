@@ -146,3 +146,17 @@ def test_optics_groups_are_listed(golden):
     assert [row[0] for row in rows] == ["1", "2"]
     assert sum(int(row[1]) for row in rows) == 200
     assert rows[1][3] == "200"
+
+
+def test_a_known_trap_in_shared_data(shared):
+    """cryoDRGN's toy projections come with translations that were never applied to the stack (PEERS, section 9)."""
+    from cryosuite.data.open import open_particles
+
+    folder = shared / "data" / "stacks" / "cryodrgn"
+    particles = open_particles(
+        folder / "toy_projections.mrc", poses=folder / "toy_rot_trans.pkl", need_ctf=False, pixel_size=1.0
+    )
+    best, clear = best_trial(try_alternatives(particles), 1000, POINTS)
+    assert clear
+    assert best.alternative.name == "no shifts"
+    assert best.agreement > 0.95

@@ -16,9 +16,7 @@ def _option(default: Any, *names: str, help: str, panel: str, **more: Any) -> An
 
 def main(
     run: Path = typer.Argument(..., help="Folder of a training run.", metavar="RUN"),
-    epoch_number: int = typer.Argument(
-        None, help="Epoch, as cryoDRGN takes it; the same as --epoch.", metavar="EPOCH"
-    ),
+    epoch_number: int = typer.Argument(None, help="Epoch, as cryoDRGN takes it; the same as --epoch.", metavar="EPOCH"),
     epoch: int = typer.Option(None, "--epoch", help="Epoch, counted from 1; -1 or nothing: the last whole one."),
     outdir: Path = _option(None, "-o", "--outdir", help="Folder to write to; nothing: RUN/analyze.EPOCH.", panel=PLOTS),
     ksample: int = _option(20, "--ksample", help="Clusters of k-means, one volume each.", panel=GROUPS),

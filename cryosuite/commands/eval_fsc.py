@@ -53,6 +53,9 @@ def main(
     cluster_seeds: int = _option(10, "--cluster-seeds", help="Random starts of k-means to average over.", panel=RUN),
     gmm_seeds: int = _option(3, "--gmm-seeds", help="The same for Gaussian mixtures, which are slow.", panel=RUN),
     umap: bool = _option(False, "--umap", help="Also cluster after UMAP to 16 dimensions.", panel=RUN),
+    shapes: bool = _option(
+        False, "--shapes", help="Add Chamfer distance and overlap of the volumes' shapes.", panel=RUN
+    ),
     volume_from: str = _option(
         None, "--volume-from", help="How the run makes its volumes, if not as trained (image, knn, ...).", panel=RUN
     ),
@@ -95,7 +98,7 @@ def main(
 
     options = RunOptions(
         truth, epoch, images, sampler, oracle, bool(compat), mask, not no_clustering, cluster_seeds, gmm_seeds, umap,
-        seed, outdir, volume_from,
+        seed, outdir, volume_from, shapes,
     )  # fmt: skip
     if is_run(inputs[0]):
         evaluate_run(inputs[0], options)

@@ -41,6 +41,7 @@ class RunOptions:
     seed: int = 0
     outdir: Path | None = None
     volume_from: str | None = None
+    shapes: bool = False
 
 
 @dataclass
@@ -111,7 +112,7 @@ def evaluate_run(run: Path, options: RunOptions) -> None:
     rows = sample_rows(labels, options.images, sampler, options.seed)
     shared = (loaded.decode, loaded.z, labels, maps.read, loaded.pixel_size)
     say(f"decoding {len(rows)} volumes")
-    images = per_image(*shared, rows, maps.mask, options.compat)
+    images = per_image(*shared, rows, maps.mask, options.compat, shapes=options.shapes)
     states = per_conformation(*shared, maps.mask, options.compat)
     floor = oracle(loaded.particles, labels, maps, options, run) if options.oracle else None
     result: dict[str, Any] = {
@@ -234,6 +235,9 @@ def print_scores(result: dict[str, Any], folder: Path) -> None:
                 for threshold in (0.5, 0.143):
                     more += f", {scores[f'resolution_{name}_{threshold}_A']:.1f} A at {threshold}"
                 rows.append([f"{text}, {title}", f"{mean:.4f} ± {spread:.4f}", more])
+    if "viou" in result["per_image"]:
+        found = result["per_image"]
+        rows.append(["shape, per image", f"{found['viou']:.3f} vIoU", f"Chamfer distance {found['chamfer_A']:.2f} A"])
     for name in best:
         found = result.get("oracle", {})
         if f"consensus_{name}" in found:

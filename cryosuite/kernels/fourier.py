@@ -16,8 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
-    "HalfDisc", "half_disc", "fft2c", "ifft2c", "fft3c", "ifft3c", "to_half_disc", "from_half_disc", "fourier_crop",
-    "fourier_crop_volume", "hartley", "phase_shift", "window_mask",
+    "HalfDisc",
+    "half_disc",
+    "fft2c",
+    "ifft2c",
+    "fft3c",
+    "ifft3c",
+    "to_half_disc",
+    "from_half_disc",
+    "fourier_crop",
+    "fourier_crop_volume",
+    "hartley",
+    "phase_shift",
+    "window_mask",
 ]
 
 

@@ -14,8 +14,18 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "euler_to_matrix", "matrix_to_euler", "expmap", "logmap", "quaternion_to_matrix", "matrix_to_quaternion",
-    "matrix_to_six_d", "six_d_to_matrix", "random_rotations", "healpix_rotations", "kabsch", "geodesic_deg",
+    "euler_to_matrix",
+    "matrix_to_euler",
+    "expmap",
+    "logmap",
+    "quaternion_to_matrix",
+    "matrix_to_quaternion",
+    "matrix_to_six_d",
+    "six_d_to_matrix",
+    "random_rotations",
+    "healpix_rotations",
+    "kabsch",
+    "geodesic_deg",
 ]
 
 
@@ -91,9 +101,15 @@ def quaternion_to_matrix(quaternion: Tensor) -> Tensor:
     """Quaternions (..., 4) as (w, x, y, z), of any non-zero length -> (..., 3, 3)."""
     w, x, y, z = (quaternion / quaternion.norm(dim=-1, keepdim=True)).unbind(-1)
     rows = [
-        1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
-        2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
-        2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y),
+        1 - 2 * (y * y + z * z),
+        2 * (x * y - w * z),
+        2 * (x * z + w * y),
+        2 * (x * y + w * z),
+        1 - 2 * (x * x + z * z),
+        2 * (y * z - w * x),
+        2 * (x * z - w * y),
+        2 * (y * z + w * x),
+        1 - 2 * (x * x + y * y),
     ]
     return torch.stack(rows, -1).unflatten(-1, (3, 3))
 
@@ -102,12 +118,15 @@ def matrix_to_quaternion(matrix: Tensor) -> Tensor:
     """(..., 3, 3) -> unit quaternions (..., 4) as (w, x, y, z) with w >= 0 (Shepperd: the largest component leads)."""
     m00, m01, m02, m10, m11, m12, m20, m21, m22 = matrix.flatten(-2).unbind(-1)
     # row i of the table is 4 q_i times q; the row with the largest diagonal is the well-conditioned one
-    table = torch.stack([
-        torch.stack([1 + m00 + m11 + m22, m21 - m12, m02 - m20, m10 - m01], -1),
-        torch.stack([m21 - m12, 1 + m00 - m11 - m22, m01 + m10, m02 + m20], -1),
-        torch.stack([m02 - m20, m01 + m10, 1 - m00 + m11 - m22, m12 + m21], -1),
-        torch.stack([m10 - m01, m02 + m20, m12 + m21, 1 - m00 - m11 + m22], -1),
-    ], -2)
+    table = torch.stack(
+        [
+            torch.stack([1 + m00 + m11 + m22, m21 - m12, m02 - m20, m10 - m01], -1),
+            torch.stack([m21 - m12, 1 + m00 - m11 - m22, m01 + m10, m02 + m20], -1),
+            torch.stack([m02 - m20, m01 + m10, 1 - m00 + m11 - m22, m12 + m21], -1),
+            torch.stack([m10 - m01, m02 + m20, m12 + m21, 1 - m00 - m11 + m22], -1),
+        ],
+        -2,
+    )
     best = torch.diagonal(table, dim1=-2, dim2=-1).argmax(-1)
     row = torch.gather(table, -2, best[..., None, None].expand(*best.shape, 1, 4)).squeeze(-2)
     quaternion = row / row.norm(dim=-1, keepdim=True)

@@ -21,7 +21,12 @@ from . import slices_cpu
 from .fourier import HalfDisc
 
 __all__ = [
-    "Accumulator", "volume_transform", "extract_slices", "new_accumulator", "insert_slices", "finish_reconstruction",
+    "Accumulator",
+    "volume_transform",
+    "extract_slices",
+    "new_accumulator",
+    "insert_slices",
+    "finish_reconstruction",
 ]
 
 

@@ -14,6 +14,7 @@ import torch
 from cryosuite.errors import InputError
 from cryosuite.kernels import shells
 from cryosuite.metrics.fsc import FscTable, auc_maximum, raw_auc
+from cryosuite.metrics.shape import chamfer_distance, matched_shapes, volume_overlap
 
 TruthReader = Callable[[int], torch.Tensor]  # state -> its map (D, D, D)
 Decoder = Callable[[np.ndarray], np.ndarray]  # z (k, zdim) -> maps (k, D, D, D)
@@ -29,6 +30,7 @@ class VolumeScores:
         labels: (n,) state of each volume. rows: (n,) particle it belongs to, or -1.
         curves: "unmasked" and, with a mask, "masked" -> (n, D/2).
         compat: CryoBench's shells and absolute values.
+        shapes: (n, 2) Chamfer distance (A) and vIoU at matched volume, or None.
     """
 
     box_size: int
@@ -38,6 +40,7 @@ class VolumeScores:
     curves: dict[str, np.ndarray] = field(default_factory=dict)
     mask_fraction: float | None = None
     compat: bool = False
+    shapes: np.ndarray | None = None
 
     def auc(self, name: str) -> np.ndarray:
         """Raw AUC of each volume, (n,)."""
@@ -71,6 +74,8 @@ class VolumeScores:
             for threshold in (0.5, 0.143):
                 values = [self.table(i).resolution(name, threshold) for i in range(len(self.labels))]
                 out[f"resolution_{name}_{threshold}_A"] = float(np.mean(values))
+        if self.shapes is not None:
+            out["chamfer_A"], out["viou"] = (float(value) for value in self.shapes.mean(0))
         if self.mask_fraction is not None:
             out["mask_fraction"] = self.mask_fraction
         return out
@@ -105,6 +110,8 @@ class VolumeScores:
                 entry[f"auc_{name}_normalised"] = float(auc[i] / auc_maximum(self.box_size))
                 for threshold in (0.5, 0.143):
                     entry[f"resolution_{name}_{threshold}_A"] = self.table(i).resolution(name, threshold)
+            if self.shapes is not None:
+                entry["chamfer_A"], entry["viou"] = (float(value) for value in self.shapes[i])
             out.append(entry)
         return out
 
@@ -115,8 +122,9 @@ def score_volumes(
     pixel_size: float,
     mask: torch.Tensor | None = None,
     compat: bool = False,
+    shapes: bool = False,
 ) -> VolumeScores:
-    """FSC of each volume with the truth of its state.
+    """FSC of each volume with the truth of its state; with ``shapes`` also Chamfer distance and overlap.
 
     Args:
         volumes: (row, state, map (D, D, D)); states should come in runs, each truth is read once per run.
@@ -126,6 +134,7 @@ def score_volumes(
     shell_fsc = shells.fsc_cryobench if compat else shells.fsc
     found: list[tuple[int, int]] = []
     curves: dict[str, list[np.ndarray]] = {"unmasked": []} if mask is None else {"unmasked": [], "masked": []}
+    outlines: list[tuple[float, float]] = []
     state, reference = None, None
     for row, label, volume in volumes:
         if label != state:
@@ -136,13 +145,17 @@ def score_volumes(
         curves["unmasked"].append(shell_fsc(volume, reference).double().numpy())
         if mask is not None:
             curves["masked"].append(shell_fsc(volume * mask, reference * mask).double().numpy())
+        if shapes:
+            pair = matched_shapes(volume.numpy(), reference.numpy())
+            outlines.append((chamfer_distance(*pair, pixel_size), volume_overlap(*pair)))
         found.append((row, label))
     if not found:
         raise InputError("no volumes to compare with the truth")
     rows, labels = np.array(found).T
     stacked = {name: np.nan_to_num(np.stack(values)) for name, values in curves.items()}
     fraction = None if mask is None else float(mask.double().mean())
-    return VolumeScores(reference.shape[-1], pixel_size, labels, rows, stacked, fraction, compat)
+    outline = np.array(outlines) if shapes else None
+    return VolumeScores(reference.shape[-1], pixel_size, labels, rows, stacked, fraction, compat, outline)
 
 
 def sample_rows(labels: np.ndarray, count: int = 100, sampler: str = "random-per-class", seed: int = 0) -> np.ndarray:
@@ -201,10 +214,11 @@ def per_image(
     mask: torch.Tensor | None = None,
     compat: bool = False,
     chunk: int = 8,
+    shapes: bool = False,
 ) -> VolumeScores:
     """The headline: decode(z_i) against the truth of image i, for the given rows."""
     rows = rows[np.argsort(labels[rows], kind="stable")]
-    return score_volumes(decoded(decode, z, rows, labels[rows], chunk), truth, pixel_size, mask, compat)
+    return score_volumes(decoded(decode, z, rows, labels[rows], chunk), truth, pixel_size, mask, compat, shapes)
 
 
 def per_conformation(
