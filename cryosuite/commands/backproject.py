@@ -62,15 +62,16 @@ def main(
 ) -> None:
     """Reconstruct a map from particles whose orientations are known.
 
-    Writes backproject.mrc, half_map_a.mrc, half_map_b.mrc, mask.mrc, fsc-vals.txt and fsc.png. The resolution is
-    where the half maps' FSC falls below 0.143, in Angstrom. With --labels or --class-column every class gets its own
-    folder, in one pass over the images.
+    Writes backproject.mrc, half_map_a.mrc, half_map_b.mrc, mask.mrc,
+    fsc-vals.txt and fsc.png. The resolution in Angstrom is where the half
+    maps' FSC falls below 0.143. With --labels or --class-column every class
+    gets its own folder, in one pass over the images.
 
         cryosuite backproject work/ -o map
 
-        cryosuite backproject particles.star -o classes --class-column rlnClassNumber
+        cryosuite backproject work/ -o maps --labels run/analyze.20/labels.pkl
 
-        cryosuite backproject work/ -o cluster3 --labels run/analyze.20/labels.pkl --cluster 3
+        cryosuite backproject p.star -o maps --class-column rlnClassNumber
     """
     import os
 

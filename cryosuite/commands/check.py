@@ -39,15 +39,19 @@ def main(
     no_probe: bool = _option(False, "--no-probe", help="Leave out the estimate of training time.", panel=TESTS),
     threads: int = typer.Option(0, "--threads", help="Processor threads; 0: all."),
 ) -> None:
-    """Check a particle set before training: files, box, pixel size, poses, CTF, contrast, conventions, cost.
+    """Check a particle set before training: files, poses, CTF, contrast, time.
 
-    Quick maps from a few thousand particles tell whether poses and shifts are read the right way round. The hand
-    cannot be told from projections: give a map of the same refinement with --reference. Exit code 0 when nothing
-    failed (warnings allowed), 1 when a check failed, 2 when the particles cannot be opened.
+    Quick maps from a few thousand particles tell whether poses, shifts and
+    CTF are read the right way round. The hand cannot be told from
+    projections: give a map of the same refinement with --reference. Exit
+    code 0 when nothing failed (warnings allowed), 1 when a check failed, 2
+    when the particles cannot be opened.
 
         cryosuite check work/
 
-        cryosuite check particles.star --datadir /data/project --reference refined.mrc
+        cryosuite check particles.star --datadir /data/project
+
+        cryosuite check work/ --reference refined.mrc
     """
     import os
     import warnings

@@ -63,11 +63,15 @@ def main(
 ) -> None:
     """Compare maps shell by shell (FSC), or judge a run against a known truth.
 
-    Two maps give the resolution in Angstrom where their FSC falls below 0.5 and 0.143, and the area under the curve.
-    Half maps are also corrected for the mask by randomising phases. A run on simulated particles gets the benchmark's
-    scores: FSC of the decoded volumes with the true ones, and how well the latents separate the true states.
+    Two maps give the resolution in Angstrom where their FSC falls below 0.5
+    and 0.143, and the area under the curve (AUC). Half maps are also
+    corrected for the mask by randomising phases. A run on simulated particles
+    gets the benchmark's scores: FSC of the decoded volumes with the true ones,
+    and how well the latents separate the true states.
 
-        cryosuite eval-fsc half_map_a.mrc half_map_b.mrc --half-maps --mask mask.mrc
+        cryosuite eval-fsc map1.mrc map2.mrc --mask mask.mrc
+
+        cryosuite eval-fsc half_map_a.mrc half_map_b.mrc --half-maps
 
         cryosuite eval-fsc map/            (a folder of backproject)
 
