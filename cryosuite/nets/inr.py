@@ -31,8 +31,10 @@ class FourierFeatures(nn.Module):
 
     def forward(self, q: Tensor) -> Tensor:  # (..., 3) cycles/px -> (..., 2 m)
         with torch.autocast(q.device.type, enabled=False):
-            phase = q.to(self.frequencies.dtype) @ self.frequencies
-            return torch.cat([phase.sin(), phase.cos()], dim=-1)
+            twice = torch.cat([self.frequencies, self.frequencies], dim=1)
+            quarter = torch.zeros_like(twice[0])
+            quarter[self.size // 2 :] = math.pi / 2  # cos x = sin(x + pi / 2): one product, one pass in place
+            return F.linear(q.to(twice.dtype), twice.T, quarter).sin_()
 
 
 class TriplaneFeatures(nn.Module):
