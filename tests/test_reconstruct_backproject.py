@@ -56,11 +56,10 @@ def test_agrees_with_relion(golden):
     assert float(to_truth[:16].min()) > 0.99  # 0.25 cycles per pixel
     assert float(to_truth[:25].min()) > 0.98  # theirs falls to 0.977
     assert float(shells.fsc(found, theirs)[:16].min()) > 0.99
-    # beyond, RELION's map has errors near the edge of the sphere: compare where the particle is, to 0.8 Nyquist
-    inner = soft_sphere(64, 25, 3)
-    better = reconstruct(particles, halves=False, regularise=0.01, passes=2).map
-    assert float(shells.fsc(better, theirs, inner)[:26].min()) > 0.985
-    assert float(shells.fsc(better, theirs, inner)[:23].min()) > 0.99
+    # to 0.8 Nyquist: RELION's map carries a constant (nobody measures the zero frequency) and its errors lie near the
+    # edge of the sphere, so its surroundings are set to zero as ours are and both are compared where the particle is
+    theirs = theirs - theirs[radius_grid(64) > 30].mean()
+    assert float(shells.fsc(found, theirs, soft_sphere(64, 25, 3))[:26].min()) > 0.99
 
 
 def test_agrees_with_cryodrgn(golden):
