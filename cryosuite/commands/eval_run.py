@@ -6,10 +6,9 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from cryosuite.console import say, table
 from cryosuite.data.particles import ParticleSet
@@ -21,6 +20,9 @@ from cryosuite.formats.mrc import read_map
 from cryosuite.metrics.fsc import FscTable, auc_maximum, rows_as_csv, write_png
 from cryosuite.metrics.oracle import OracleScores, add_to_cache, oracle_scores, read_cached
 from cryosuite.metrics.truth import VolumeScores, gain, per_conformation, per_image, sample_rows
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class TruthMaps:
 @lru_cache(maxsize=64)
 def _true_map(path: Path, box_size: int, pixel_size: float) -> torch.Tensor:
     """A true map on the grid of the run; InputError when it shows another field of view."""
+    import torch
+
     from cryosuite.kernels.fourier import fourier_crop_volume
 
     found = read_map(path)
@@ -77,6 +81,8 @@ def _true_map(path: Path, box_size: int, pixel_size: float) -> torch.Tensor:
 
 def open_truth(where: Path, options: RunOptions, box_size: int, pixel_size: float) -> TruthMaps:
     """The truth behind a run or particle set, or the one the user names, with its mask."""
+    import torch
+
     from cryosuite.kernels.fourier import fourier_crop_volume
     from cryosuite.reconstruct.masks import union_mask
 
