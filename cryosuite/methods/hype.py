@@ -72,7 +72,9 @@ class Hype:
         device = batch.images.device
         disc = fourier.half_disc(model.box_size, device=device)
         half = model.box_size / 2
-        count = disc.count(march(step.fraction, self.options.march_from * half, half, self.options.march_over))
+        # whole rings: for every new number of points the CPU's kernels keep buffers, gigabytes over a run
+        r_max = math.ceil(march(step.fraction, self.options.march_from * half, half, self.options.march_over))
+        count = disc.count(r_max)
         chosen, weight = self._choose(model, disc, count, step)
         with torch.autocast(device.type, enabled=False):
             q = slice_frequencies(disc.frequency[chosen], batch.rotation)
