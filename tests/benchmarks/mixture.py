@@ -45,7 +45,8 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> None:
     train = [*CRYOSUITE, "train-hype", str(work / "sim"), "-o", str(run), "--preset", arguments.preset]
     train += ["--seed", str(seed), "-n", str(arguments.epochs), "--overwrite", *VARIANTS[arguments.variant]]
     environment = {"OMP_NUM_THREADS": str(arguments.threads)} if arguments.threads else {}
-    training = timed(train, env=environment)
+    done = (run / f"z.{arguments.epochs}.pkl").exists()  # of an earlier call: only scored again
+    training = None if done else timed(train, env=environment)
     timed([*CRYOSUITE, "eval-fsc", str(run), "--oracle"])
     scores = json.loads(next(run.glob("eval.*/scores.json")).read_text())
     scores["oracle"].pop("per_state", None)
@@ -58,9 +59,10 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> None:
             "snr": arguments.snr,
             "variant": arguments.variant,
             "train_command": " ".join(train[2:]),
-            "train_wall_s": round(training.wall_s),
-            "train_cpu_s": round(training.cpu_s),
-            "train_rss_mib": round(training.rss_mib),
+            "threads": arguments.threads,
+            "train_wall_s": round(json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]),
+            "train_cpu_s": training and round(training.cpu_s),
+            "train_rss_mib": training and round(training.rss_mib),
             "scores": scores,
         },
     )
