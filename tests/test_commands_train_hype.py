@@ -109,6 +109,13 @@ def test_resume_needs_no_option_again(run, stack):
     assert load_run(run[0]).z.shape == (40, 64)
 
 
+def test_load_latest_of_cryodrgn_means_resume(run, stack):
+    done = cryosuite("train-hype", stack.parent / "unused", "-o", run[0], "--load", "latest")
+    assert done.returncode == 0 and "--resume" in done.stderr
+    refused = cryosuite("train-hype", stack.parent / "unused", "-o", run[0], "--load", "weights.3.pkl")
+    assert refused.returncode == 2 and "weights.3.pkl" in refused.stderr
+
+
 def test_bad_input_is_one_line(stack, tmp_path):
     done = train(stack, tmp_path / "run", "--loss", "l1")
     assert done.returncode == 2 and "--loss l1: expected one of whitened, mse" in done.stderr

@@ -44,6 +44,7 @@ def main(
         "auto: default where there is a GPU, else small.",
     ),
     resume: bool = typer.Option(False, "--resume", help="Go on where the run in this folder stopped."),
+    load: str = typer.Option(None, "--load", hidden=True, help="cryoDRGN's flag; latest means --resume."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace the run that is in the folder."),
     poses: Path = _option(None, help="Poses as cryoDRGN writes them (poses.pkl).", panel=INPUT),
     ctf: Path = _option(None, help="CTF parameters as cryoDRGN writes them (ctf.pkl).", panel=INPUT),
@@ -137,7 +138,21 @@ def main(
     # by name: Typer may bring its own copy of click, whose enumeration is another class
     sources = {name: getattr(context.get_parameter_source(name), "name", "DEFAULT") for name in values}
     typed = {name for name, source in sources.items() if not source.startswith("DEFAULT")}
+    if values.pop("load"):
+        values["resume"] = _as_resume(load)
     raise typer.Exit(_train(values, typed))
+
+
+def _as_resume(load: str) -> bool:
+    """cryoDRGN's --load latest is our --resume; anything else is refused, never ignored."""
+    from cryosuite.errors import InputError, notice
+
+    if load != "latest":
+        raise InputError(
+            f"--load {load}: only 'latest' is understood; to go on with a run give its folder and --resume"
+        )
+    notice("--load latest is read as --resume: the options are those the run began with")
+    return True
 
 
 def _train(values: dict[str, Any], typed: set[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 from collections.abc import Mapping
@@ -101,6 +102,8 @@ def start_fabric(options: TrainOptions, unused_parameters: bool = False) -> Fabr
     strategy: DDPStrategy | str = "auto"
     if shape.world_size > 1:
         strategy = DDPStrategy(find_unused_parameters=unused_parameters, timeout=timedelta(minutes=30))
+    # its remarks on precision and rank are in run.log in our own words
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     plugins = {"self": [LightningEnvironment()], "srun": [SLURMEnvironment()], "torchrun": None}[shape.launcher]
     fabric = Fabric(
         accelerator=accelerator,
