@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import warnings
 from importlib import import_module
@@ -95,6 +96,9 @@ def _describe_os_error(error: OSError) -> str:
 
 def main() -> None:
     """Run the command line; exit code 0, 2 for bad input, 130 when interrupted."""
+    # read when torch is loaded: waiting threads sleep instead of spinning, which costs several times the CPU time
+    # wherever the cores are shared with other work
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     _print_notices()

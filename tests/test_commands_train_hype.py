@@ -110,7 +110,7 @@ def test_resume_needs_no_option_again(run, stack):
 
 
 def test_load_latest_of_cryodrgn_means_resume(run, stack):
-    done = cryosuite("train-hype", stack.parent / "unused", "-o", run[0], "--load", "latest")
+    done = cryosuite("train-hype", stack.parent / "unused", "-o", run[0], "--load", "latest", "-n", 3)
     assert done.returncode == 0 and "--resume" in done.stderr
     refused = cryosuite("train-hype", stack.parent / "unused", "-o", run[0], "--load", "weights.3.pkl")
     assert refused.returncode == 2 and "weights.3.pkl" in refused.stderr

@@ -73,9 +73,7 @@ def main(
 
         cryosuite backproject p.star -o maps --class-column rlnClassNumber
     """
-    import os
 
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep; read when torch is loaded
     import torch
 
     from cryosuite.data.open import open_particles

@@ -53,10 +53,8 @@ def main(
 
         cryosuite check work/ --reference refined.mrc
     """
-    import os
     import warnings
 
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep; read when torch is loaded
     import torch
 
     from cryosuite.data.open import open_particles

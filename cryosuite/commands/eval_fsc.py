@@ -77,9 +77,7 @@ def main(
 
         cryosuite eval-fsc run/ --oracle
     """
-    import os
 
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep; read when torch is loaded
     import torch
 
     if threads > 0:
