@@ -53,6 +53,35 @@ def speed_table() -> str:
     return markdown(["", "cryosuite, CPU time", "peak memory", "cryoDRGN", "RELION"], rows) + note
 
 
+def hype_table() -> str:
+    """Training rate against the published evaluation, and time to the loss of cryoDRGN's train_vae."""
+    result = json.loads((RESULTS / "hype_published_way.json").read_text())
+    steps = [row["variant"] for row in next(iter(result["sizes"].values()))]
+    columns = ["change, each on top of those above", *(name.replace("-", ", D = ") for name in result["sizes"])]
+    rows = []
+    for number, step in enumerate(steps):
+        cells = [rows_of[number] for rows_of in result["sizes"].values()]
+        rows.append([step, *(f"{cell['images_per_s']:.0f} images/s, {cell['ratio']:.2f}x" for cell in cells)])
+    text = markdown(columns, rows)
+    path = RESULTS / "hype_vs_vae.json"
+    if path.exists():
+        vae = json.loads(path.read_text())
+        peer = vae["cryodrgn"]
+        text += (
+            f"\n\ncryoDRGN `train_vae` (decoder {vae['width']} x {vae['depth']}, D = {vae['box']}, {vae['images']:,} "
+            f"images, {len(peer['losses'])} epochs) took {peer['cpu_s']:.0f} CPU s to a loss of "
+            f"{vae['target_loss']:.4f}; "
+        )
+        if vae["reached_cpu_s"]:
+            text += (
+                f"`train-hype` passes it after {vae['reached_cpu_s']:.0f} CPU s ({vae['time_fraction']:.0%} of that)."
+            )
+        else:
+            last = vae["hype"]["curve"][-1]
+            text += f"`train-hype` did not reach it: {last[1]:.4f} after {last[0]:.0f} CPU s."
+    return text
+
+
 def look_up(scores: dict, key: str) -> float:
     """The number under a dotted key."""
     for part in key.split("."):
@@ -95,6 +124,8 @@ def main() -> None:
     text = README.read_text()
     if (RESULTS / "speed.json").exists():
         text = replace(text, "speed", speed_table())
+    if (RESULTS / "hype_published_way.json").exists():
+        text = replace(text, "hype", hype_table())
     if list(RESULTS.glob("mix16_*.json")):
         text = replace(text, "mix16", mix_table())
     README.write_text(text)
