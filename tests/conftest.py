@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,12 @@ def shared() -> Path:
 def golden(shared: Path) -> Path:
     """The outputs of RELION, cryoDRGN and others."""
     return shared / "golden"
+
+
+@pytest.fixture(autouse=True)
+def denormal_numbers() -> Iterator[None]:
+    """Undo what ``train-hype`` does to its process: a test that runs it must not change the arithmetic of the next."""
+    yield
+    import torch
+
+    torch.set_flush_denormal(False)
