@@ -1,0 +1,92 @@
+"""Options of CryoKRAQEN and the sets of them: compositional (voxel field), conformational (tri-plane), paper."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from cryosuite.errors import InputError
+
+CHOICES = {
+    "field": ("voxel", "triplane", "fourier"),
+    "assign": ("likelihood", "zcos", "kernel"),
+    "kernel": ("epanechnikov", "gaussian", "none"),
+    "init": ("random", "kmeans"),
+    "loss": ("l2", "l1", "huber"),
+    "blend": ("blended", "em"),
+    "anneal": ("geometric", "paper"),
+}
+
+
+@dataclass(frozen=True)
+class KraqenOptions:
+    """How CryoKRAQEN is built and trained; the defaults are those of the voxel field for mixtures.
+
+    Temperatures in units of the Bayes temperature T* estimated from the data; 0 switches an optional thing off.
+    """
+
+    field: str = "voxel"
+    n_codes: int = 0  # K; 0: 1.5 x n_states, or 32
+    n_states: int = 0  # what the user expects; only used for K
+    # assignment
+    assign: str = "likelihood"
+    kernel: str = "epanechnikov"  # only with assign="kernel"
+    t_max: float = 1.0
+    t_min: float = 1.0
+    anneal: str = "geometric"
+    anneal_over: float = 0.8
+    balance: float = 0.5
+    split: bool = True
+    merge: float = 0.97  # half-map corrected correlation; 0: off
+    sparse: float = 1e-3  # responsibilities below are dropped
+    # voxel field
+    iterations: int = 16
+    prior: float = 0.15  # f of the pooled Wiener filter
+    cluster_box: int = 0  # box in which codes are told apart; 0: min(D, 64)
+    start_images: int = 1200
+    images_per_code: int = 50  # of the first subset
+    march_from: float = 0.5  # first r_max, in units of D/2
+    march_over: float = 0.5  # fraction of the run until r_max = D/2
+    # network fields
+    rank: int = 0  # M; 0: min(K, 64)
+    channels: int = 32  # per plane
+    plane_size: int = 0  # 0: D + 1
+    levels: int = 2  # planes at R and R/4
+    features: int = 64  # random Fourier features beside the planes
+    feat_sigma: float = 0.18  # spread of their positions, in box sizes
+    width: int = 256
+    layers: int = 3
+    init: str = "random"
+    loss: str = "l2"
+    blend: str = "blended"
+    em_last: float = 0.1  # last part of the training with the EM loss
+    beta: float = 0.0  # of the triplet loss
+    margin: float = 0.1
+    alignment: float = 0.25
+    jitter: float = 0.01
+    straight_through: bool = False
+    em_finish: int = 6  # closed-form iterations after a network
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)}: expected one of {', '.join(allowed)}"
+                )
+        if not 0 < self.t_min <= self.t_max:
+            raise InputError(f"--t-min {self.t_min}, --t-max {self.t_max}: expected 0 < t-min <= t-max")
+
+    @property
+    def codes(self) -> int:
+        """K: as given, else 1.5 x the expected states, else 32."""
+        return self.n_codes or (round(1.5 * self.n_states) if self.n_states else 32)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> KraqenOptions:
+        """From the mapping of a config.yaml; names that are not options are left out."""
+        known = {field.name for field in fields(KraqenOptions)}
+        return KraqenOptions(**{name: value for name, value in values.items() if name in known})
+
+    def changed(self, **changes: Any) -> KraqenOptions:
+        """These options with some replaced."""
+        return replace(self, **changes)
