@@ -125,6 +125,22 @@ def test_structures_are_found_or_missed_by_name(tmp_path, monkeypatch):
         phantom_count("phantom:0")
 
 
+def test_folders_files_and_phantoms_may_be_mixed(tmp_path):
+    line = "ATOM  {0:>5}  CA  ALA A{0:>4}    {1:8.3f}{2:8.3f}{3:8.3f}  1.00  0.00           C\n"
+    for folder, name in (("one", "b"), ("one", "a"), ("two", "c")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        lines = [line.format(i + 1, 4.0 * i, ord(name) - 90.0, i % 3) for i in range(20)]
+        (tmp_path / folder / f"{name}.pdb").write_text("".join(lines) + "END\n")
+    spec = f"{tmp_path}/one, phantom:2,{tmp_path}/two"
+    states = build_states(RecipeOptions(structures=spec), 0, 2.5)
+    assert [state.name for state in states.states] == ["a", "b", "c", "phantom00", "phantom01"]
+    alone = build_states(RecipeOptions(structures="phantom:2"), 0, 2.5)
+    assert np.array_equal(alone.states[1].xyz, states.states[4].xyz)
+    with pytest.raises(InputError, match="either maps"):
+        (tmp_path / "map.mrc").write_bytes(b"x")
+        build_states(RecipeOptions(structures=f"{tmp_path}/map.mrc,phantom:2"), 0, 2.5)
+
+
 def test_unknown_names():
     with pytest.raises(InputError, match="unknown"):
         build_states(RecipeOptions(recipe="mixx"), 0, 2.5)

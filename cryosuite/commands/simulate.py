@@ -16,8 +16,8 @@ def main(
     out: Path = typer.Option(..., "-o", "--outdir", help="Folder to write; all commands take it as a particle set."),
     structures: str = typer.Option(
         "phantom:16",
-        help="phantom:N for N made-up proteins; or a folder of PDB/mmCIF files; or files or names separated by "
-        "commas (1igy,6vxx); or .mrc maps.",
+        help="phantom:N for N made-up proteins; a folder of PDB/mmCIF files; files or names; or several of these "
+        "separated by commas (1igy,6vxx,pdbs/,phantom:4). Or .mrc maps.",
         rich_help_panel=WHAT,
     ),
     recipe: str = typer.Option(

@@ -58,8 +58,7 @@ def build_states(options: RecipeOptions, seed: int, render_pixel: float) -> Stat
     if options.recipe not in RECIPES:
         raise InputError(f"--recipe {options.recipe}: unknown; there are {', '.join(RECIPES)}.")
     rng = stage_rng(seed, "structures")
-    maps = [] if phantom_count(options.structures) is not None else find_files(options.structures)
-    maps = [path for path in maps if has_ending(path, MAP_FILES)]
+    maps = [path for path in find_files(options.structures) if has_ending(path, MAP_FILES)]
     if maps:
         states = _from_maps(maps, options, render_pixel)
     elif options.recipe == "mix":
@@ -107,6 +106,8 @@ def _one(options: RecipeOptions, rng: np.random.Generator) -> Structure:
     if phantom_count(options.structures) is not None:
         return load_structures("phantom:1", rng)[0]
     files = find_files(options.structures)
+    if not files:  # phantoms in several items
+        return load_structures("phantom:1", rng)[0]
     if len(files) > 1:
         notice(
             f"--recipe {options.recipe} takes one structure: {files[0].name} is used, the other {len(files) - 1} not."
@@ -156,7 +157,8 @@ def _from_maps(paths: list[Path], options: RecipeOptions, render_pixel: float) -
 
     if options.recipe not in ("mix", "homogeneous"):
         raise InputError(f"--recipe {options.recipe} is made from atoms; maps can be used with mix or homogeneous.")
-    if len(paths) != len(find_files(options.structures)):
+    others = len(find_files(options.structures)) - len(paths)
+    if others or any(phantom_count(item) is not None for item in options.structures.split(",")):
         raise InputError("--structures: give either maps or atomic models, not both.")
     if options.recipe == "homogeneous":
         paths = paths[:1]

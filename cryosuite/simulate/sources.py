@@ -84,7 +84,7 @@ def _shared_atomic() -> list[Path]:
 
 
 def find_files(spec: str) -> list[Path]:
-    """The files meant by ``--structures``: a folder, or files and names separated by commas.
+    """The files meant by ``--structures``: folders, files and names separated by commas (phantoms are passed over).
 
     A bare name such as ``1igy`` is looked for as 1igy.cif[.gz] or 1igy.pdb[.gz] here and in $CRYOSUITE_SHARED.
 
@@ -92,7 +92,10 @@ def find_files(spec: str) -> list[Path]:
         InputError: nothing found, naming what.
     """
     found: list[Path] = []
-    for item in (part.strip() for part in spec.split(",") if part.strip()):
+    items = [part.strip() for part in spec.split(",") if part.strip()]
+    for item in items:
+        if phantom_count(item) is not None:
+            continue
         path = Path(item).expanduser()
         if path.is_dir():
             files = sorted(p for p in path.iterdir() if has_ending(p, ATOM_FILES + MAP_FILES))
@@ -105,7 +108,7 @@ def find_files(spec: str) -> list[Path]:
             found.append(path)
         else:
             found.append(_by_name(item))
-    if not found:
+    if not items:
         raise InputError("--structures is empty: give phantom:16, a folder, or files separated by commas.")
     return found
 
@@ -134,15 +137,15 @@ def phantom_count(spec: str) -> int | None:
 
 
 def load_structures(spec: str, rng: np.random.Generator) -> list[Structure]:
-    """Molecules from ``phantom:N``, a folder, or names and files separated by commas (no maps).
+    """Molecules from ``phantom:N``, folders, names and files separated by commas (no maps): files first, then phantoms.
 
     Raises:
         InputError: nothing found, or an unreadable file.
     """
-    count = phantom_count(spec)
-    if count is not None:
-        return [from_phantom(p, f"phantom{i:02d}") for i, p in enumerate(make_phantoms(count, rng))]
-    return [read_structure(path) for path in find_files(spec)]
+    found = [read_structure(path) for path in find_files(spec)]
+    count = sum(phantom_count(item) or 0 for item in spec.split(","))
+    phantoms = make_phantoms(count, rng) if count else []
+    return found + [from_phantom(phantom, f"phantom{i:02d}") for i, phantom in enumerate(phantoms)]
 
 
 def select(structure: Structure, selection: str) -> np.ndarray:
