@@ -131,3 +131,10 @@ def test_memory_stays_under_a_gibibyte(golden, tmp_path):
     cpu = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
     assert n / cpu > 2500  # images per CPU second, start-up and tables included (4,000-6,000 on a quiet machine)
     assert StackReader(tmp_path / "w/particles.mrcs").count == n
+
+
+def test_somebody_elses_files_are_not_replaced_unasked(golden, tmp_path):
+    (tmp_path / "particles.star").write_text("mine")
+    done = run("preprocess", golden / "relion/particles.star", "-D", 32, "-o", tmp_path)
+    assert (done.returncode, "particles.star, but no finished" in done.stderr) == (2, True)
+    assert (tmp_path / "particles.star").read_text() == "mine"

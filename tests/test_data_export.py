@@ -114,3 +114,15 @@ def test_what_cannot_be_exported_is_said(golden, tmp_path):
     with pytest.raises(InputError, match="not there any more.*--binned"):
         export_particles(work, tmp_path / "out.star")
     assert not (tmp_path / "out.star").exists()
+
+
+def test_the_source_is_never_written_over(golden, tmp_path):
+    source = tmp_path / "source.star"
+    shutil.copy(golden / "relion/particles.star", source)
+    preprocess(open_particles(source, datadir=golden / "relion"), tmp_path / "w", PreprocessOptions(32))
+    work = open_particles(tmp_path / "w").subset(ROWS)
+    (tmp_path / "link.star").symlink_to(source)
+    for out, binned in ((source, False), (tmp_path / "link.star", False), (tmp_path / "w/particles.star", True)):
+        with pytest.raises(InputError, match="come from this very file"):
+            export_particles(work, out, binned)
+    assert len(open_particles(source, datadir=golden / "relion")) == 200

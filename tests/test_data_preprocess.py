@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 
 import numpy as np
@@ -336,3 +337,31 @@ def test_no_warning_is_left_to_chance(golden, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         preprocess(open_particles(golden / "relion/particles.star"), tmp_path / "w", PreprocessOptions(32))
+
+
+@pytest.mark.parametrize("name", ["particles.star", "poses.pkl"])
+def test_files_that_are_read_are_never_written_over(golden, tmp_path, name):
+    """RELION's own particles.star, or the user's poses.pkl, in the folder given with -o."""
+    shutil.copy(golden / "relion/particles.star", tmp_path / "particles.star")
+    shutil.copy(golden / "cryodrgn/pose.pkl", tmp_path / "poses.pkl")
+    if name == "particles.star":
+        source = open_particles(tmp_path / name, datadir=golden / "relion")
+    else:
+        source = open_particles(golden / "relion/particles.mrcs", poses=tmp_path / name, need_ctf=False)
+    before = (tmp_path / name).read_bytes()
+    with pytest.raises(InputError, match=f"would write over {name}"):
+        preprocess(source, tmp_path, PreprocessOptions(32))
+    assert (tmp_path / name).read_bytes() == before
+
+
+def test_a_failure_while_images_are_read_leaves_the_old_set(golden, tmp_path, monkeypatch):
+    source = open_particles(golden / "relion/particles.star")
+    preprocess(source, tmp_path / "w", PreprocessOptions(32))
+
+    def fail(*_: object) -> None:
+        raise InputError("no more")
+
+    monkeypatch.setattr("cryosuite.data.preprocess.normalise", fail)
+    with pytest.raises(InputError, match="no more"):
+        preprocess(source, tmp_path / "w", PreprocessOptions(48))
+    assert open_particles(tmp_path / "w").read(np.arange(3)).shape == (3, 32, 32)

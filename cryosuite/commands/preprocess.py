@@ -6,11 +6,14 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from cryosuite.commands import options as opt
+
+if TYPE_CHECKING:
+    from cryosuite.data.workdir import WorkDir
 
 CONTRAST = "Contrast"
 
@@ -80,6 +83,7 @@ def main(
         raise InputError(
             f"{outdir}: holds a particle set already. Add --overwrite to replace it, or choose another -o."
         )
+    _require_free_names(WorkDir(outdir), overwrite)
     began = time.monotonic()
     found = open_particles(
         particles,
@@ -115,6 +119,19 @@ def main(
             ("written to", str(outdir)),
         ],
     )
+
+
+def _require_free_names(work: WorkDir, overwrite: bool) -> None:
+    """InputError when the folder holds files of ours by name that are somebody's own, such as RELION's particles.star."""
+    from cryosuite.data.preprocess import outputs
+    from cryosuite.errors import InputError
+
+    found = [path.name for path in outputs(work) if path.exists()]
+    if found and not work.exists() and not overwrite:
+        raise InputError(
+            f"{work.path}: holds {', '.join(found)}, but no finished particle set: they would be replaced. Choose "
+            "another -o (a new folder), or add --overwrite."
+        )
 
 
 def _who(sign_from: str) -> str:

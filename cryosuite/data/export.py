@@ -106,12 +106,14 @@ def export_particles(particles: ParticleSet, out: Path | str, binned: bool = Fal
     if suffix not in (".star", ".cs", ".pkl"):
         raise InputError(f"{out}: give a name that ends in .star, .cs, or .pkl (a list of indices)")
     if suffix == ".pkl":
+        _require_not_source(out, [particles.path, particles.source, particles.poses_from, particles.ctf_from])
         write_pickle(out, particles.index)
         return out
     if binned and particles.source is not None:
         start = Origin(particles.source, particles.source, particles.rows, particles.passthrough, particles.datadir)
     else:
         start = origin(particles)
+    _require_not_source(out, [particles.path, particles.source, start.source, start.table, *start.passthrough])
     metadata = _rows_of(start.table, start.rows, start.passthrough)
     if suffix == ".star":
         write_star(out, _star_blocks(particles, start, metadata, out, binned))
@@ -123,6 +125,12 @@ def export_particles(particles: ParticleSet, out: Path | str, binned: bool = Fal
             "Give a name that ends in .star."
         )
     return out
+
+
+def _require_not_source(out: Path, sources: Sequence[Path | None]) -> None:
+    """InputError when ``out`` is a file the particles come from: the rows left out would be lost for good."""
+    if out.exists() and any(path is not None and path.exists() and out.samefile(path) for path in sources):
+        raise InputError(f"{out}: the particles come from this very file; give another name with -o")
 
 
 def _star_blocks(particles: ParticleSet, start: Origin, metadata: Any, out: Path, binned: bool) -> dict[str, Any]:

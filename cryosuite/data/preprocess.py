@@ -70,7 +70,6 @@ def preprocess(particles: ParticleSet, out: Path, options: PreprocessOptions, co
     sign, sign_from = decide_sign(particles, options.diameter)
     flip = sign * particles.sign < 0
     work.path.mkdir(parents=True, exist_ok=True)
-    work.dataset.unlink(missing_ok=True)
     noise = NoiseEstimator(size, particles.n_groups)
     every = max(1, len(particles) // NOISE_IMAGES)
     excluded, constant = [], []
@@ -92,6 +91,7 @@ def preprocess(particles: ParticleSet, out: Path, options: PreprocessOptions, co
         if writer.written == 0:
             raise InputError(f"{particles.path}: no image without NaN or infinity: nothing to write")
         writer.count = writer.written  # the images left out are not in the header
+        work.dataset.unlink(missing_ok=True)  # only now: until here a set that was in the folder is whole
     kept = np.setdiff1d(np.arange(len(particles)), bad)
     spectrum = noise.spectrum() if kept.size > np.concatenate(constant).size else None
     left_out = particles.index[bad].tolist()
@@ -209,7 +209,7 @@ def _stream(
         images = read_boxes(particles, rows, size)
         return rows, images, normalise(images, outside, flip)
 
-    workers = threads or len(os.sched_getaffinity(0))
+    workers = threads or _processors()
     with threadpool_limits(1), ThreadPoolExecutor(workers) as pool:
         ahead: deque[Future] = deque()
         for begin in range(0, len(particles), step):
@@ -218,6 +218,11 @@ def _stream(
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
+
+
+def _processors() -> int:
+    """Processors this process may use; macOS cannot say and counts all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _dtype(options: PreprocessOptions) -> type:
@@ -237,7 +242,18 @@ def _report(particles: ParticleSet, bad: np.ndarray, constant: np.ndarray) -> No
             notice(f"{particles.path}: image{many} {names} (0-based): {problem}; {done} ({len(rows)} in all).")
 
 
+def outputs(work: WorkDir) -> tuple[Path, ...]:
+    """The files that ``preprocess`` writes or deletes in a folder."""
+    return work.particles, work.star, work.poses, work.ctf, work.rows, work.noise, work.dataset
+
+
 def _require_other_folder(particles: ParticleSet, work: WorkDir) -> None:
-    files = getattr(particles.images, "files", [])
-    if work.particles.exists() and any(Path(path).resolve() == work.particles.resolve() for path in files):
-        raise InputError(f"{work.path}: holds the images to be prepared; choose another folder with -o")
+    """InputError when a file that the particles come from would be written over."""
+    sources = [particles.path, particles.source, particles.poses_from, particles.ctf_from, *particles.passthrough]
+    read = {Path(path).resolve() for path in (*getattr(particles.images, "files", ()), *sources) if path is not None}
+    lost = [path for path in outputs(work) if path.exists() and path.resolve() in read]
+    if lost:
+        raise InputError(
+            f"{work.path}: preprocess would write over {lost[0].name}, which it reads from: choose another folder "
+            "with -o"
+        )
