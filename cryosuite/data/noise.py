@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING
+
 import numpy as np
+
+from cryosuite.errors import notice
+
+if TYPE_CHECKING:
+    from cryosuite.data.particles import ParticleSet
 
 EDGE_PIXELS = 4.0  # the hole for the particle has a soft rim, or its sharp edge would leak power between shells
 DEFAULT_RADIUS = 0.375  # of the box: RELION's default background circle has 75 % of the box as diameter
@@ -80,3 +88,14 @@ class NoiseEstimator:
         spectrum[self._count == 0] = spectrum[self._count > 0].mean(axis=0)
         spectrum[:, 0] = spectrum[:, 1]
         return spectrum.astype(np.float32)
+
+
+def noise_spectrum(particles: ParticleSet, rows: np.ndarray) -> np.ndarray:
+    """E|n|^2 per optics group and shell (G, D//2 + 1): the set's, else estimated outside the particles of some rows."""
+    if particles.noise is not None:
+        return particles.noise
+    notice("the particles have no noise spectrum: estimated from the corners of the images (preprocess does it better)")
+    estimator = NoiseEstimator(particles.box_size, particles.n_groups)
+    for part in np.array_split(rows, math.ceil(len(rows) / 256)):
+        estimator.add(particles.read(part), particles.optics_group[part])
+    return estimator.spectrum()

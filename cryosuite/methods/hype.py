@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from cryosuite.data.loader import Batch, BatchLoader
+from cryosuite.data.noise import noise_spectrum
 from cryosuite.data.particles import ParticleSet
-from cryosuite.errors import InputError, notice
+from cryosuite.errors import InputError
 from cryosuite.kernels import ctf as ctf_kernel
 from cryosuite.kernels import fourier
 from cryosuite.methods.hype_latent import LatentSpace, TokensFromImages, build_bank, principal_axes, subset_rows
@@ -222,16 +223,3 @@ def measure_spectra(particles: ParticleSet, window: bool) -> Spectra:
     signal = torch.maximum(power / points - expected, 0.003 * expected) / (ctf2 / points)
     signal[0] = signal[1]
     return Spectra(noise.clamp_min(1e-12), signal.float())
-
-
-def noise_spectrum(particles: ParticleSet, rows: np.ndarray) -> np.ndarray:
-    """E|n|^2 per optics group and shell (G, D//2 + 1): the set's, else estimated outside the particles of some rows."""
-    if particles.noise is not None:
-        return particles.noise
-    from cryosuite.data.noise import NoiseEstimator
-
-    notice("the particles have no noise spectrum: estimated from the corners of the images (preprocess does it better)")
-    estimator = NoiseEstimator(particles.box_size, particles.n_groups)
-    for part in np.array_split(rows, math.ceil(len(rows) / 256)):
-        estimator.add(particles.read(part), particles.optics_group[part])
-    return estimator.spectrum()
