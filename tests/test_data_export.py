@@ -7,13 +7,14 @@ import shutil
 import numpy as np
 import pytest
 
-from cryosuite.data.export import export_particles
+from cryosuite.data.export import _image_names, export_particles
 from cryosuite.data.open import open_particles
 from cryosuite.data.preprocess import PreprocessOptions, preprocess
+from cryosuite.data.star_tables import star_tables
 from cryosuite.errors import InputError
 from cryosuite.formats.cs import read_cs
 from cryosuite.formats.pickles import read_indices
-from cryosuite.formats.star import read_star
+from cryosuite.formats.star import read_star, write_star
 
 ROWS = np.array([5, 1, 6])
 
@@ -126,3 +127,22 @@ def test_the_source_is_never_written_over(golden, tmp_path):
         with pytest.raises(InputError, match="come from this very file"):
             export_particles(work, out, binned)
     assert len(open_particles(source, datadir=golden / "relion")) == 200
+
+
+def test_cryosparcs_aberrations_reach_relion_as_zernike_terms(golden, tmp_path):
+    """Trefoil and tetrafoil have no column in a star file; the Zernike coefficients must be the same phases."""
+    torch = pytest.importorskip("torch")
+    from cryosuite.kernels.ctf import ctf, odd_phase
+
+    source = open_particles(golden / "adversarial/good.cs")
+    rng = np.random.default_rng(0)
+    group = (np.arange(8) % 2)[:, None]  # two groups that nothing but the aberrations tells apart
+    for name, width, size in (("trefoil", 2, 1500), ("tetrafoil", 4, 2e4), ("odd_zernike", 6, 1)):
+        source.extras[name] = np.where(group, *rng.normal(size=(2, width)) * size).astype(np.float32)
+    write_star(tmp_path / "out.star", star_tables(source, _image_names(source, tmp_path), 32, source.pixel_size))
+    again = open_particles(tmp_path / "out.star")
+    assert set(again.extras) == {"odd_zernike", "even_zernike"}
+    frequency = torch.from_numpy(rng.uniform(-0.5, 0.5, (50, 2)))
+    for value in (ctf, odd_phase):
+        ours, theirs = (value(frequency, particles.ctf_params()) for particles in (source, again))
+        assert torch.abs(ours - theirs).max() < 2e-4

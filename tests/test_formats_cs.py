@@ -191,3 +191,85 @@ def test_header_must_fit_the_file(tmp_path: Path) -> None:
     with pytest.warns(UserNotice, match="4 bytes behind"):
         (tmp_path / "e.cs").write_bytes(data + b"abcd")
         assert len(cs.read_cs(tmp_path / "e.cs")) == 6
+
+
+CTF = {"df1_A": 12000, "df2_A": 11000, "df_angle_rad": 0.3, "accel_kv": 300, "cs_mm": 2.7, "amp_contrast": 0.1}
+
+
+def with_ctf(**more: object) -> np.ndarray:
+    """The small table with a CTF, and fields ctf/NAME of the same value in all rows."""
+    fields = {f"ctf/{name}": np.tile(np.float32(value), (6, *[1] * np.ndim(value))) for name, value in more.items()}
+    plain = {f"ctf/{name}": np.full(6, value, np.float32) for name, value in CTF.items()}
+    return table(**(plain | {name: values.reshape(6, *values.shape[1:]) for name, values in fields.items()}))
+
+
+def test_image_shift_of_ctf_refinement_is_corrected() -> None:
+    """ctf/shift_A, in Angstrom, comes off alignments3D/shift, in alignment pixels."""
+    plain = cs.poses_from_cs(table(), "x.cs")[1]
+    with pytest.warns(UserNotice, match=r"ctf/shift_A, up to 1\.6 A"):
+        shift = cs.poses_from_cs(with_ctf(shift_A=[1.6, -0.8]), "x.cs")[1]
+    np.testing.assert_allclose((shift - plain) * 2.0 * 64, np.tile([-1.6, 0.8], (6, 1)), atol=1e-6)
+
+
+@pytest.mark.parametrize("cs_mm", [0.0, 0.001, -2.0, 2.7])
+def test_tilt_is_kept_whatever_the_spherical_aberration(cs_mm: float) -> None:
+    """Cs-corrected microscopes have coma too: the phase must be -2 pi lambda^2 k^2 (k . tilt_A) for any Cs."""
+    torch = pytest.importorskip("torch")
+    from cryosuite.kernels.ctf import CtfParams, odd_phase
+
+    values, extras = cs.ctf_from_cs(with_ctf(tilt_A=[2000.0, -900.0], cs_mm=cs_mm), "x.cs")
+    extras = {name: torch.from_numpy(value).double() for name, value in extras.items()}
+    params = CtfParams.from_table(torch.from_numpy(values).double())
+    for name, value in extras.items():
+        setattr(params, name, value)
+    frequency = torch.tensor([[0.3, 0.1], [-0.2, 0.4], [0.0, 0.45]], dtype=torch.float64)
+    k = frequency.numpy() / 2.0
+    wavelength = 12.2639 / np.sqrt(3e5 + 0.97845e-6 * 3e5**2)
+    phase = -2 * np.pi * wavelength**2 * (k**2).sum(1) * (k @ [2000.0, -900.0])
+    np.testing.assert_allclose(odd_phase(frequency, params)[0].numpy(), np.exp(-1j * phase), atol=1e-5)
+
+
+def test_the_users_voltage_wins_and_stands_in_for_a_missing_field() -> None:
+    with pytest.warns(UserNotice, match="says 300 .*your value 200 is used"):
+        assert (cs.ctf_from_cs(with_ctf(), "x.cs", voltage_kv=200)[0][:, 5] == 200).all()
+    bare = with_ctf()
+    bare = bare[[name for name in bare.dtype.names if name != "ctf/accel_kv"]]
+    assert (cs.ctf_from_cs(bare, "x.cs", voltage_kv=200)[0][:, 5] == 200).all()
+    with pytest.raises(InputError, match="has no field ctf/accel_kv"):
+        cs.ctf_from_cs(bare, "x.cs")
+
+
+def test_classes_and_one_refinement_together() -> None:
+    """A 3D classification joined with the refinement before it: one rule, and it is said."""
+    both = {
+        "alignments3D_multi/pose": np.ones((6, 2, 3), np.float32),
+        "alignments3D_multi/shift": np.ones((6, 2, 2), np.float32),
+        "alignments3D_multi/class_posterior": np.ones((6, 2), np.float32),
+    }
+    with pytest.warns(UserNotice, match=r"alignments3D_multi.*\(alignments3D\): the latter"):
+        vector, _ = cs.poses_from_cs(table(**both), "x.cs")
+    np.testing.assert_array_equal(vector, table()["alignments3D/pose"])
+
+
+def test_an_unchosen_class_may_be_nan_but_no_posterior() -> None:
+    pose = np.ones((6, 2, 3), np.float32)
+    pose[3, 1] = np.nan
+    posterior = np.tile(np.float32([1, 0]), (6, 1))
+    bare = {f"alignments3D/{name}": None for name in ("pose", "shift", "psize_A", "split")}
+    fields = bare | {
+        "alignments3D_multi/pose": pose,
+        "alignments3D_multi/shift": np.ones((6, 2, 2), np.float32),
+        "alignments3D_multi/class_posterior": posterior,
+        "alignments3D_multi/psize_A": np.full(6, 4.0, np.float32),
+    }
+    with pytest.warns(UserNotice, match="2 classes"):
+        assert np.isfinite(cs.poses_from_cs(table(**fields), "x.cs")[0]).all()
+    posterior[4] = np.nan
+    with pytest.raises(InputError, match="class_posterior is NaN or infinite in row 4"):
+        cs.poses_from_cs(table(**fields), "x.cs")
+
+
+def test_the_compressed_form_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.cs").write_bytes(b"\x94CSDAT" + bytes(100))
+    with pytest.raises(InputError, match=r"a\.cs: is in cryoSPARC's compressed form.*format=1"):
+        cs.read_cs(tmp_path / "a.cs")

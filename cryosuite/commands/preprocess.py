@@ -122,7 +122,7 @@ def main(
 
 
 def _require_free_names(work: WorkDir, overwrite: bool) -> None:
-    """InputError when the folder holds files of ours by name that are somebody's own, such as RELION's particles.star."""
+    """InputError when the folder holds files of our names that are somebody's own, such as RELION's particles.star."""
     from cryosuite.data.preprocess import outputs
     from cryosuite.errors import InputError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from cryosuite.data.orientations import from_cryosparc
-from cryosuite.data.rows import Details, Given, Rows, chosen_pixel_size
+from cryosuite.data.rows import Details, Given, Rows, chosen_pixel_size, group_codes
 from cryosuite.errors import InputError
 from cryosuite.formats import cs
 
@@ -61,10 +61,9 @@ def cs_details(
         vector, shift = cs.poses_from_cs(table, path, box, pixel_size)
         found.rotation, found.shift = from_cryosparc(vector).astype(np.float32), shift.astype(np.float32)
     if need_ctf or "ctf/df1_A" in names:
-        found.ctf, found.extras = cs.ctf_from_cs(table, path, box, pixel_size)
-        for column, value in ((5, given.voltage_kv), (6, given.cs_mm), (7, given.amplitude_contrast)):
-            if value is not None:
-                found.ctf[:, column] = value
+        found.ctf, found.extras = cs.ctf_from_cs(
+            table, path, box, pixel_size, given.voltage_kv, given.cs_mm, given.amplitude_contrast
+        )
     return found
 
 
@@ -76,8 +75,6 @@ def _has_poses(names: Sequence[str]) -> bool:
 def _groups(rows: Rows, table: np.ndarray) -> np.ndarray:
     """Optics group (N,) int32 from 0: exposure groups, split where voltage, Cs, contrast, box or pixel size differ."""
     names = ("ctf/exp_group_id", "ctf/accel_kv", "ctf/cs_mm", "ctf/amp_contrast")
-    parts = [table[name].astype(np.float64) for name in names if name in table.dtype.names]
-    parts.extend(part.astype(np.float64) for part in (rows.box, rows.pixel_size) if part is not None)
-    if not parts:
-        return np.zeros(rows.n, np.int32)
-    return np.unique(np.stack(parts, axis=1), axis=0, return_inverse=True)[1].reshape(-1).astype(np.int32)
+    parts = [table[name] for name in names if name in table.dtype.names]
+    parts.extend(part for part in (rows.box, rows.pixel_size) if part is not None)
+    return group_codes(parts).astype(np.int32) if parts else np.zeros(rows.n, np.int32)

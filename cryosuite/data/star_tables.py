@@ -9,7 +9,9 @@ import numpy as np
 
 from cryosuite.data.orientations import from_euler, to_euler
 from cryosuite.data.particles import ParticleSet
+from cryosuite.data.rows import group_codes
 from cryosuite.data.star_rows import EULER, PREMULTIPLIED
+from cryosuite.formats.zernike import even_zernike, odd_zernike, wavelength_a
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,6 +25,7 @@ OURS = {
     "rlnBeamTiltX", "rlnBeamTiltY", "rlnOddZernike", "rlnEvenZernike",
     "rlnMagMat00", "rlnMagMat01", "rlnMagMat10", "rlnMagMat11", PREMULTIPLIED,
 }  # fmt: skip
+OPTICS_TERMS = ("beam_tilt", "trefoil", "tetrafoil", "odd_zernike", "even_zernike", "mag_matrix")  # one per group
 PRIVATE = "_"  # names of other programs' internal columns (cryoDRGN's __mrc_index) start with it
 
 
@@ -65,12 +68,13 @@ def star_tables(
 
 def _groups(particles: ParticleSet, pixel_size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Optics group (N,) from 0 of the table we write, and a row of the set for each: the set's groups, split where
-    voltage, Cs, amplitude contrast or pixel size differ within one."""
-    parts = [particles.optics_group.astype(np.float64), np.asarray(pixel_size, np.float64)]
+    voltage, Cs, amplitude contrast, pixel size or aberrations differ within one."""
+    parts = [particles.optics_group, np.asarray(pixel_size)]
     if particles.ctf is not None:
-        parts += [particles.ctf[:, column].astype(np.float64) for column in (5, 6, 7)]
-    _, first, group = np.unique(np.stack(parts, axis=1), axis=0, return_index=True, return_inverse=True)
-    return group.reshape(-1).astype(np.int64), first
+        parts += [particles.ctf[:, 5:8]]
+        parts += [particles.extras[name] for name in OPTICS_TERMS if name in particles.extras]
+    group = group_codes(parts)
+    return group, np.unique(group, return_index=True)[1]
 
 
 def _poses(particles: ParticleSet, box_size: int, pixel_size: np.ndarray, carried: Any) -> dict[str, np.ndarray]:
@@ -117,16 +121,33 @@ def _optics(
 
 
 def _aberrations(particles: ParticleSet, first: np.ndarray) -> dict[str, Any]:
-    """Aberrations as columns of the optics table, each group's from one of its rows (RELION knows no finer)."""
+    """Aberrations as columns of the optics table; cryoSPARC's trefoil and tetrafoil as Zernike coefficients."""
     columns: dict[str, Any] = {}
-    if "beam_tilt" in particles.extras:
-        tilt = particles.extras["beam_tilt"][first]
-        columns |= {"rlnBeamTiltX": tilt[:, 0], "rlnBeamTiltY": tilt[:, 1]}
+    extras = {name: particles.extras[name][first].astype(np.float64) for name in particles.extras}
+    if "trefoil" in extras or "tetrafoil" in extras:
+        wavelength = wavelength_a(particles.ctf[first, 5])
+    if "trefoil" in extras:
+        terms = odd_zernike(wavelength, trefoil_a=extras["trefoil"])
+        extras["odd_zernike"] = _sum_of_lists(terms, extras.get("odd_zernike"))
+    if "tetrafoil" in extras:
+        extras["even_zernike"] = _sum_of_lists(
+            even_zernike(wavelength, extras["tetrafoil"]), extras.get("even_zernike")
+        )
+    if "beam_tilt" in extras:
+        columns |= {f"rlnBeamTilt{axis}": extras["beam_tilt"][:, i] for i, axis in enumerate("XY")}
     for key, name in (("odd_zernike", "rlnOddZernike"), ("even_zernike", "rlnEvenZernike")):
-        if key in particles.extras:
-            lists = particles.extras[key][first].tolist()
-            columns[name] = ["[" + ",".join(f"{value:.9g}" for value in values) + "]" for values in lists]
-    if "mag_matrix" in particles.extras:
-        matrix = particles.extras["mag_matrix"][first]
-        columns |= {f"rlnMagMat{i}{j}": matrix[:, i, j] for i in (0, 1) for j in (0, 1)}
+        if key in extras:
+            columns[name] = ["[" + ",".join(f"{value:.9g}" for value in values) + "]" for values in extras[key]]
+    if "mag_matrix" in extras:
+        columns |= {f"rlnMagMat{i}{j}": extras["mag_matrix"][:, i, j] for i in (0, 1) for j in (0, 1)}
     return columns
+
+
+def _sum_of_lists(a: np.ndarray, b: np.ndarray | None) -> np.ndarray:
+    """Sum of two tables of coefficients (G, m) and (G, n), the shorter one filled with zeros."""
+    if b is None:
+        return a
+    total = np.zeros((len(a), max(a.shape[1], b.shape[1])))
+    total[:, : a.shape[1]] += a
+    total[:, : b.shape[1]] += b
+    return total

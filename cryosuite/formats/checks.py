@@ -117,3 +117,11 @@ def check_ctf(table: np.ndarray, path: str | os.PathLike) -> None:
             f"{path}: the largest defocus is {size.max():.4g} A: defocus is expected in Angstrom "
             "(10000 = 1 micrometre); these values look like micrometres"
         )
+
+
+def users_value(path: str | os.PathLike, name: str, found: np.ndarray | None, given: float, count: int) -> np.ndarray:
+    """The user's value for all rows, float64 (N,); a notice where the file says otherwise."""
+    if found is not None and np.abs(found - given).max(initial=0.0) > 1e-3 * max(abs(given), 1e-3):
+        first = found[np.abs(found - given).argmax()]
+        notice(f"{path}: says {first:.5g} ({name}); your value {given:g} is used instead")
+    return np.full(count, float(given))

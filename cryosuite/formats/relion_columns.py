@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from cryosuite.errors import InputError, notice
-from cryosuite.formats.checks import check_ctf, check_shifts, name_rows, read_bytes
+from cryosuite.formats.checks import check_ctf, check_shifts, name_rows, read_bytes, users_value
 from cryosuite.formats.relion import ParticleTables
 
 _EULER = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
@@ -140,25 +140,21 @@ def ctf_from_star(
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """CTF table float32 (N, 9) in cryoDRGN's columns, and a dict of further terms per particle where any is in use.
 
-    The last three arguments stand in for missing columns only. Extras: bfactor (A^2), scale, beam_tilt (N, 2) mrad,
-    odd_zernike and even_zernike (N, K), mag_matrix (N, 2, 2), premultiplied (N,) bool. Raises InputError naming a
-    missing column: no defocus is ever made up.
+    The last three arguments are the user's word: taken where given, with a notice where the file says otherwise.
+    Extras: bfactor (A^2), scale, beam_tilt (N, 2) mrad, odd_zernike and even_zernike (N, K), mag_matrix (N, 2, 2),
+    premultiplied (N,) bool. Raises InputError naming a missing column: no defocus is ever made up.
     """
     if pixel_sizes is None:
         raise InputError(f"{tables.path}: no pixel size (column rlnImagePixelSize); give it as an option")
     count = len(tables)
     columns = [np.broadcast_to(np.asarray(box_sizes, np.float64), count)]
     columns.append(np.broadcast_to(np.asarray(pixel_sizes, np.float64), count))
-    wanted = [
-        ("rlnDefocusU", None),
-        ("rlnDefocusV", None),
-        ("rlnDefocusAngle", None),
-        ("rlnVoltage", voltage_kv),
-        ("rlnSphericalAberration", cs_mm),
-        ("rlnAmplitudeContrast", amplitude_contrast),
-        ("rlnPhaseShift", 0.0),
-    ]
-    columns += [tables.numbers(name, default) for name, default in wanted]
+    columns += [tables.numbers(name) for name in ("rlnDefocusU", "rlnDefocusV", "rlnDefocusAngle")]
+    users = (voltage_kv, cs_mm, amplitude_contrast)
+    for name, given in zip(("rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast"), users, strict=True):
+        found = tables.numbers(name) if given is None or tables.has(name) else None
+        columns.append(found if given is None else users_value(tables.path, name, found, given, count))
+    columns.append(tables.numbers("rlnPhaseShift", 0.0))
     with np.errstate(over="ignore"):
         table = np.stack(columns, axis=1).astype(np.float32)
     check_ctf(table, tables.path)
