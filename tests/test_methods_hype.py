@@ -62,6 +62,10 @@ def test_paper_preset_has_the_published_number_of_parameters():
 def test_auto_takes_the_small_preset_without_a_gpu():
     assert preset("auto", gpu=False)[0] == "small"
     assert preset("auto", gpu=True)[0] == "default"
+    wide = preset("auto", gpu=False, box_size=64)[1].options
+    assert (wide.inr_width, wide.groups, wide.n_frequencies) == (256, 8, 192)
+    assert preset("small", gpu=False, box_size=64, inr_width=128)[1].options.inr_width == 128
+    assert preset("small", gpu=False, box_size=32)[1].options == PRESETS["small"].options
     assert preset("small", gpu=False, groups=8)[1].options == replace(PRESETS["small"].options, groups=8)
     with pytest.raises(InputError, match="--preset huge: expected auto, small"):
         preset("huge", gpu=False)

@@ -158,7 +158,7 @@ def _cost(particles: ParticleSet, name: str) -> Finding:
 
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
-    name, chosen = preset(name, gpu)
+    name, chosen = preset(name, gpu, particles.box_size)
     say("timing a few steps of train-hype")
     method = Hype(chosen.options)
     batch = PROBE_IMAGES if not gpu else int(chosen.training.get("batch_size", 64))

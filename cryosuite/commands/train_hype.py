@@ -12,12 +12,12 @@ INPUT, TRAINING, MODEL, ENCODER, SPEED = (
 )  # fmt: skip
 
 # flags that are options of the method, under another name there
-RENAMED = {"inr_dim": "inr_width", "march": "march_from"}
+RENAMED = {"inr_dim": "inr_width", "features": "n_frequencies", "march": "march_from"}
 METHOD = (
     "dim", "depth", "heads", "patch", "pos_embed", "groups", "hyper", "conditioning", "inr", "inr_dim", "inr_layers",
-    "feat_sigma", "field", "loss", "march", "march_over", "sample_coefficients", "encoder_input", "encoder_scale",
-    "encoder_rmax", "encoder_lowpass", "encoder_align", "encoder_drop", "pose_context", "window", "low_memory",
-    "latent", "volume_from", "knn",
+    "features", "feat_sigma", "field", "loss", "march", "march_over", "sample_coefficients", "encoder_input",
+    "encoder_scale", "encoder_rmax", "encoder_lowpass", "encoder_align", "encoder_drop", "pose_context", "window",
+    "low_memory", "latent", "volume_from", "knn",
 )  # fmt: skip
 TRAIN = {
     "num_epochs": "epochs", "batch_size": "batch_size", "lr": "lr", "warmup": "warmup", "wd": "weight_decay",
@@ -40,7 +40,8 @@ def main(
     outdir: Path = typer.Option(..., "-o", "--outdir", help="Folder of the run, made by this command."),
     preset: str = typer.Option(
         "auto",
-        help="small: for a laptop. default: for a GPU. paper: as published (CryoHype), 50 M parameters. "
+        help="small: for a laptop (its volume network is twice as wide above 48 pixels). default: for a GPU. "
+        "paper: as published (CryoHype), 50 M parameters. "
         "auto: default where there is a GPU, else small.",
     ),
     resume: bool = typer.Option(False, "--resume", help="Go on where the run in this folder stopped."),
@@ -77,6 +78,7 @@ def main(
     inr_dim: int = _option(None, help="Width of the volume network.", panel=MODEL),
     inr_layers: int = _option(None, help="Its hidden layers.", panel=MODEL),
     groups: int = _option(None, help="Weight tokens per hidden layer.", panel=MODEL),
+    features: int = _option(None, help="Random frequencies that coordinates are given as.", panel=MODEL),
     feat_sigma: float = _option(None, help="Spread of the random frequencies, in box sizes.", panel=MODEL),
     dim: int = _option(None, help="Width of the transformer.", panel=MODEL),
     depth: int = _option(None, help="Blocks of the transformer.", panel=MODEL),
@@ -167,13 +169,12 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
 
     run = RunDir(values["outdir"])
     tune_process()
-    options, training, name = _options(values, typed)
     how = {key: values[key] for key in WAYS_IN} | {"sign": -1 if values["invert_data"] else None}
-    config = make_config("hype", values["particles"], run, options, training, preset=name, **how)
-    particles = None
-    if not values["resume"]:
-        particles = open_for(values["particles"], config)
+    particles = None if values["resume"] else open_for(values["particles"], how)
+    options, training, name = _options(values, typed, None if particles is None else particles.box_size)
+    if particles is not None:
         Hype(options).check(particles)  # before the folder is touched
+    config = make_config("hype", values["particles"], run, options, training, preset=name, **how)
     config = start_run(run, config, resume=values["resume"], overwrite=values["overwrite"])
     if particles is None:
         particles = open_for(particles_path(config, run), config)
@@ -188,8 +189,8 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     return result.exit_code
 
 
-def _options(values: dict[str, Any], typed: set[str]) -> tuple[Any, Any, str]:
-    """(options of the method, of the training, name of the preset)."""
+def _options(values: dict[str, Any], typed: set[str], box_size: int | None) -> tuple[Any, Any, str]:
+    """(options of the method, of the training, name of the preset); the box is unknown when a run goes on."""
     import torch
 
     from cryosuite.errors import notice
@@ -199,7 +200,7 @@ def _options(values: dict[str, Any], typed: set[str]) -> tuple[Any, Any, str]:
 
     gpu = resolve_accelerator(values["accelerator"]) == "cuda"
     changes = {RENAMED.get(name, name): values[name] for name in METHOD}
-    name, chosen = preset(values["preset"], gpu, **changes)
+    name, chosen = preset(values["preset"], gpu, box_size, **changes)
     if values["preset"] == "auto":
         reason = "a GPU is here" if gpu else "no GPU is used"
         notice(f"--preset {name} was chosen because {reason}; --preset small, default or paper decides otherwise")
