@@ -203,7 +203,7 @@ class Accumulator:
         torch.set_num_threads(1)
         try:
             with ThreadPoolExecutor(2) as pool:
-                for part, coefficients in read_ahead(self._prepared(rows, step), 2):
+                for part, coefficients in read_ahead(self.prepared(rows, step), 2):
                     own = key[part]
                     for one in np.unique(own).tolist():
                         if one not in sums:
@@ -223,7 +223,8 @@ class Accumulator:
             chosen = coefficients if len(pick) == len(own) else [value[pick] for value in coefficients]
             slices.insert_slices(sums[one], *chosen, self.map_disc)
 
-    def _prepared(self, rows: np.ndarray, step: int) -> Iterator[tuple[np.ndarray, tuple]]:
+    def prepared(self, rows: np.ndarray, step: int) -> Iterator[tuple[np.ndarray, tuple]]:
+        """Chunks of rows with what they add (see `coefficients`), read and computed ahead of time."""
         torch.set_num_threads(1)  # of the thread this generator runs in
         for part, images in read_ahead(self._chunks(rows, step), 2):
             yield part, self.coefficients(part, images)

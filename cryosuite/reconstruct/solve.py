@@ -78,34 +78,42 @@ def solve(
     """
     sums = acc if isinstance(acc, Sums) else Sums(acc)
     D, size = sums.box_size, sums.box_size * sums.pad
-    start = size // 2 - D // 2
-    box = (slice(start, start + D),) * 3
     mask = soft_sphere(D)
     level = sums.regulariser(fraction)
     total = sums.W + level
-    volume = _above_background(torch.fft.irfftn(sums.B / total, s=(size, size, size)), box)
+    volume = crop_padded(torch.fft.irfftn(sums.B / total, s=(size, size, size)), D)
     for _ in range(passes):
-        padded = torch.zeros(size, size, size)
-        padded[box] = volume * mask
-        prior = torch.fft.rfftn(padded)
+        prior = torch.fft.rfftn(pad_map(volume * mask, sums.pad))
         prior *= level
         prior += sums.B
         prior /= total
         prior[sums.shell > size // 2] = 0
-        volume = _above_background(torch.fft.irfftn(prior, s=(size, size, size)), box)
+        volume = crop_padded(torch.fft.irfftn(prior, s=(size, size, size)), D)
     if sphere:
         volume = volume * mask
-    axis = torch.arange(D) - D // 2
-    kernel = torch.sinc(axis / size) ** 2  # what trilinear insertion multiplied the map by, per axis
-    return volume / (kernel[:, None, None] * kernel[None, :, None] * kernel)
+    return volume / gridding(D, sums.pad)
 
 
-def _above_background(padded: torch.Tensor, box: tuple[slice, slice, slice]) -> torch.Tensor:
+def gridding(box_size: int, pad: int = 2) -> torch.Tensor:
+    """(D, D, D): what trilinear insertion multiplies a map by, sinc^2(x / (pad D)) along each axis."""
+    kernel = torch.sinc((torch.arange(box_size) - box_size // 2) / (pad * box_size)) ** 2
+    return kernel[:, None, None] * kernel[None, :, None] * kernel
+
+
+def pad_map(volume: torch.Tensor, pad: int = 2) -> torch.Tensor:
+    """A map (D, D, D) in the middle of a box of pad D."""
+    D = volume.shape[-1]
+    before = pad * D // 2 - D // 2
+    return torch.nn.functional.pad(volume, (before, pad * D - D - before) * 3)
+
+
+def crop_padded(padded: torch.Tensor, box_size: int) -> torch.Tensor:
     """The map inside the padded box, less the mean of what lies around it.
 
     The half disc has no zero frequency, so a map comes with an unknown constant; particles float in nothing.
     """
-    volume = padded[box]
+    start = padded.shape[-1] // 2 - box_size // 2
+    volume = padded[(slice(start, start + box_size),) * 3]
     around = padded.double().sum() - volume.double().sum()
     return volume - (around / (padded.numel() - volume.numel())).to(volume.dtype)
 

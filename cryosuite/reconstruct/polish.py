@@ -1,0 +1,182 @@
+"""Latent to map: the iterated local modal Wiener filter that turns classes of particles into maps (BENCHMARKS, 5).
+
+Every class has two half maps. A pass makes them from the sums of the backprojection with the result of the pass before
+as prior, finds the eigenmodes of what the halves share across classes, and keeps of every mode, in every window and
+band, what the halves agree on. Related states lend each other what they have in common; unrelated ones are left alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cryosuite.console import Progress
+from cryosuite.errors import InputError, notice
+from cryosuite.kernels import shells
+from cryosuite.reconstruct import polish_gain
+from cryosuite.reconstruct.class_sums import ClassSums
+from cryosuite.reconstruct.masks import auto_mask, soft_sphere
+from cryosuite.reconstruct.solve import Sums, crop_padded, gridding, pad_map, solve
+
+BASES = ("auto", "modal", "class")
+
+
+@dataclass(frozen=True)
+class PolishOptions:
+    """How maps are polished; the defaults need no tuning.
+
+    passes: after the first one, each with the maps of the one before as prior. first_prior, prior: weight of the
+    regulariser and of the prior, in units of the shell mean of W. window_A: standard deviation of the window, Angstrom.
+    basis: "modal", "class", or "auto": whichever is expected to keep more.
+    """
+
+    passes: int = 2
+    first_prior: float = 0.1
+    prior: float = 0.5
+    window_A: float = polish_gain.WINDOW_A  # noqa: N815 -- the unit
+    basis: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.basis not in BASES:
+            raise InputError(f"--basis {self.basis}: expected one of {', '.join(BASES)}")
+        if self.passes < 0:
+            raise InputError(f"--passes {self.passes}: expected 0 or more")
+        for name in ("first_prior", "prior", "window_A"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"--{name.lower().replace('_', '-')} {getattr(self, name)}: expected more than 0")
+
+
+@dataclass
+class Polished:
+    """Maps of K classes. All (K, D, D, D) float32 in the grey values of the images unless said otherwise.
+
+    Attributes:
+        maps: polished; half_a, half_b: polished half maps. They share their gains: no resolution may be read from them.
+        mask: (D, D, D) around all classes, found in the polished maps.
+        basis: "modal" or "class"; gain: (passes + 1, B) mean gain per band of `polish_gain.band_centres`.
+        counts: (K, 2) particles in each half set; from_mean: classes without particles in one of the halves, which
+            hold the mean of the others.
+    """
+
+    maps: Tensor
+    half_a: Tensor
+    half_b: Tensor
+    mask: Tensor
+    pixel_size: float
+    counts: np.ndarray
+    basis: str
+    gain: Tensor
+    from_mean: list[int] = field(default_factory=list)
+
+
+def polish(
+    sums: ClassSums, options: PolishOptions | None = None, prior: Tensor | None = None, progress: str | None = None
+) -> Polished:
+    """Polished maps of all classes from their backprojection sums.
+
+    Args:
+        sums: of `class_sums.accumulate`.
+        prior: (K, D, D, D) maps of another origin (a network's) used as prior of the first pass.
+        progress: label of a progress display.
+
+    Raises:
+        InputError: no class has particles in both half sets.
+    """
+    options = options or PolishOptions()
+    used = np.nonzero((sums.counts > 0).all(1))[0]
+    if not len(used):
+        raise InputError(
+            "polish: no class has particles in both half sets, so signal cannot be told from noise: give more "
+            "particles, fewer classes, or check the half sets (rlnRandomSubset)"
+        )
+    D, window = sums.box_size, options.window_A / sums.pixel_size
+    mask = soft_sphere(D)
+    priors = None if prior is None else (prior[used], prior[used])
+    gains, basis = [], options.basis
+    total = (options.passes + 1) * 2 * len(used)
+    bar = Progress(total, progress, "maps") if progress else None
+    try:
+        if bar is not None:
+            bar.__enter__()
+        for _ in range(options.passes + 1):
+            halves = half_maps(sums, used, priors, options.prior if priors else options.first_prior, mask, bar)
+            found, basis = _gained(halves, mask, window, basis)
+            mask = auto_mask(found.maps)
+            mask = mask if float(mask.sum()) > 0 else soft_sphere(D)
+            priors = (found.half_a, found.half_b)
+            gains.append(found.mean_gain)
+    finally:
+        if bar is not None:
+            bar.__exit__(None, None, None)
+    missing = sorted(set(range(sums.n_classes)) - set(used.tolist()))
+    whole = [_spread(maps, used, sums) for maps in (found.maps, found.half_a, found.half_b)]
+    if missing:
+        notice(
+            f"classes {', '.join(map(str, missing))} have no particles in one of the half sets: their maps are the "
+            "mean of the other classes"
+        )
+    return Polished(*whole, mask, sums.pixel_size, sums.counts, basis, torch.stack(gains), missing)
+
+
+def half_maps(
+    sums: ClassSums,
+    classes: np.ndarray,
+    priors: tuple[Tensor, Tensor] | None,
+    weight: float,
+    mask: Tensor,
+    bar: Progress | None = None,
+) -> Tensor:
+    """Y = F^-1[(B + lam Wm P) / (W + lam Wm)] x mask for both halves: (2, K, D, D, D)."""
+    D = sums.box_size
+    out = torch.empty(2, len(classes), D, D, D)
+    correction = gridding(D)
+    for place, k in enumerate(classes.tolist()):
+        for h in (0, 1):
+            grid = Sums(sums.load(k, h))
+            level = grid.regulariser(weight)
+            values = grid.B
+            if priors is not None:
+                # a shell without data, and the mean, come from the prior alone
+                values = values + level * torch.fft.rfftn(pad_map(priors[h][place] * correction, grid.pad))
+            padded = torch.fft.irfftn(values / (grid.W + level), s=(D * grid.pad,) * 3)
+            out[h, place] = crop_padded(padded, D) / correction * mask
+            if bar is not None:
+                bar.advance()
+    return out
+
+
+def _gained(halves: Tensor, mask: Tensor, window: float, basis: str) -> tuple[polish_gain.Gained, str]:
+    """Apply the gains in the wanted basis, or in the better of the two."""
+    matrices = polish_gain.bases(polish_gain.shell_covariance(*halves))
+    names = [name for name in BASES[1:] if basis in ("auto", name)]
+    best: tuple[polish_gain.Gained, str] | None = None
+    for name in names:
+        found = polish_gain.apply_gains(halves[0], halves[1], mask, matrices[name], window)
+        if best is None or found.score < best[0].score:
+            best = (found, name)
+    return best
+
+
+def _spread(maps: Tensor, used: np.ndarray, sums: ClassSums) -> Tensor:
+    """Maps of the classes in use put among all K; the others get the mean, weighted by particles."""
+    if len(used) == sums.n_classes:
+        return maps
+    counts = torch.from_numpy(sums.counts[used].sum(1)).float()
+    mean = torch.tensordot(counts / counts.sum(), maps, dims=1)
+    out = mean.expand(sums.n_classes, *mean.shape).clone()
+    out[torch.from_numpy(used)] = maps
+    return out
+
+
+def raw_maps(sums: ClassSums, k: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The unpolished map and half maps of one class: plain regularised backprojection of its own particles."""
+    maps = [solve(sums.load(k, h)) if sums.counts[k, h] > 0 else None for h in (0, 1)]
+    return solve(sums.joint(k)), *maps
+
+
+def raw_fsc(half_a: Tensor | None, half_b: Tensor | None, mask: Tensor) -> Tensor | None:
+    """(D/2,) FSC of two raw half maps inside a mask; None without both."""
+    return None if half_a is None or half_b is None else shells.fsc(half_a, half_b, mask)

@@ -1,0 +1,185 @@
+"""Gains of `polish`: a local Wiener filter in a basis of classes or of eigenmodes, from half-set statistics alone.
+
+The two half sets give two maps of every class with independent noise. What they share is signal, what differs is noise;
+so the cross-power of the halves, in a window in space and a band in frequency, tells how much of each channel to keep.
+Nothing is known of the truth, of which classes resemble each other, or of where the molecule lies (BENCHMARKS, 5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+WINDOW_A = 12.5  # standard deviation of the window in space, Angstrom
+VOXELS_AT_ONCE = 1 << 18
+
+
+@dataclass
+class Gained:
+    """What a basis gives: maps (K, D, D, D) of both halves joined and of each half, and how much was kept.
+
+    mean_gain: (B,) mean gain per band over channels and mask; score: expected signal kept, in units of the noise;
+    noise: (B,) variance of the joint map per voxel and band.
+    """
+
+    maps: Tensor
+    half_a: Tensor
+    half_b: Tensor
+    mean_gain: Tensor
+    score: float
+    noise: Tensor
+
+
+def band_centres(box_size: int) -> list[float]:
+    """Centres of the frequency bands in Fourier pixels: 0 2 .. 14 17 20 .. D/2 (14 bands at D = 64)."""
+    last = box_size // 2
+    centres = [float(r) for r in range(0, min(14, last) + 1, 2)]
+    centres += [float(r) for r in range(17, last + 1, 3)]
+    if last - centres[-1] > 1:
+        centres.append(float(last))
+    return centres
+
+
+def bands(box_size: int, radius: Tensor) -> Tensor:
+    """(B, ...) weights of overlapping triangular bands at the given radii (Fourier pixels); they sum to 1.
+
+    The first and the last band stay 1 beyond their centres.
+    """
+    centres = torch.tensor(band_centres(box_size), dtype=radius.dtype, device=radius.device)
+    place = torch.bucketize(radius.contiguous(), centres).clamp(1, len(centres) - 1)
+    low, high = centres[place - 1], centres[place]
+    share = ((radius - low) / (high - low)).clamp(0, 1)
+    out = torch.zeros(len(centres), *radius.shape, dtype=radius.dtype, device=radius.device)
+    out.scatter_(0, (place - 1)[None], (1 - share)[None])
+    return out.scatter_add_(0, place[None], share[None])
+
+
+def half_radius(box_size: int) -> Tensor:
+    """(D, D, D/2 + 1) radius in Fourier pixels of the rfftn grid."""
+    full = torch.fft.fftfreq(box_size, 1 / box_size)
+    column = torch.arange(box_size // 2 + 1, dtype=torch.float32)
+    return (full[:, None, None] ** 2 + full[None, :, None] ** 2 + column**2).sqrt()
+
+
+@dataclass(frozen=True)
+class Covariance:
+    """Half-set statistics per shell r = 0 .. D/2: noise (S,), N (S, K, K), signal C (S, K, K), count (S,)."""
+
+    noise: Tensor
+    noise_matrix: Tensor
+    signal: Tensor
+    count: Tensor
+
+
+def shell_covariance(half_a: Tensor, half_b: Tensor) -> Covariance:
+    """N_kl = Re <d_k, d_l> / 4 with d = Y^a - Y^b, n = mean_k N_kk, C_kl = symmetric part of Re <Y_k^a, Y_l^b>.
+
+    Per shell of integer radius, means over the coefficients of the full sphere, unnormalised transforms.
+
+    Args:
+        half_a, half_b: (K, D, D, D) maps of the two half sets.
+    """
+    K, D = half_a.shape[0], half_a.shape[-1]
+    radius = half_radius(D)
+    shell = radius.round().long()
+    shell[radius > D / 2] = D // 2 + 1
+    order = torch.argsort(shell.reshape(-1), stable=True)
+    sizes = torch.bincount(shell.reshape(-1), minlength=D // 2 + 2)[: D // 2 + 1]
+    order = order[: int(sizes.sum())]
+    column = torch.arange(D // 2 + 1)
+    twice = torch.where((column > 0) & (column < D // 2), 2.0, 1.0).expand(D, D, -1).reshape(-1)[order]
+    a, b = (torch.empty(K, len(order), 2) for _ in range(2))
+    for k in range(K):
+        for out, maps in ((a, half_a), (b, half_b)):
+            values = torch.fft.rfftn(maps[k]).reshape(-1)[order]
+            out[k] = torch.view_as_real(values) * twice.sqrt()[:, None]
+    N, C, count = (torch.zeros(len(sizes), *shape) for shape in ((K, K), (K, K), ()))
+    start = 0
+    for s, size in enumerate(sizes.tolist()):
+        ya, yb = (v[:, start : start + size].reshape(K, -1) for v in (a, b))
+        weight = twice[start : start + size].sum()
+        difference = ya - yb
+        N[s] = difference @ difference.T / (4 * weight)
+        cross = ya @ yb.T / weight
+        C[s], count[s] = (cross + cross.T) / 2, weight
+        start += size
+    return Covariance(N.diagonal(dim1=1, dim2=2).mean(1), N, C, count)
+
+
+def bases(covariance: Covariance) -> dict[str, Tensor]:
+    """The two bases as (K, K) matrices from classes to channels of unit noise: "class" and "modal" (eigenmodes)."""
+    n = covariance.noise.clamp(min=1e-30)
+    used = covariance.noise > 1e-6 * covariance.noise.max()
+    average = (covariance.noise_matrix / n[:, None, None])[used].mean(0)
+    K = len(average)
+    own = torch.diag(average.diagonal().clamp(min=1e-6).rsqrt())
+    values, vectors = torch.linalg.eigh(average.double())
+    whiten = (vectors * values.clamp(min=1e-4 * values.max()).rsqrt()) @ vectors.T
+    S = whiten @ (covariance.signal.double() / n.double()[:, None, None]) @ whiten
+    strength = S.diagonal(dim1=1, dim2=2).sum(1) / (3 * K)
+    weight = torch.where(used, covariance.count, 0.0).double() / strength.clamp(min=1)
+    _, modes = torch.linalg.eigh((weight[:, None, None] * S).sum(0))
+    return {"class": own, "modal": (modes.flip(1).T @ whiten).to(own.dtype)}
+
+
+def apply_gains(half_a: Tensor, half_b: Tensor, mask: Tensor, basis: Tensor, window: float) -> Gained:
+    """Filter both halves and their mean, channel by channel, band by band, voxel by voxel.
+
+    c = G[x^a x^b] / G[mask^2], n = mean of (x^a - x^b)^2 / 4; gain c+/(c+ + n) on the mean of the halves, c+/(c+ + 2n)
+    on each half: the gain that minimises the error against an independent measurement.
+
+    Args:
+        half_a, half_b: (K, D, D, D) masked maps; mask: (D, D, D); basis: (K, K) of `bases`; window: voxels.
+    """
+    K, D = half_a.shape[0], half_a.shape[-1]
+    weights = bands(D, half_radius(D))
+    column = torch.arange(D // 2 + 1)
+    twice = torch.where((column > 0) & (column < D // 2), 2.0, 1.0)
+    modes = torch.stack([_mix(basis, half_a), _mix(basis, half_b)])  # (2, K, D, D, D)
+    area = float((mask**2).sum())
+    noise = torch.zeros(len(weights))
+    for m in range(K):
+        power = torch.fft.rfftn(modes[0, m] - modes[1, m]).abs().square() * twice
+        noise += (weights.square() * power).sum((1, 2, 3)) / 4
+    noise = noise / (D**3 * area * K)
+    blur = _blur_window(D, window)
+    support = torch.fft.irfftn(torch.fft.rfftn(mask**2) * blur, s=(D,) * 3).clamp(min=1e-3)
+    count = (weights * twice).sum((1, 2, 3))
+    kept = torch.zeros(len(weights))
+    joint = torch.empty(K, D, D, D)
+    for m in range(K):
+        halves = torch.fft.rfftn(modes[:, m], dim=(1, 2, 3))
+        whole, parts = torch.zeros(D, D, D), torch.zeros(2, D, D, D)
+        for b, band in enumerate(weights):
+            x = torch.fft.irfftn(halves * band, s=(D,) * 3)
+            shared = torch.fft.irfftn(torch.fft.rfftn(x[0] * x[1]) * blur, s=(D,) * 3).div_(support).clamp_(min=0)
+            gain = shared / (shared + noise[b]).clamp_(min=1e-30)
+            whole += gain * (x[0] + x[1]) / 2
+            parts += shared / (shared + 2 * noise[b]).clamp_(min=1e-30) * x
+            kept[b] += float((gain * mask).sum()) / float(mask.sum())
+        joint[m], modes[:, m] = whole, parts
+    back = torch.linalg.inv(basis.double()).to(basis.dtype)
+    kept = kept / K
+    maps, a, b = _mix(back, joint), _mix(back, modes[0]), _mix(back, modes[1])
+    return Gained(maps, a, b, kept, float((count * kept).sum() / count.sum()), noise)
+
+
+def _mix(matrix: Tensor, maps: Tensor) -> Tensor:
+    """Linear combinations of maps: (M, K) x (K, D, D, D) -> (M, D, D, D), a slab of voxels at a time."""
+    flat = maps.reshape(len(maps), -1)
+    out = torch.empty(len(matrix), flat.shape[1])
+    for slab in _slabs(flat.shape[1]):
+        out[:, slab] = matrix @ flat[:, slab]
+    return out.reshape(len(matrix), *maps.shape[1:])
+
+
+def _slabs(size: int) -> Iterator[slice]:
+    return (slice(start, start + VOXELS_AT_ONCE) for start in range(0, size, VOXELS_AT_ONCE))
+
+
+def _blur_window(box_size: int, sigma: float) -> Tensor:
+    """Transform of a Gaussian of standard deviation sigma voxels on the rfftn grid."""
+    return torch.exp(-2 * (torch.pi * sigma / box_size * half_radius(box_size)) ** 2)
