@@ -54,6 +54,7 @@ def score_assigned(
     truth: TruthReader,
     pixel_size: float,
     mask: torch.Tensor | None = None,
+    compat: bool = False,
 ) -> AssignedScores:
     """Judge the map of each particle's class against the truth of the particle's state, for all particles.
 
@@ -61,6 +62,7 @@ def score_assigned(
         class_map: class -> its map (D, D, D); asked once per state and class that meet.
         classes: (N,) class of each particle. labels: (N,) true state of each.
         truth: state -> its map. mask: (D, D, D) applied to both, or None.
+        compat: CryoBench's shells and absolute FSC.
 
     Raises:
         InputError: lengths differ, or there are no particles.
@@ -69,7 +71,7 @@ def score_assigned(
     if len(classes) != len(labels):
         raise InputError(f"{len(classes)} classes for {len(labels)} true states: one per particle is needed")
     pairs, counts = np.unique(np.stack([labels, classes], 1), axis=0, return_counts=True)
-    found = score_volumes(((int(k), int(s), class_map(int(k))) for s, k in pairs), truth, pixel_size, mask)
+    found = score_volumes(((int(k), int(s), class_map(int(k))) for s, k in pairs), truth, pixel_size, mask, compat)
     states = np.unique(labels)
     position = np.searchsorted(states, pairs[:, 0])
     total = np.bincount(position, weights=counts)

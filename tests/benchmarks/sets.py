@@ -2,8 +2,8 @@
 
     CRYOSUITE_SHARED=../shared python tests/benchmarks/sets.py --work DIR [--only kraqen,polish,...]
 
-Molecules are those of ``$CRYOSUITE_SHARED/data/atomic``: the group ``bench`` (mini-mix16, mini-ribo16, the loop of 1IGY)
-and, for the mix of 100, ``train`` as well, with phantoms in place of what does not fit the box.
+Molecules are those of ``$CRYOSUITE_SHARED/data/atomic``: the group ``bench`` (mini-mix16, mini-ribo16, the loop of
+1IGY) and, for the mix of 100, ``train`` as well, with phantoms in place of what does not fit the box.
 """
 
 from __future__ import annotations
