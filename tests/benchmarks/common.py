@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -75,11 +76,21 @@ def versions() -> dict[str, str]:
     return found
 
 
+def without_paths(text: str) -> str:
+    """A result without the folders of this machine: those on the command line become WORK, the project's own ``.``"""
+    given = {word for word in sys.argv[1:] if word.startswith("/")}
+    names = dict.fromkeys(given, "WORK") | {os.environ.get("CRYOSUITE_SHARED", ""): "../shared"}
+    names |= {str(Path(__file__).resolve().parents[2]): ".", tempfile.gettempdir(): "/tmp"}
+    for path in sorted(filter(None, names), key=len, reverse=True):
+        text = text.replace(path, names[path])
+    return text
+
+
 def save(name: str, result: dict) -> Path:
     """Write one result as JSON with the command that made it, the date and the versions."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     stamp = {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"), "versions": versions()}
-    path.write_text(json.dumps({**stamp, **result}, indent=1) + "\n")
+    path.write_text(without_paths(json.dumps({**stamp, **result}, indent=1)) + "\n")
     print(f"wrote {path}")
     return path
