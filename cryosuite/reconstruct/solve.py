@@ -114,6 +114,8 @@ def crop_padded(padded: torch.Tensor, box_size: int) -> torch.Tensor:
     """
     start = padded.shape[-1] // 2 - box_size // 2
     volume = padded[(slice(start, start + box_size),) * 3]
+    if volume.numel() == padded.numel():
+        return volume
     around = padded.double().sum() - volume.double().sum()
     return volume - (around / (padded.numel() - volume.numel())).to(volume.dtype)
 
