@@ -146,3 +146,27 @@ def test_cryosparcs_aberrations_reach_relion_as_zernike_terms(golden, tmp_path):
     for value in (ctf, odd_phase):
         ours, theirs = (value(frequency, particles.ctf_params()) for particles in (source, again))
         assert torch.abs(ours - theirs).max() < 2e-4
+
+
+def test_a_namesake_beside_the_exported_star_is_not_meant(golden, tmp_path):
+    """The cropped stack of a work folder is often called like the source's stack."""
+    source = tmp_path / "source"
+    source.mkdir()
+    shutil.copy(golden / "relion/particles.star", source / "run.star")
+    shutil.copy(golden / "relion/particles.mrcs", source / "particles.mrcs")
+    preprocess(open_particles(source / "run.star"), tmp_path / "w", PreprocessOptions(32))
+    export_particles(open_particles(tmp_path / "w").subset(ROWS), tmp_path / "w/selected.star")
+    assert open_particles(tmp_path / "w/selected.star").box_size == 64
+
+
+def test_dark_stacks_are_told_when_they_go_to_relion(golden, tmp_path):
+    preprocess(open_particles(golden / "adversarial/good.cs"), tmp_path / "w", PreprocessOptions(16))
+    with pytest.warns(UserWarning, match="particles are dark in these stacks"):
+        export_particles(open_particles(tmp_path / "w"), tmp_path / "out.star")
+
+
+def test_mrc_stacks_are_named_as_relion_reads_them(golden, tmp_path):
+    """RELION takes a plain .mrc for a map."""
+    shutil.copy(golden / "relion/particles.mrcs", tmp_path / "p.mrc")
+    particles = open_particles(tmp_path / "p.mrc", need_poses=False, need_ctf=False)
+    assert _image_names(particles, tmp_path)[1] == f"000002@{tmp_path.resolve()}/p.mrc:mrcs"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -17,6 +18,7 @@ from cryosuite.data.rows import Given
 from cryosuite.data.star_rows import star_rows
 from cryosuite.errors import InputError
 from cryosuite.formats.cs import read_cs, write_cs
+from cryosuite.formats.mrc import StackReader, StackWriter
 from cryosuite.formats.pickles import read_ctf, read_poses, safe_load, write_pickle
 from cryosuite.formats.star import read_star, write_star
 
@@ -281,3 +283,98 @@ def test_every_hostile_file_gets_its_message(golden, monkeypatch, tmp_path):
         if mention and "the refused global" not in mention and entry["file"] != "sign_positive.cs":
             assert mention.split(" (or")[0] in text, (entry, text)
     assert not list(tmp_path.iterdir())
+
+
+def _star_of(golden: Path, folder: Path, names: list[str], **columns: object) -> Path:
+    """Rows 0, 1, ... of RELION's star with other image names and columns, in a folder of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    blocks = read_star(golden / "relion/particles.star")
+    table = blocks["particles"].iloc[: len(names)].reset_index(drop=True)
+    blocks["particles"] = table.assign(rlnImageName=names, **columns)
+    write_star(folder / "some.star", blocks)
+    return folder / "some.star"
+
+
+def _stack(golden: Path, path: Path, rows: list[int]) -> Path:
+    """A stack of some of RELION's images."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with StackWriter(path, len(rows), 64, 3.0) as writer:
+        writer.write(StackReader(golden / "relion/particles.mrcs").read(rows))
+    return path
+
+
+def test_two_names_never_become_one_file(golden, tmp_path):
+    """job1/a.mrcs and job2/a.mrcs with all stacks thrown into one folder: a wrong image looks like a right one."""
+    star = _star_of(golden, tmp_path / "here", ["000001@job1/a.mrcs", "000001@job2/a.mrcs"])
+    _stack(golden, tmp_path / "flat/a.mrcs", [0, 1])
+    with pytest.raises(InputError, match="job1/a.mrcs and job2/a.mrcs would both be read from .*flat/a.mrcs"):
+        open_particles(star, datadir=tmp_path / "flat")
+    _stack(golden, tmp_path / "flat/job2/a.mrcs", [1])
+    assert len(open_particles(star, datadir=tmp_path / "flat")) == 2
+
+
+def test_a_moved_project_is_found_by_the_end_of_absolute_names(golden, tmp_path):
+    star = _star_of(golden, tmp_path / "x", [f"000001@/gone/project/Extract/job{i}/a.mrcs" for i in (1, 2)])
+    for i in (1, 2):
+        _stack(golden, tmp_path / f"project/Extract/job{i}/a.mrcs", [i])
+    whole = open_particles(golden / "relion/particles.star")
+    for folder in (tmp_path / "project", tmp_path / "project/Extract"):
+        moved = open_particles(star, datadir=folder)
+        assert np.array_equal(moved.read(np.arange(2)), whole.read(np.array([1, 2])))
+
+
+def test_a_stand_in_for_an_absolute_name_is_told_once(golden, tmp_path):
+    star = _star_of(golden, tmp_path, ["000001@/gone/a.mrcs", "000001@/gone/b.mrcs"])
+    for name in "ab":
+        _stack(golden, tmp_path / f"{name}.mrcs", [0])
+    with pytest.warns(UserWarning, match="/gone/a.mrcs is not there: .*a.mrcs is used") as caught:
+        open_particles(star)
+    assert sum("is used" in str(one.message) for one in caught) == 1
+
+
+def test_a_name_means_the_project_before_a_namesake_beside_the_star(golden, tmp_path):
+    star = _star_of(golden, tmp_path / "Refine3D/job5", ["000001@Extract/job1/a.mrcs"])
+    _stack(golden, tmp_path / "Extract/job1/a.mrcs", [7])
+    _stack(golden, tmp_path / "Refine3D/job5/a.mrcs", [9])
+    assert np.array_equal(
+        open_particles(star).read(np.arange(1)), open_particles(golden / "relion/particles.star").read(np.array([7]))
+    )
+
+
+def test_single_image_files_and_forced_types(golden, tmp_path):
+    """One .mrc per particle without NUMBER@, and the ':mrcs' of Xmipp and Scipion."""
+    star = _star_of(golden, tmp_path, ["a.mrc", "000002@b.mrc:mrcs"])
+    _stack(golden, tmp_path / "a.mrc", [5])
+    _stack(golden, tmp_path / "b.mrc", [8, 6])
+    whole = open_particles(golden / "relion/particles.star")
+    assert np.array_equal(open_particles(star).read(np.arange(2)), whole.read(np.array([5, 6])))
+
+
+def test_helical_segments_of_one_tube_share_a_half_set(golden, tmp_path):
+    names = [f"{i + 1:06d}@a.mrcs" for i in range(12)]
+    _stack(golden, tmp_path / "a.mrcs", list(range(12)))
+    tubes = {"rlnMicrographName": ["m"] * 6 + ["n"] * 6, "rlnHelicalTubeID": [1, 2, 1, 2, 3, 3] * 2}
+    star = _star_of(golden, tmp_path, names, rlnRandomSubset=1, **tubes)
+    with pytest.warns(UserWarning, match="6 tubes: half sets are made of whole tubes"):
+        half = open_particles(star).half_sets()
+    for tube in set(zip(*tubes.values(), strict=True)):
+        rows = [row for row in range(12) if (tubes["rlnMicrographName"][row], tubes["rlnHelicalTubeID"][row]) == tube]
+        assert len(set(half[rows])) == 1
+    assert half.sum() == 6
+
+
+def test_half_sets_that_are_missing_in_some_rows_are_made_anew(golden, tmp_path):
+    names = [f"{i + 1:06d}@a.mrcs" for i in range(6)]
+    _stack(golden, tmp_path / "a.mrcs", list(range(6)))
+    for value in (0, "None"):
+        star = _star_of(golden, tmp_path, names, rlnRandomSubset=[1, 2, 1, 2, value, value])
+        with pytest.warns(UserWarning, match="neither 1 nor 2 in 2 of 6 rows"):
+            particles = open_particles(star)
+        assert particles.half is None
+        assert np.bincount(particles.half_sets()).tolist() == [3, 3]
+
+
+def test_a_pipe_is_refused_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "particles.star")
+    with pytest.raises(InputError, match="no regular file"):
+        open_particles(tmp_path / "particles.star")

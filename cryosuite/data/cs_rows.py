@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from cryosuite.data.orientations import from_cryosparc
-from cryosuite.data.rows import Details, Given, Rows, chosen_pixel_size, group_codes
+from cryosuite.data.rows import Details, Given, Rows, chosen_pixel_size, group_codes, halves_of_tubes
 from cryosuite.errors import InputError
 from cryosuite.formats import cs
 
@@ -37,6 +37,8 @@ def cs_rows(
     rows.pixel_size = chosen_pixel_size(path, cs.pixel_sizes_from_cs(table, path), given, rows.n)
     rows.signs = cs.sign_from_cs(table, path)
     rows.half = cs.half_from_cs(table, path)
+    if rows.half is None:
+        rows.half = halves_of_tubes(rows.path, cs.tubes_from_cs(table))
     rows.optics_group = _groups(rows, table)
 
     def details(box: np.ndarray, pixel_size: np.ndarray) -> Details:

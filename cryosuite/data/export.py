@@ -13,7 +13,7 @@ from cryosuite.data.locate import StackFinder
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.star_tables import star_tables
 from cryosuite.data.workdir import DATASET, WorkDir
-from cryosuite.errors import InputError
+from cryosuite.errors import InputError, notice
 from cryosuite.formats.cs import read_cs, write_cs
 from cryosuite.formats.pickles import write_pickle
 from cryosuite.formats.star import ParticleTables, particle_tables, write_star
@@ -145,14 +145,25 @@ def _star_blocks(particles: ParticleSet, start: Origin, metadata: Any, out: Path
             **start.how,
         )  # fmt: skip
         particles = opened.subset(start.rows)
+    _warn_relion(particles, out)
     return star_tables(particles, _image_names(particles, out), particles.box_size, particles.pixel_size)
+
+
+def _warn_relion(particles: ParticleSet, out: Path) -> None:
+    """Say what RELION takes otherwise than the program these stacks come from."""
+    if particles.sign < 0 or getattr(particles.images, "signs", None) is not None:
+        notice(
+            f"{out}: particles are dark in these stacks (blob/sign), and RELION takes them as white: extract again "
+            "with white particles, or invert the stacks (relion_image_handler --multiply_constant -1)"
+        )
 
 
 def _reachable(tables: ParticleTables, start: Origin, out: Path) -> Any:
     """The particle table with image names that also work where ``out`` lies.
 
-    Names relative to the project (the --datadir that was given), found from ``out``, or found nowhere stay as they are:
-    RELION knows the particles by them. Others, such as names relative to the source star's own folder, become absolute.
+    Names relative to the project (the --datadir that was given), that mean the same file from ``out``, or found
+    nowhere stay as they are: RELION knows the particles by them. Others, such as names relative to the source star's
+    own folder, become absolute.
     """
     table = tables.particles
     parts = table["rlnImageName"].astype(str).str.partition("@")
@@ -162,8 +173,9 @@ def _reachable(tables: ParticleTables, start: Origin, out: Path) -> Any:
     changed = {}
     for name in stacks.unique():
         in_project = start.datadir is not None and (Path(start.datadir) / name).is_file()
-        if not in_project and not _exists(here, name) and (found := _exists(there, name)):
-            changed[name] = str(found.absolute())
+        meant, reached = _exists(there, name), _exists(here, name)
+        if not in_project and meant and not (reached and reached.samefile(meant)):
+            changed[name] = str(meant.absolute())
     if not changed:
         return table
     table = table.copy()
@@ -177,9 +189,13 @@ def _exists(finder: StackFinder, name: str) -> Path | None:
 
 
 def _image_names(particles: ParticleSet, out: Path) -> list[str]:
-    """NUMBER@STACK for sets that come from cs files or bare stacks."""
+    """NUMBER@STACK for sets that come from cs files or bare stacks.
+
+    RELION reads .mrc as one map unless ':mrcs' is behind the name.
+    """
     images = particles.images
     if not hasattr(images, "files"):
         raise InputError(f"{out}: these particles are in no file")
     files = [str(Path(path).resolve()) if Path(path).exists() else str(path) for path in images.files]
+    files = [f"{name}:mrcs" if name.lower().endswith(".mrc") else name for name in files]
     return [f"{number + 1:06d}@{files[file]}" for file, number in zip(images.file_id, images.slices, strict=True)]

@@ -9,57 +9,89 @@ import numpy as np
 
 from cryosuite.data.images import StackCache
 from cryosuite.errors import InputError, notice
-from cryosuite.formats.checks import name_rows
+from cryosuite.formats.checks import name_rows, printable
 
 LEVELS_UP = 6  # a star in Refine3D/job007/ names images relative to the project folder above it
 SWAPPED = {".mrc": ".mrcs", ".mrcs": ".mrc"}
 
 
 class StackFinder:
-    """Looks for stacks where RELION, cryoSPARC and cryoDRGN users keep them; remembers where it found the last one."""
+    """Looks for stacks where RELION, cryoSPARC and cryoDRGN users keep them; remembers where it found the last one.
+
+    A name is first taken as it stands, then (under --datadir always) with folders left off from the front: projects
+    move. Two names must never become one file that way, and a stand-in for a missing file is told.
+    """
 
     def __init__(self, table: Path, datadir: Path | None = None) -> None:
         self.table, self.datadir = table, datadir
         if datadir is not None and not datadir.is_dir():
             raise InputError(f"{datadir}: no such folder (--datadir).")
         folder = table.absolute().parent
-        bases = [folder, *list(folder.parents)[:LEVELS_UP], Path.cwd()]
-        self.bases = ([datadir.absolute()] if datadir is not None else []) + list(dict.fromkeys(bases))
+        self.near = (folder, folder.parent)
+        self.bases = list(dict.fromkeys([folder, *list(folder.parents)[:LEVELS_UP], Path.cwd()]))
+        self._names: dict[Path, tuple[str, bool]] = {}  # what was found -> its name, and whether that was shortened
+        self._told = False
 
     def candidates(self, name: str) -> list[Path]:
         """All places where the stack may lie, likeliest first."""
-        path = Path(name)
-        if path.is_absolute():
-            near = [base / path.name for base in self.bases[:2]]
-            return [*near, path] if self.datadir is not None else [path, *near]
-        whole = [base / path for base in self.bases]
-        bare = [base / path.name for base in self.bases[:2]]
-        return list(dict.fromkeys([whole[0], bare[0], *whole[1:], *bare[1:]]))
+        path = Path(plain_name(name))
+        found = [] if self.datadir is None else [self.datadir.absolute() / tail for tail in _tails(path)]
+        found += self._exact(path)
+        return list(dict.fromkeys([*found, *(base / path.name for base in self.near)]))
+
+    def _exact(self, path: Path) -> list[Path]:
+        """The places that a name means as it stands."""
+        return [path] if path.is_absolute() else [base / path for base in self.bases]
 
     def find(self, name: str) -> Path:
-        """The stack; InputError listing every path tried when it is nowhere."""
+        """The stack; InputError listing every path tried when it is nowhere, or when it stands for another name too."""
         tried = self.candidates(name)
-        for path in tried:
-            if path.is_file():
-                self._remember(path, name)
-                return path
-        for path in tried:
-            other = path.with_suffix(SWAPPED.get(path.suffix, path.suffix))
-            if other.is_file():
-                notice(f"{self.table}: {name} does not exist, {other.name} beside it is used.")
-                return other
-        listing = ", ".join(map(str, tried))
-        raise InputError(
-            f"{self.table}: cannot find the stack {name}. Looked for: {listing}. "
-            "Say where the images are: --datadir FOLDER."
-        )
+        path = next((path for path in tried if path.is_file()), None)
+        if path is None:
+            swapped = (path.with_suffix(SWAPPED.get(path.suffix, path.suffix)) for path in tried)
+            path = next((path for path in swapped if path.is_file()), None)
+            if path is None:
+                raise InputError(
+                    f"{self.table}: cannot find the stack {printable(name)}. Looked for: "
+                    f"{', '.join(map(str, tried))}. Say where the images are: --datadir FOLDER."
+                )
+            self._tell(name, path)
+        self._remember(path, name)
+        return path
 
     def _remember(self, path: Path, name: str) -> None:
         """Put the folder that worked first, so that thousands of stacks are found at the first try."""
-        base = next((base for base in self.bases if base / name == path), None)
-        if base is not None and self.datadir is None:
+        wanted = Path(plain_name(name))
+        exact = path in self._exact(wanted) or (self.datadir is not None and path == self.datadir.absolute() / wanted)
+        other, shortened = self._names.setdefault(path, (name, not exact))
+        if plain_name(other) != plain_name(name) and (shortened or not exact):
+            raise InputError(
+                f"{self.table}: {printable(other)} and {printable(name)} would both be read from {path}, the only file "
+                "of that name found: give the folder that holds their folders (--datadir)."
+            )
+        if not exact and self.datadir is None:
+            self._tell(name, path)
+        base = next((base for base in self.bases if base / wanted == path), None)
+        if base is not None and base != self.bases[0]:
             self.bases.remove(base)
             self.bases.insert(0, base)
+
+    def _tell(self, name: str, path: Path) -> None:
+        """Notice a stand-in; once, as thousands of stacks of a set have the same story."""
+        if not self._told:
+            notice(f"{self.table}: {printable(name)} is not there: {path} is used, and the like for other stacks.")
+        self._told = True
+
+
+def plain_name(name: str) -> str:
+    """A stack's name without the ':mrcs' with which Xmipp, Scipion and RELION force a file type."""
+    return name.removesuffix(":mrcs").removesuffix(":mrc")
+
+
+def _tails(path: Path) -> list[Path]:
+    """a/b/c.mrcs -> a/b/c.mrcs, b/c.mrcs, c.mrcs; of absolute names without the root."""
+    parts = path.parts[1:] if path.is_absolute() else path.parts
+    return [Path(*parts[start:]) for start in range(len(parts))]
 
 
 def open_stacks(

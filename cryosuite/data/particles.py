@@ -32,7 +32,7 @@ class ParticleSet:
         optics_group: (N,) int32, counted from 0.
         index: (N,) int64, position in the ORIGINAL set (row of the first star/cs, image of the first stack).
         uid: (N,) uint64 of cryoSPARC, or None.
-        half: (N,) int8 0/1, the half set of the refinement the poses come from, or None.
+        half: (N,) int8 0/1, the half set of the refinement the poses come from, or of whole helices, or None.
         sign: +1 or -1, the factor that makes particles white; ``read`` applies it.
         sign_from: who says so: "blob/sign", "option", "dataset.yaml", "data", "assumed".
         ctf_premultiplied: True when the images were already multiplied by their CTF.

@@ -91,6 +91,18 @@ def chosen_pixel_size(path: Path, found: np.ndarray | None, given: Given, n: int
     return np.full(n, float(given.pixel_size))
 
 
+def halves_of_tubes(path: Path, tubes: Sequence[np.ndarray] | None) -> np.ndarray | None:
+    """Half set (N,) int8 that never parts the segments of one helix; None without at least two helices.
+
+    Segments overlap: in different halves they would raise the FSC with signal that is the same pixels.
+    """
+    tube = None if tubes is None else group_codes(tubes)
+    if tube is None or tube.max(initial=0) < 1:
+        return None
+    notice(f"{path}: helical segments of {tube.max() + 1} tubes: half sets are made of whole tubes")
+    return (tube % 2).astype(np.int8)
+
+
 def group_codes(columns: Sequence[np.ndarray]) -> np.ndarray:
     """A number (N,) int64 from 0 per row, the same for rows that agree in all columns (N,) or (N, k), in their order.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from cryosuite.data.orientations import from_euler
-from cryosuite.data.rows import Details, Given, Rows, chosen_pixel_size
+from cryosuite.data.rows import Details, Given, Rows, chosen_pixel_size, halves_of_tubes
 from cryosuite.errors import InputError
 
 EULER = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
@@ -31,6 +31,8 @@ def star_rows(path: Path, given: Given | None = None, need_poses: bool = True, n
     rows.pixel_size = chosen_pixel_size(path, star.pixel_sizes_from_star(tables), given, rows.n)
     rows.optics_group = tables.group.astype(np.int32)
     rows.half = star.half_from_star(tables)
+    if rows.half is None:
+        rows.half = halves_of_tubes(rows.path, star.tubes_from_star(tables))
     rows.ctf_premultiplied = _premultiplied(tables)
     from_user = (None, None, None, given.voltage_kv, given.cs_mm, given.amplitude_contrast)
     has_poses = all(tables.has(name) for name in EULER)

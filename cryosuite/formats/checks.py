@@ -37,7 +37,9 @@ def existing_file(path: str | os.PathLike, what: str = "file") -> Path:
         raise InputError(f"{path}: file not found (looked for {what} at {Path(os.path.abspath(path))})")
     if folder:
         raise InputError(f"{path}: is a folder, expected a {what}")
-    if size == 0 and path.is_file():
+    if not path.is_file():  # a pipe or device would be waited for, or read for ever
+        raise InputError(f"{path}: is no regular file, expected a {what}")
+    if size == 0:
         raise InputError(f"{path}: the {what} is empty (0 bytes)")
     return path
 

@@ -11,6 +11,7 @@ from cryosuite.formats.cs_columns import (
     pixel_sizes_from_cs,
     poses_from_cs,
     sign_from_cs,
+    tubes_from_cs,
 )
 from cryosuite.formats.cs_table import read_cs, write_cs
 
@@ -24,5 +25,6 @@ __all__ = [
     "poses_from_cs",
     "read_cs",
     "sign_from_cs",
+    "tubes_from_cs",
     "write_cs",
 ]

@@ -112,6 +112,14 @@ def half_from_cs(array: np.ndarray, path: str | os.PathLike) -> np.ndarray | Non
     return split.astype(np.int8) if set(np.unique(split)) == {0.0, 1.0} else None
 
 
+def tubes_from_cs(array: np.ndarray) -> list[np.ndarray] | None:
+    """What tells one filament from another: codes (N,) of stack and filament/filament_uid; None without filaments."""
+    if "filament/filament_uid" not in array.dtype.names:
+        return None
+    names = [name for name in ("blob/path", "filament/filament_uid") if name in array.dtype.names]
+    return [np.unique(array[name], return_inverse=True)[1].reshape(-1) for name in names]
+
+
 @dataclass(frozen=True)
 class _Alignment:
     """One pose per particle: rotation vectors (N, 3), shifts (N, 2) in pixels of ``psize`` (N,) A, or None."""

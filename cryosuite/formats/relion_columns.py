@@ -88,11 +88,34 @@ def box_sizes_from_star(tables: ParticleTables) -> np.ndarray | None:
 
 
 def half_from_star(tables: ParticleTables) -> np.ndarray | None:
-    """Half set per particle (0 or 1, int8) from rlnRandomSubset (1 or 2), or None where there are not two sets."""
-    if not tables.has("rlnRandomSubset"):
+    """Half set per particle (0 or 1, int8) from rlnRandomSubset (1 or 2), or None where there are not two sets.
+
+    Rows without a half set (0, as after joining two files) make all of them unusable, with a notice.
+    """
+    name = "rlnRandomSubset"
+    if not tables.has(name):
         return None
-    subset = tables.numbers("rlnRandomSubset")
-    return (subset - 1).astype(np.int8) if set(np.unique(subset)) == {1.0, 2.0} else None
+    frame = tables.particles if name in tables.particles.columns else tables.optics
+    values = pd.to_numeric(frame[name], errors="coerce").to_numpy(np.float64, na_value=np.nan)
+    subset = values if frame is tables.particles else values[tables.group]
+    known = np.isin(subset, (1, 2))
+    if known.all():
+        return (subset - 1).astype(np.int8) if len(np.unique(subset)) == 2 else None
+    if known.any():
+        notice(
+            f"{tables.path}: {name} is neither 1 nor 2 in {int((~known).sum())} of {len(subset)} rows: the half sets "
+            "of the refinement cannot be kept, new ones are made"
+        )
+    return None
+
+
+def tubes_from_star(tables: ParticleTables) -> list[np.ndarray] | None:
+    """What tells one helix from another: codes (N,) of micrograph and rlnHelicalTubeID; None without helices."""
+    frame = tables.particles
+    if "rlnHelicalTubeID" not in frame.columns:
+        return None
+    names = [name for name in ("rlnMicrographName", "rlnHelicalTubeID") if name in frame.columns]
+    return [pd.factorize(frame[name])[0] for name in names]
 
 
 def poses_from_star(

@@ -12,6 +12,7 @@ from cryosuite.formats.relion_columns import (
     pixel_sizes_from_star,
     poses_from_star,
     read_stack_list,
+    tubes_from_star,
 )
 from cryosuite.formats.star_text import read_star, write_star
 
@@ -27,5 +28,6 @@ __all__ = [
     "poses_from_star",
     "read_stack_list",
     "read_star",
+    "tubes_from_star",
     "write_star",
 ]
