@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -91,6 +92,8 @@ def save(name: str, result: dict) -> Path:
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     stamp = {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"), "versions": versions()}
-    path.write_text(without_paths(json.dumps({**stamp, **result}, indent=1)) + "\n")
+    text = json.dumps({**stamp, **result}, indent=1)
+    text = re.sub(r"\[[-+\d.,eE\s]+\]", lambda found: re.sub(r"\s+", " ", found[0]), text)  # numbers in one line
+    path.write_text(without_paths(text) + "\n")
     print(f"wrote {path}")
     return path

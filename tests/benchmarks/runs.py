@@ -14,7 +14,8 @@ from common import CRYOSUITE, peer, timed
 
 from cryosuite.data.workdir import RunDir
 from cryosuite.formats.mrc import read_map
-from cryosuite.formats.pickles import read_labels
+from cryosuite.formats.pickles import read_labels, safe_load
+from cryosuite.reconstruct.weights import ClassWeights
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,12 @@ def kraqen_labels(run: Path) -> np.ndarray:
     """The merged code of every particle, (N,)."""
     folder = RunDir(run)
     return np.asarray(read_labels(folder.labels(folder.last_epoch()))).astype(np.int64)
+
+
+def kraqen_weights(run: Path) -> ClassWeights:
+    """The share of every particle in every merged code."""
+    folder = RunDir(run)
+    return ClassWeights.from_arrays(safe_load(folder.assignments(folder.last_epoch()))[0])
 
 
 def kraqen_map(run: Path) -> Callable[[int], torch.Tensor]:

@@ -89,6 +89,7 @@ FAMILIES: dict[str, list[Recipe]] = {
     "kraqen100": [Recipe("mix100", 20000, 64, 0.1, seed) for seed in SEEDS],
     "kraqen001": [Recipe("mix16", 32000, 64, 0.01, seed) for seed in SEEDS],
     "rough": [Recipe(kind, 2400, 64, 0.01, 0, flaw) for flaw in FLAWS for kind in POLISH_KINDS],
+    "methods": [Recipe("mix16", 8000, 32, 0.1, seed) for seed in SEEDS],
     "d128": [Recipe(kind, 2400, 128, 0.01, 0) for kind in POLISH_KINDS],
 }
 
