@@ -106,13 +106,7 @@ def test_lying_pickles_cost_no_memory(tmp_path: Path) -> None:
             safe_load(tmp_path / f"{name}.pkl")
 
 
-def test_shared_containers_are_walked_once(tmp_path: Path) -> None:
-    """A pickle of a few hundred bytes that stands for 2^40 elements ends at once."""
-    value: list = [1]
-    for _ in range(40):
-        value = [value, value]
-    loaded = safe_load(dump(tmp_path / "a.pkl", value))[0]
-    assert loaded[0] is loaded[1]
+def test_endless_containers_are_damage(tmp_path: Path) -> None:
     endless: list = []
     endless.append(endless)
     with pytest.raises(InputError, match="damaged"):
@@ -214,3 +208,28 @@ def test_broken_checkpoints_are_one_sentence(tmp_path: Path, golden: Path) -> No
         with pytest.raises(InputError, match=f"{name}.pkl: ") as caught:
             read_torch(tmp_path / f"{name}.pkl")
         assert "\n" not in str(caught.value)
+
+
+def test_nothing_of_a_pickle_outlasts_its_reading(tmp_path: Path) -> None:
+    """BUILD with a state sets attributes: of the stand-ins for numpy's functions it would change later reads."""
+    from cryosuite.formats import unpickler
+
+    before = unpickler._latin1.__defaults__
+    hostile = b"\x80\x04c_codecs\nencode\n(N}(V__defaults__\n(Vutf-8\ntutb."
+    (tmp_path / "a.pkl").write_bytes(hostile)
+    with pytest.raises(InputError, match=r"a\.pkl: damaged pickle"):
+        safe_load(tmp_path / "a.pkl")
+    assert unpickler._latin1.__defaults__ == before
+
+
+def test_lists_of_the_same_list_are_counted(tmp_path: Path) -> None:
+    """60 levels of [x, x] hold 2^60 numbers; no reader may walk through them."""
+    value: list = [0.0]
+    for _ in range(40):
+        value = [value, value]
+    (tmp_path / "bomb.pkl").write_bytes(pickle.dumps(value, protocol=4))
+    with pytest.raises(InputError, match=r"bomb\.pkl: damaged pickle: its containers repeat"):
+        read_indices(tmp_path / "bomb.pkl")
+    row = [1, 2, 3]
+    (tmp_path / "shared.pkl").write_bytes(pickle.dumps([row] * 1000, protocol=4))
+    assert safe_load(tmp_path / "shared.pkl")[0] == [row] * 1000

@@ -14,6 +14,7 @@ import pickle
 import pickletools
 import re
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stands in for an array under construction, and for ``numpy.ndarray`` itself as a name."""
+    """Stands in for an array under construction."""
 
     def __init__(self, *_: object) -> None:
         self.parts: tuple | None = None
@@ -113,18 +114,36 @@ def _ordered(pairs: object = (), *_: object) -> dict:
     return OrderedDict(pairs)
 
 
-_ALLOWED: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): _Array,
-    ("numpy", "dtype"): _Dtype,
-    ("_codecs", "encode"): _latin1,
-    ("builtins", "bytes"): _bytes,
-    ("builtins", "bytearray"): _bytes,
-    ("collections", "OrderedDict"): _ordered,
+class _Global:
+    """A stand-in as the pickle sees it: it can be called and nothing else.
+
+    A pickle may set attributes of whatever it was given; on a bare function that would outlast the file.
+    """
+
+    __slots__ = ("_make",)
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self._make = make
+
+    def __call__(self, *arguments: object) -> Any:
+        return self._make(*arguments)
+
+    def __setstate__(self, _: object) -> None:
+        raise ValueError("a global with a state")
+
+
+_ALLOWED: dict[tuple[str, str], _Global] = {
+    ("numpy", "ndarray"): _Global(_Array),
+    ("numpy", "dtype"): _Global(_Dtype),
+    ("_codecs", "encode"): _Global(_latin1),
+    ("builtins", "bytes"): _Global(_bytes),
+    ("builtins", "bytearray"): _Global(_bytes),
+    ("collections", "OrderedDict"): _Global(_ordered),
 }
 for _core in ("numpy.core", "numpy._core"):
-    _ALLOWED[_core + ".multiarray", "_reconstruct"] = _reconstruct
-    _ALLOWED[_core + ".multiarray", "scalar"] = _scalar
-    _ALLOWED[_core + ".numeric", "_frombuffer"] = _frombuffer
+    _ALLOWED[_core + ".multiarray", "_reconstruct"] = _Global(_reconstruct)
+    _ALLOWED[_core + ".multiarray", "scalar"] = _Global(_scalar)
+    _ALLOWED[_core + ".numeric", "_frombuffer"] = _Global(_frombuffer)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -166,7 +185,7 @@ def load_bytes(path: Path, data: bytes) -> list[Any]:
         _check_opcodes(path, stream, data)
         stream.seek(start)
         try:
-            loaded.append(_resolve(_Unpickler(stream, path).load(), {}, 0))
+            loaded.append(_Resolver(len(data)).resolve(_Unpickler(stream, path).load()))
         except InputError:
             raise
         except EOFError:
@@ -201,23 +220,46 @@ def _check_opcodes(path: Path, stream: io.BytesIO, data: bytes) -> None:
         raise InputError(f"{path}: not a pickle, or a damaged one: {printable(text)}") from None
 
 
-def _resolve(value: Any, seen: dict[int, Any], depth: int) -> Any:
-    """Replace the stand-ins by arrays; each shared object once."""
-    if isinstance(value, (str, bytes, bytearray, int, float, complex, type(None))):
-        return value
-    if depth > _MAX_DEPTH:
-        raise ValueError("containers are nested too deeply")
-    key = id(value)
-    if key in seen:
-        return seen[key][1]
-    if isinstance(value, _Array):
-        array = value.resolve()
-        made: Any = array[()] if array.ndim == 0 else array
-    elif isinstance(value, (tuple, list)):
-        made = type(value)(_resolve(item, seen, depth + 1) for item in value)
-    elif isinstance(value, dict):
-        made = {_resolve(k, seen, depth + 1): _resolve(v, seen, depth + 1) for k, v in value.items()}
-    else:
-        raise ValueError(f"a bare {type(value).__name__} is not data")
-    seen[key] = (value, made)
-    return made
+class _Resolver:
+    """Replaces the stand-ins in one loaded pickle by arrays; each shared object once.
+
+    A few hundred bytes can hold lists of lists of the same list, 2^60 numbers to whoever walks through them: what is
+    said over and over is counted, and bounded by the size of the file.
+    """
+
+    def __init__(self, file_bytes: int) -> None:
+        self.limit = 8 * file_bytes + 1_000_000
+        self.seen: dict[
+            int, tuple[Any, Any, int]
+        ] = {}  # id -> stand-in (kept, so that the id stays its own), made, size
+
+    def resolve(self, value: Any) -> Any:
+        """The value with arrays in place of their stand-ins. Raises ValueError for what is no data."""
+        return self._resolve(value, 0)[0]
+
+    def _resolve(self, value: Any, depth: int) -> tuple[Any, int]:
+        """What stands for ``value``, and the number of values in it, shared ones counted each time."""
+        if isinstance(value, (str, bytes, bytearray, int, float, complex, type(None))):
+            return value, 1
+        if depth > _MAX_DEPTH:
+            raise ValueError("containers are nested too deeply")
+        if id(value) in self.seen:
+            return self.seen[id(value)][1:]
+        size = 1
+        if isinstance(value, _Array):
+            array = value.resolve()
+            made: Any = array[()] if array.ndim == 0 else array
+        elif isinstance(value, (tuple, list)):
+            parts = [self._resolve(item, depth + 1) for item in value]
+            made, size = type(value)(part for part, _ in parts), 1 + sum(count for _, count in parts)
+        elif isinstance(value, dict):
+            parts = [(self._resolve(k, depth + 1), self._resolve(v, depth + 1)) for k, v in value.items()]
+            made = {key: item for (key, _), (item, _) in parts}
+            size = 1 + sum(a + b for (_, a), (_, b) in parts)
+        else:
+            name = "global" if isinstance(value, _Global) else type(value).__name__
+            raise ValueError(f"a bare {name} is not data")
+        if size > self.limit:
+            raise ValueError("its containers repeat each other without end")
+        self.seen[id(value)] = value, made, size
+        return made, size
