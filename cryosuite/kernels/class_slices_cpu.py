@@ -1,0 +1,163 @@
+"""The loops of `class_slices` for the CPU, compiled by numba at first use and cached on disk.
+
+A point's eight corners and weights are computed once for all K volumes. The values of a voxel lie side by side, the
+real parts of all volumes and then the imaginary ones, so that the sum over corners runs in vector registers and its
+result is used at once: no slice is ever stored. The loops release the interpreter lock; images (sums) or classes
+(insertion) can be shared among threads, and the result is the same bit for bit however they are shared.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+__all__ = ["sums", "insert", "available"]
+
+FLUSH = 64  # points whose sum is kept in single precision before it is added in double precision
+
+
+@functools.cache
+def _compiled():
+    """The two compiled loops, or None where numba cannot be imported."""
+    try:
+        import numba
+    except ImportError:
+        return None
+    options = {"nogil": True, "fastmath": {"contract"}}
+    try:
+        return numba.njit(cache=True, **options)(_sums), numba.njit(cache=True, **options)(_insert)
+    except RuntimeError:  # no place on disk to keep the compiled code
+        return numba.njit(**options)(_sums), numba.njit(**options)(_insert)
+
+
+def available() -> bool:
+    """Whether the compiled loops can be used."""
+    return _compiled() is not None
+
+
+def sums(
+    data: np.ndarray,  # (2N+1, 2N+1, N+1, 2, K) float32
+    values: np.ndarray,  # (b, P, 2) float32
+    weights: np.ndarray,  # (b, P) float32
+    xy: np.ndarray,  # (P, 2) int64
+    rotation: np.ndarray,  # (b, 3, 3) float32
+    pad: int,
+    h: np.ndarray,  # (b, K) float64, written
+    g: np.ndarray,  # (b, K) float64, written
+) -> None:
+    """Whole-disc sums of every image with every class; see `class_slices.class_sums`."""
+    n, nx, classes = data.shape[1], data.shape[2], data.shape[4]
+    _compiled()[0](data.reshape(-1), n, nx, classes, values, weights, xy, rotation, pad, h, g)
+
+
+def insert(
+    data: np.ndarray,  # (K, 2N+1, 2N+1, N+1, 3) float32, added to in place
+    values: np.ndarray,  # (b, P, 2) float32
+    weights: np.ndarray,  # (b, P) float32
+    xy: np.ndarray,  # (P, 2) int64
+    rotation: np.ndarray,  # (b, 3, 3) float32
+    pad: int,
+    shares: np.ndarray,  # (nnz,) float32
+    classes: np.ndarray,  # (nnz,) int32
+    rows: np.ndarray,  # (b + 1,) int64 where the shares of each image begin
+    first: int,
+    last: int,
+) -> None:
+    """Insert images by their shares into classes first .. last - 1; see `class_slices.insert_classes`."""
+    n, nx = data.shape[2], data.shape[3]
+    arrays = (values, weights, xy, rotation)
+    _compiled()[1](data.reshape(-1), n, nx, *arrays, pad, shares, classes, rows, first, last)
+
+
+def _sums(flat, n, nx, K, values, weights, xy, rotation, pad, h, g):
+    N = nx - 1
+    limit = (N - 1 + 0.01) ** 2
+    K2 = 2 * K
+    step_y, step_z = nx * K2, n * nx * K2
+    one = np.float32(1)
+    part = np.empty(K2, np.float32)  # one point's slice values
+    hs, gs = np.empty(K, np.float32), np.empty(K, np.float32)
+    for b in range(rotation.shape[0]):
+        R = rotation[b]
+        hs[:] = 0
+        gs[:] = 0
+        h[b] = 0
+        g[b] = 0
+        for p in range(xy.shape[0]):
+            kx, ky = np.float32(xy[p, 0] * pad), np.float32(xy[p, 1] * pad)
+            x = kx * R[0, 0] + ky * R[1, 0]
+            y = kx * R[0, 1] + ky * R[1, 1]
+            z = kx * R[0, 2] + ky * R[1, 2]
+            if x * x + y * y + z * z <= limit:
+                vr, vi, w = values[b, p, 0], values[b, p, 1], weights[b, p]
+                if x < 0:
+                    x, y, z, vi = -x, -y, -z, -vi
+                y += np.float32(N)
+                z += np.float32(N)
+                ix, iy, iz = int(x), int(y), int(z)
+                fx, fy, fz = x - np.float32(ix), y - np.float32(iy), z - np.float32(iz)
+                start = iz * step_z + iy * step_y + ix * K2
+                for corner in range(4):
+                    o = start + (corner // 2) * step_z + (corner % 2) * step_y
+                    side = (fz if corner // 2 else one - fz) * (fy if corner % 2 else one - fy)
+                    low, high = side * (one - fx), side * fx
+                    if corner == 0:
+                        for j in range(K2):
+                            part[j] = low * flat[o + j] + high * flat[o + K2 + j]
+                    else:
+                        for j in range(K2):
+                            part[j] += low * flat[o + j] + high * flat[o + K2 + j]
+                for k in range(K):
+                    hs[k] += vr * part[k] + vi * part[K + k]
+                    gs[k] += w * (part[k] * part[k] + part[K + k] * part[K + k])
+            if p % FLUSH == FLUSH - 1 or p == xy.shape[0] - 1:
+                for k in range(K):
+                    h[b, k] += 2 * hs[k]
+                    g[b, k] += 2 * gs[k]
+                hs[:] = 0
+                gs[:] = 0
+
+
+def _insert(flat, n, nx, values, weights, xy, rotation, pad, shares, classes, rows, first, last):
+    N = nx - 1
+    limit = (N - 1 + 0.01) ** 2
+    step_y, step_z, step_k = nx * 3, n * nx * 3, n * n * nx * 3
+    one = np.float32(1)
+    for b in range(rotation.shape[0]):
+        begin, end = rows[b], rows[b + 1]
+        while begin < end and classes[begin] < first:  # classes of a row ascend
+            begin += 1
+        while end > begin and classes[end - 1] >= last:
+            end -= 1
+        if begin == end:
+            continue
+        R = rotation[b]
+        for p in range(xy.shape[0]):
+            kx, ky = np.float32(xy[p, 0] * pad), np.float32(xy[p, 1] * pad)
+            x = kx * R[0, 0] + ky * R[1, 0]
+            y = kx * R[0, 1] + ky * R[1, 1]
+            z = kx * R[0, 2] + ky * R[1, 2]
+            if not x * x + y * y + z * z <= limit:
+                continue
+            real, imag, weight = values[b, p, 0], values[b, p, 1], weights[b, p]
+            if x < 0:
+                x, y, z, imag = -x, -y, -z, -imag
+            y += np.float32(N)
+            z += np.float32(N)
+            ix, iy, iz = int(x), int(y), int(z)
+            fx, fy, fz = x - np.float32(ix), y - np.float32(iy), z - np.float32(iz)
+            start = iz * step_z + iy * step_y + ix * 3
+            for corner in range(4):
+                place = start + (corner // 2) * step_z + (corner % 2) * step_y
+                side = (fz if corner // 2 else one - fz) * (fy if corner % 2 else one - fy)
+                for s in range(begin, end):
+                    share = shares[s] * side
+                    low, high = share * (one - fx), share * fx
+                    o = place + classes[s] * step_k
+                    flat[o] += low * real
+                    flat[o + 1] += low * imag
+                    flat[o + 2] += low * weight
+                    flat[o + 3] += high * real
+                    flat[o + 4] += high * imag
+                    flat[o + 5] += high * weight
