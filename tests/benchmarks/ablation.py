@@ -3,10 +3,10 @@
     CRYOSUITE_SHARED=../shared python tests/benchmarks/ablation.py [--sets loop mix16] [--rows ...] [--seeds 0 1 2]
 
 "full" is the published configuration under our reading of it (KRAQEN.md, section 2): tri-plane field, Epanechnikov
-kernel, cosine annealing from 13 to 1.3 Bayes temperatures, triplet loss; every other row changes one thing. Networks and
-training are cut to what one core does in about a minute, the closed-form finish and merging are left out of all rows, so
-that the field itself is seen. "ours" are this project's defaults for the same field, with the finish, and stand outside
-of the ablation. One JSON per set, row and seed.
+kernel, cosine annealing from 13 to 1.3 Bayes temperatures, triplet loss; every other row changes one thing. Networks
+and training are cut to what one core does in about a minute; the closed-form finish and merging are left out of all
+rows, so that the field itself is seen. "ours" are this project's defaults for the same field, with the finish, and
+stand outside of the ablation. One JSON per set, row and seed.
 """
 
 from __future__ import annotations
