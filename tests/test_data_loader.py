@@ -127,7 +127,7 @@ def test_images_of_many_stacks_in_any_order(tmp_path):
     images = write_stacks(tmp_path, 150, 4)
     rows = np.random.default_rng(0).integers(0, 600, 500)
     assert (images.read(rows)[:, 0, 0] == rows).all()
-    assert len(images.cache._readers) <= 64
+    assert len(images.cache._readers) == len(np.unique(rows // 4))
     part = images.subset(rows[:50])
     assert (part.read(np.arange(50))[:, 1, 1] == rows[:50]).all()
     assert images.read(np.zeros(0, int)).shape[0] == 0

@@ -378,3 +378,12 @@ def test_a_pipe_is_refused_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "particles.star")
     with pytest.raises(InputError, match="no regular file"):
         open_particles(tmp_path / "particles.star")
+
+
+def test_a_mask_given_by_a_program_selects_where_it_is_true(golden):
+    mask = np.zeros(200, bool)
+    mask[[4, 9]] = True
+    with pytest.warns(UserWarning, match="bool mask"):
+        assert open_particles(golden / "relion/particles.star", ind=mask).index.tolist() == [4, 9]
+    with pytest.raises(InputError, match="bool mask of 3 values"):
+        open_particles(golden / "relion/particles.star", ind=mask[:3])

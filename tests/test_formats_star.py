@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from pathlib import Path
 
@@ -191,13 +192,18 @@ def test_half_sets_and_versions(golden: Path) -> None:
     assert (phase[new.group == 0] == 0).all() and (phase[new.group == 1] != 0).all()
 
 
-def test_image_names() -> None:
-    assert star.parse_image_name("000001@a/b.mrcs") == (0, "a/b.mrcs")
-    assert star.parse_image_name("12@dir@2/b.mrcs") == (11, "dir@2/b.mrcs")
-    assert star.parse_image_name("single.mrc") == (0, "single.mrc")
+def test_image_names(tmp_path: Path) -> None:
+    def parsed(name: str) -> tuple[int, str]:
+        star.write_star(tmp_path / "a.star", {"particles": pd.DataFrame({"rlnImageName": [name]})})
+        stacks, _, index = star.images_from_star(star.particle_tables(tmp_path / "a.star"))
+        return int(index[0]), stacks[0]
+
+    assert parsed("000001@a/b.mrcs") == (0, "a/b.mrcs")
+    assert parsed("12@dir@2/b.mrcs") == (11, "dir@2/b.mrcs")
+    assert parsed("single.mrc") == (0, "single.mrc")
     for name in ("0@a", "-1@a", "x@a", "1@", "1.5@a"):
         with pytest.raises(InputError, match="NUMBER@STACK"):
-            star.parse_image_name(name)
+            parsed(name)
 
 
 def test_stack_lists(tmp_path: Path) -> None:
@@ -226,3 +232,12 @@ def test_a_million_rows_in_a_minute(tmp_path: Path) -> None:
     tables = star.particle_tables(tmp_path / "big.star")
     assert len(star.images_from_star(tables)[1]) == 1_000_000
     assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize("line", [b'"a ' * 100_000, b"x" * (40 << 20)], ids=["open quotes", "one long line"])
+def test_hostile_lines_end_at_once(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "a.star").write_bytes(b"data_particles\nloop_\n_rlnImageName\n" + line)
+    began = time.process_time()
+    with pytest.raises(InputError, match=r"a\.star"):
+        star.read_star(tmp_path / "a.star")
+    assert time.process_time() - began < 5

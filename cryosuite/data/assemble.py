@@ -14,7 +14,7 @@ from cryosuite.data.particles import ParticleSet
 from cryosuite.data.rows import Details, Given, Rows
 from cryosuite.errors import InputError, notice
 from cryosuite.formats.checks import name_rows
-from cryosuite.formats.pickles import read_ctf, read_indices, read_poses
+from cryosuite.formats.pickles import checked_indices, read_ctf, read_indices, read_poses
 
 
 @dataclass
@@ -142,15 +142,11 @@ def _given_ctf(rows: Rows, sources: Sources) -> np.ndarray:
 def _chosen(sources: Sources, n: int, index: np.ndarray | None) -> np.ndarray:
     """Rows (m,) that ``ind`` selects; of a work directory by original index."""
     total = n if index is None else int(sources.dataset.get("source_particles") or index.max() + 1)
-    if isinstance(sources.ind, np.ndarray):
-        wanted = sources.ind.astype(np.int64)
-        if len(wanted) and (wanted.min() < 0 or wanted.max() >= total):
-            bad = wanted[(wanted < 0) | (wanted >= total)][0]
-            raise InputError(f"index {bad} is beyond the {total} particles of {sources.path}.")
-    else:
-        wanted = read_indices(sources.ind, total)
+    given = isinstance(sources.ind, np.ndarray)
+    origin = sources.path if given else sources.ind
+    wanted = checked_indices(sources.ind, origin, total) if given else read_indices(sources.ind, total)
     if len(wanted) == 0:
-        raise InputError(f"{sources.ind}: selects 0 particles.")
+        raise InputError(f"{origin}: the indices select 0 particles.")
     if index is None:
         return wanted
     order = np.argsort(index, kind="stable")
@@ -158,9 +154,9 @@ def _chosen(sources: Sources, n: int, index: np.ndarray | None) -> np.ndarray:
     found = order[place]
     present = index[found] == wanted
     if not present.any():
-        raise InputError(f"{sources.ind}: none of its {len(wanted)} original indices is in {sources.path}.")
+        raise InputError(f"{origin}: none of its {len(wanted)} original indices is in {sources.path}.")
     if not present.all():
-        notice(f"{sources.ind}: {(~present).sum()} of {len(wanted)} original indices are not in {sources.path}.")
+        notice(f"{origin}: {(~present).sum()} of {len(wanted)} original indices are not in {sources.path}.")
     return found[present]
 
 

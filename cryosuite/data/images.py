@@ -12,7 +12,7 @@ import numpy as np
 
 from cryosuite.errors import InputError
 
-OPEN_STACKS = 64  # memory maps kept open at a time, however many stacks there are
+KNOWN_STACKS = 4096  # readers kept, 1.5 KB each: their headers need not be read again, files are opened by a pool
 
 
 class Images(Protocol):
@@ -52,15 +52,15 @@ class ArrayImages:
 
 
 class StackCache:
-    """At most ``OPEN_STACKS`` open stack readers, shared by all subsets of a set; safe to use from several threads."""
+    """Readers of stacks (headers, no open files), shared by all subsets of a set; safe to use from several threads."""
 
-    def __init__(self, limit: int = OPEN_STACKS) -> None:
+    def __init__(self, limit: int = KNOWN_STACKS) -> None:
         self.limit = limit
         self._readers: OrderedDict[str, Any] = OrderedDict()
         self._lock = Lock()
 
     def get(self, path: Path | str) -> Any:
-        """An open reader of the stack; the one unused for longest is let go when there are too many."""
+        """The reader of a stack; the one unused for longest is forgotten when there are too many."""
         from cryosuite.formats.mrc import StackReader
 
         key = str(path)
@@ -70,7 +70,6 @@ class StackCache:
                 reader = StackReader(Path(path), warn=False)
             self._readers[key] = reader
             while len(self._readers) > self.limit:
-                # not closed here: another thread may still read from it; its map goes with the last reference
                 self._readers.popitem(last=False)
             return reader
 
@@ -114,7 +113,7 @@ class StackImages:
         return len(self.slices)
 
     def subset(self, rows: np.ndarray) -> StackImages:
-        """The images of some rows; open files are shared with this set."""
+        """The images of some rows; readers are shared with this set."""
         signs = None if self.signs is None else self.signs[rows]
         return StackImages(self.files, self.file_id[rows], self.slices[rows], signs, self.cache)
 

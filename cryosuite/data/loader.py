@@ -202,6 +202,9 @@ def read_ahead(batches: Iterator, depth: int) -> Iterator:
             put(_End(None))
         except BaseException as error:  # handed to the consumer, who raises it
             put(_End(error))
+        finally:
+            if hasattr(batches, "close"):
+                batches.close()  # a reader behind this one ends now, not when the garbage is collected
 
     thread = Thread(target=produce, daemon=True, name="cryosuite-read-ahead")
     thread.start()

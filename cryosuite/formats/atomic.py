@@ -15,6 +15,16 @@ from cryosuite.errors import InputError
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
+def _created_mode() -> int:
+    """The permissions that a plain open() would give a new file (mkstemp gives 0600)."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+_CREATED_MODE = _created_mode()  # asked once: reading the mask sets it for all threads for a moment
+
+
 def write_error(path: str | os.PathLike, error: OSError, needed: int | None = None) -> InputError:
     """An OSError while writing ``path`` as a message for the user, with the space needed when it is known (bytes)."""
     if error.errno in _FULL:
@@ -49,13 +59,6 @@ def require_space(path: str | os.PathLike, needed: int) -> None:
         )
 
 
-def _created_mode() -> int:
-    """The permissions that a plain open() would give a new file (mkstemp gives 0600)."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
-
-
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike, suffix: str | None = None, needed: int | None = None) -> Iterator[Path]:
     """Context manager: a temporary path in the folder of ``path``; on success it is flushed to disk and renamed.
@@ -78,7 +81,7 @@ def atomic_path(path: str | os.PathLike, suffix: str | None = None, needed: int 
     temporary = Path(name)
     try:
         yield temporary
-        os.chmod(temporary, _created_mode())
+        os.chmod(temporary, _CREATED_MODE)
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)

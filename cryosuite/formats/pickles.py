@@ -24,6 +24,7 @@ from cryosuite.formats.checks import (
 from cryosuite.formats.unpickler import safe_load
 
 __all__ = [
+    "checked_indices",
     "read_ctf",
     "read_indices",
     "read_labels",
@@ -118,7 +119,12 @@ def read_indices(path: str | os.PathLike, n_total: int | None = None) -> np.ndar
     true, with a notice. Raises InputError for other types, negative indices and indices beyond the stack; notices
     duplicates.
     """
-    index = _numbers(_one(path, "a list of indices"), path, "indices")
+    return checked_indices(_one(path, "a list of indices"), path, n_total)
+
+
+def checked_indices(value: Any, path: str | os.PathLike, n_total: int | None = None) -> np.ndarray:
+    """``read_indices`` of what was loaded from ``path``, or given by a program."""
+    index = _numbers(value, path, "indices")
     if index.ndim != 1:
         raise InputError(f"{path}: indices have shape {index.shape}, expected one dimension")
     if index.dtype.kind == "b":

@@ -14,16 +14,6 @@ from cryosuite.formats.relion import ParticleTables
 _EULER = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
 
 
-def parse_image_name(name: str) -> tuple[int, str]:
-    """'000001@a/b.mrcs' -> (0, 'a/b.mrcs'); a name without '@' is the first image of a file. Raises InputError."""
-    number, at, stack = str(name).partition("@")
-    if not at:
-        return 0, str(name)
-    if not (number.isascii() and number.isdigit()) or int(number) < 1 or not stack:
-        raise InputError(f"image name {name!r}: expected NUMBER@STACK with numbers from 1, such as 000001@stack.mrcs")
-    return int(number) - 1, stack
-
-
 def images_from_star(tables: ParticleTables) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Where the images lie: (stack names, code (N,) into them, index (N,) 0-based in the stack).
 

@@ -11,7 +11,6 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -169,30 +168,6 @@ class StackReader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-@dataclass(frozen=True)
-class StackScan:
-    """Images (0-based) that hold NaN or infinity, and images whose pixels are all equal."""
-
-    not_finite: np.ndarray
-    constant: np.ndarray
-
-
-def scan_stack(reader: StackReader, rows: np.ndarray | None = None, chunk_bytes: int = 1 << 26) -> StackScan:
-    """Look through images ``rows`` (default all) for those that must not be used, a chunk at a time."""
-    rows = np.arange(reader.count) if rows is None else np.asarray(rows)
-    step = max(1, chunk_bytes // (4 * reader.shape[0] * reader.shape[1]))
-    broken, constant = [], []
-    for start in range(0, len(rows), step):
-        part = rows[start : start + step]
-        images = reader.read(part).reshape(len(part), -1)
-        low, high = images.min(axis=1), images.max(axis=1)  # NaN and infinity pass through min and max
-        finite = np.isfinite(low) & np.isfinite(high)
-        broken.append(part[~finite])
-        constant.append(part[finite & (low == high)])
-    none = np.zeros(0, np.int64)
-    return StackScan(np.concatenate(broken or [none]), np.concatenate(constant or [none]))
 
 
 class StackWriter:

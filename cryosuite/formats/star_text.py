@@ -28,6 +28,7 @@ _CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _NEEDS_QUOTES = r"""(?i)\s|^$|^["'#_;]|^(?:data_|loop_)"""
 _NOT_A_NUMBER = ["nan", "NaN", "<NA>"]
 _PIECE = 1 << 24  # bytes of the file held at a time
+_LONGEST_LINE = 1 << 23
 _ROWS = 100_000  # rows turned into columns at a time
 _STARFILE_BYTES = 1 << 25  # starfile holds the text of a file several times over
 
@@ -124,6 +125,8 @@ def _lines(path: Path) -> Iterator[bytes]:
             piece = rest + piece
             cut = piece.rfind(b"\n") + 1
             piece, rest = piece[:cut], piece[cut:]
+            if len(rest) > _LONGEST_LINE:
+                raise InputError(f"{path}: not a STAR file: a line of more than {_LONGEST_LINE >> 20} MiB")
             yield from _text_lines(path, piece, offset)
             offset += len(piece)
     if rest:
@@ -147,7 +150,8 @@ def _tokens(path: Path, line: bytes, number: int) -> tuple[list[bytes], bytes]:
     Quotes are taken off, a comment at a word's start is dropped.
     """
     values = []
-    for double, single, comment, bare in _TOKEN.findall(line.rstrip()):
+    for match in _TOKEN.finditer(line.rstrip()):  # one by one: each open quote costs a look at the rest of the line
+        double, single, comment, bare = (part or b"" for part in match.groups())
         if comment:
             break
         if bare[:1] in (b"'", b'"') and bare[-1:] != bare[:1]:
