@@ -18,7 +18,7 @@ import torch
 from cryosuite.console import Progress
 from cryosuite.data.loader import read_ahead
 from cryosuite.errors import InputError
-from cryosuite.kernels import slices
+from cryosuite.kernels import class_slices
 from cryosuite.reconstruct.backproject import POINTS_PER_CHUNK, Accumulator
 
 if TYPE_CHECKING:
@@ -53,14 +53,16 @@ def map_likelihoods(
     if maps.ndim != 4 or maps.shape[-1] != particles.box_size:
         raise InputError(f"maps of shape {tuple(maps.shape)} do not fit particles of box {particles.box_size}")
     reader = Accumulator(particles, r_max=r_max)
+    radius, every = reader.disc.r_max, np.arange(len(particles))
     step = max(1, POINTS_PER_CHUNK // len(reader.disc))
     out = np.empty((len(particles), len(maps)), np.float32)
-    group = max(1, MEMORY_LIMIT // (33 * particles.box_size**3))  # a transform holds 8 (2D)^3 / 2 bytes and a rim
+    group = max(1, MEMORY_LIMIT // class_slices.grid_bytes(radius))
     with Progress(len(particles) * -(-len(maps) // group), progress) if progress else nullcontext() as bar:
         for start in range(0, len(maps), group):
-            transforms = [slices.volume_transform(one.float()) for one in maps[start : start + group]]
-            for rows, prepared in read_ahead(reader.prepared(np.arange(len(particles)), step), 2):
-                out[rows, start : start + group] = _likelihoods(transforms, prepared, reader).numpy()
+            transforms = class_slices.class_transforms(maps[start : start + group], radius)
+            for rows, coefficients in read_ahead(reader.prepared(every, step), 2):
+                h, g = class_slices.class_sums(transforms, *coefficients, reader.disc)
+                out[rows, start : start + group] = (h - g / 2).float().numpy()
                 if bar is not None:
                     bar.advance(len(rows))
     return out
@@ -69,14 +71,3 @@ def map_likelihoods(
 def most_likely(particles: ParticleSet, maps: torch.Tensor, r_max: int | None = None) -> np.ndarray:
     """The map (N,) int64 under which each particle is most likely; see `map_likelihoods`."""
     return map_likelihoods(particles, maps, r_max).argmax(1)
-
-
-def _likelihoods(transforms: list[torch.Tensor], prepared: tuple, reader: Accumulator) -> torch.Tensor:
-    """(b, k) for a chunk of particles and some maps."""
-    values, weights, matrices = prepared
-    columns = []
-    for transform in transforms:
-        image = slices.extract_slices(transform, matrices, reader.disc)
-        cross = (image.real * values.real + image.imag * values.imag).sum(1)
-        columns.append(2 * cross - ((image.real.square() + image.imag.square()) * weights).sum(1))
-    return torch.stack(columns, 1)

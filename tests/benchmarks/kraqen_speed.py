@@ -115,16 +115,15 @@ def em_seconds(codes: int, rounds: int) -> tuple[float, float]:
     rotation = rotations.random_rotations(EM_IMAGES, dtype=torch.float32)
     volumes = torch.randn((codes, EM_BOX, EM_BOX, EM_BOX), generator=generator)
     transforms = class_slices.class_transforms(volumes, EM_BOX // 2)
-    score = least(lambda: class_slices.class_sums(transforms, x, ctf, rotation, disc), rounds)
+    values, weights = x * ctf, ctf.square()
+    score = least(lambda: class_slices.class_sums(transforms, values, weights, rotation, disc), rounds)
     first = np.arange(EM_IMAGES) % codes
-    second = (first + 1) % codes
-    pairs = np.stack([first, second], 1)
+    pairs = np.sort(np.stack([first, (first + 1) % codes], 1), 1)
     keep = np.stack([np.ones(EM_IMAGES, bool), np.arange(EM_IMAGES) % 2 == 0], 1)
     shares = torch.full((int(keep.sum()),), 0.5)
     rows = torch.from_numpy(np.concatenate([[0], np.cumsum(keep.sum(1))]).astype(np.int64))
     classes = torch.from_numpy(pairs[keep].astype(np.int32))
-    sums = class_slices.new_class_accumulator(codes, EM_BOX)
-    values, weights = x * ctf, ctf.square()
+    sums = class_slices.new_class_accumulator(codes, EM_BOX // 2)
     insert = least(
         lambda: class_slices.insert_classes(sums, values, weights, (shares, classes, rows), rotation, disc), rounds
     )
