@@ -11,15 +11,17 @@ from hype_toy import blob_particles, blobs
 
 from cryosuite.data.images import ArrayImages
 from cryosuite.data.loader import BatchLoader
+from cryosuite.data.spectra import Spectra, measure_spectra
 from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError
 from cryosuite.kernels import fourier
+from cryosuite.kernels.ball import half_ball
 from cryosuite.kernels.ctf import ctf
 from cryosuite.kernels.shells import fsc
-from cryosuite.methods.hype import Hype, inclusion, measure_spectra, slice_frequencies, systematic_sample
+from cryosuite.methods.hype import Hype, inclusion, slice_frequencies, systematic_sample
 from cryosuite.methods.hype_input import turn, view_direction
 from cryosuite.methods.hype_latent import build_bank, mean_tokens, nearest_rows, principal_axes
-from cryosuite.methods.hype_model import HypeModel, Spectra, half_ball
+from cryosuite.methods.hype_model import HypeModel
 from cryosuite.methods.hype_options import PRESETS, HypeOptions, preset
 from cryosuite.training.loop import fit
 from cryosuite.training.method import Step

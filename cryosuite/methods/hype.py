@@ -14,19 +14,17 @@ import torch
 from torch import Tensor
 
 from cryosuite.data.loader import Batch, BatchLoader
-from cryosuite.data.noise import noise_spectrum
 from cryosuite.data.particles import ParticleSet
+from cryosuite.data.spectra import measure_spectra
 from cryosuite.errors import InputError
-from cryosuite.kernels import ctf as ctf_kernel
 from cryosuite.kernels import fourier
 from cryosuite.methods.hype_latent import LatentSpace, TokensFromImages, build_bank, principal_axes, subset_rows
-from cryosuite.methods.hype_model import HypeModel, Spectra, undo_multiplication
+from cryosuite.methods.hype_model import HypeModel
 from cryosuite.methods.hype_options import HypeOptions
 from cryosuite.training.inference import encode_all
 from cryosuite.training.method import Step
 from cryosuite.training.schedule import march
 
-SPECTRUM_IMAGES = 2000
 FULL_SET_AFTER = 0.85  # of the training: no coefficient sampling any more
 
 
@@ -192,34 +190,3 @@ def systematic_sample(chance: Tensor) -> Tensor:  # (n,) -> (m,) sorted indices
     edges = torch.floor(torch.cumsum(chance, 0) + start)
     before = torch.cat([torch.zeros_like(edges[:1]), edges[:-1]])
     return torch.nonzero(edges > before).squeeze(1)
-
-
-@torch.no_grad()
-def measure_spectra(particles: ParticleSet, window: bool) -> Spectra:
-    """Noise (the set's own, else estimated outside the particles) and signal per shell, from up to 2,000 images."""
-    rows = np.sort(np.random.default_rng(0).choice(len(particles), min(len(particles), SPECTRUM_IMAGES), replace=False))
-    D = particles.box_size
-    disc = fourier.half_disc(D)
-    mask = fourier.window_mask(D) if window else torch.ones(D, D)
-    noise = torch.from_numpy(np.asarray(noise_spectrum(particles, rows), np.float32)) * float(mask.square().mean())
-    power, ctf2, points = (torch.zeros(D // 2 + 1, dtype=torch.float64) for _ in range(3))
-    share = torch.zeros(len(noise), dtype=torch.float64)  # of the optics groups
-    for part in np.array_split(rows, math.ceil(len(rows) / 256)):
-        coeffs = fourier.to_half_disc(torch.from_numpy(particles.read(part)) * mask, disc)
-        params = particles.ctf_params(part)
-        transfer = torch.ones_like(coeffs.real) if params is None else ctf_kernel.ctf(disc.frequency, params)
-        seen = torch.ones_like(transfer)
-        if particles.ctf_premultiplied:
-            coeffs, transfer = undo_multiplication(coeffs, transfer)
-            seen = (transfer != 0).to(transfer.dtype)
-        for total, values in ((power, coeffs.abs().square()), (ctf2, transfer.square()), (points, seen)):
-            total.index_add_(0, disc.shell, values.sum(0).double())
-        share += torch.from_numpy(np.bincount(particles.optics_group[part], minlength=len(noise)))
-    points, ctf2 = points.clamp_min(1), ctf2.clamp_min(1e-6)
-    if particles.ctf_premultiplied:  # the spectrum is that of noise times CTF
-        noise = noise / (ctf2 / points).float()
-    expected = (share / share.sum()) @ noise.double()
-    # what is left above the noise; a shell without visible signal keeps a small share, or nothing could grow there
-    signal = torch.maximum(power / points - expected, 0.003 * expected) / (ctf2 / points)
-    signal[0] = signal[1]
-    return Spectra(noise.clamp_min(1e-12), signal.float())

@@ -13,7 +13,7 @@ from cryosuite.kernels import fourier
 from cryosuite.methods.hype_options import HypeOptions
 
 if TYPE_CHECKING:
-    from cryosuite.methods.hype_model import Spectra, Target
+    from cryosuite.data.spectra import Spectra, Target
 
 
 class EncoderInput(nn.Module):

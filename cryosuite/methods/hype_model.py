@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from cryosuite.data.loader import Batch
-from cryosuite.kernels import ctf as ctf_kernel
+from cryosuite.data.spectra import Spectra, Target, whitened
 from cryosuite.kernels import fourier
+from cryosuite.kernels.ball import half_ball, volume_of_half_ball
 from cryosuite.methods.hype_input import EncoderInput, view_direction
 from cryosuite.methods.hype_options import HypeOptions
 from cryosuite.nets.hypernet import build_hypernet, layer_shapes
@@ -17,25 +16,6 @@ from cryosuite.nets.inr import ConcatField, FourierFeatures, HyperField, Triplan
 from cryosuite.nets.vit import WeightTokenTransformer, best_patch
 
 VOLUME_CHUNK = 1 << 25  # values of one activation when a volume is evaluated
-
-
-@dataclass
-class Target:
-    """What the field is compared with, on the half disc: data and CTF, both divided by the noise amplitude."""
-
-    values: Tensor  # (b, P) complex
-    ctf: Tensor  # (b, P)
-
-
-@dataclass
-class Spectra:
-    """Radial statistics of a data set at integer shells 0 .. D/2, for unnormalised centred transforms.
-
-    noise: (G, D//2 + 1) E|n|^2 per optics group. signal: (D//2 + 1) E|F|^2 of the particles' slices (CTF divided out).
-    """
-
-    noise: Tensor
-    signal: Tensor
 
 
 class HypeModel(nn.Module):
@@ -90,21 +70,8 @@ class HypeModel(nn.Module):
         """The target on the half disc and the encoder's image (b, S, S), all in float32."""
         with torch.autocast(batch.images.device.type, enabled=False):
             disc = fourier.half_disc(self.box_size, device=batch.images.device)
-            images = batch.images
-            if self.options.window:
-                images = images * fourier.window_mask(self.box_size, device=images.device)
-            coeffs = fourier.to_half_disc(images, disc)
-            if batch.shift is not None:
-                coeffs = fourier.phase_shift(coeffs, disc, batch.shift)
-            transfer = torch.ones_like(coeffs.real)
-            if batch.ctf is not None:
-                transfer = ctf_kernel.ctf(disc.frequency, batch.ctf)
-                odd = ctf_kernel.odd_phase(disc.frequency, batch.ctf)
-                coeffs = coeffs if odd is None else coeffs * odd
-                if self.premultiplied:
-                    coeffs, transfer = undo_multiplication(coeffs, transfer)
-            white = self.noise_amplitude[batch.group].reciprocal()[:, disc.shell]  # (b, P)
-            target = Target(coeffs * white, transfer * white)
+            mask = fourier.window_mask(self.box_size, device=disc.device) if self.options.window else None
+            target = whitened(batch, disc, self.noise_amplitude, self.premultiplied, mask)
             return target, self.input(target, disc, batch)
 
     # network ---------------------------------------------------------------------------------------------------------
@@ -160,36 +127,5 @@ class HypeModel(nn.Module):
                 for i in range(0, len(xyz), chunk)
             ]
             half = torch.view_as_complex(torch.cat(parts).float().contiguous())
-            grid = torch.zeros(D, D, D, dtype=half.dtype, device=device)
-            for sign, values in ((-1, half.conj()), (1, half)):
-                x, y, z = torch.remainder(sign * xyz + D // 2, D).unbind(1)
-                grid[z, y, x] = values
-            result.append(zero_background(fourier.ifft3c(grid).real))
+            result.append(volume_of_half_ball(half, xyz, D))
         return torch.stack(result)
-
-
-def undo_multiplication(coeffs: Tensor, transfer: Tensor) -> tuple[Tensor, Tensor]:
-    """Data and CTF (b, P) of images that were multiplied by their CTF, as if they had not been.
-
-    Where the CTF is below 0.1 too little is left of the data: both become zero there, and the loss sees nothing.
-    """
-    seen = transfer.abs() > 0.1
-    inverse = torch.where(seen, 1 / torch.where(seen, transfer, 1.0), 0.0)
-    return coeffs * inverse, transfer * seen
-
-
-def half_ball(box_size: int) -> Tensor:
-    """Integer frequencies (n, 3) = (kx, ky, kz), 0 < |k| <= D/2, one of each Friedel pair."""
-    r = box_size // 2
-    axis = torch.arange(-r, r + 1)
-    z, y, x = torch.meshgrid(torch.arange(0, r + 1), axis, axis, indexing="ij")
-    keep = (x * x + y * y + z * z <= r * r) & ((z > 0) | (y > 0) | ((y == 0) & (x > 0)))
-    return torch.stack([x[keep], y[keep], z[keep]], dim=1)
-
-
-def zero_background(volume: Tensor) -> Tensor:  # (D, D, D) -> (D, D, D)
-    """Shift the grey values so that the corners of the box (outside the inscribed sphere) have mean zero."""
-    D = volume.shape[-1]
-    axis = (torch.arange(D, device=volume.device) - D // 2).float().square()
-    outside = (axis[:, None, None] + axis[None, :, None] + axis) > (D / 2) ** 2
-    return volume - volume[outside].mean()

@@ -12,13 +12,14 @@ import torch
 
 from cryosuite.data.open import open_particles
 from cryosuite.data.particles import ParticleSet
+from cryosuite.data.spectra import Spectra
 from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError, notice
 from cryosuite.formats.pickles import read_latent, write_pickle
 from cryosuite.methods import LoadedRun
 from cryosuite.methods.hype import Hype
 from cryosuite.methods.hype_latent import LatentSpace
-from cryosuite.methods.hype_model import HypeModel, Spectra
+from cryosuite.methods.hype_model import HypeModel
 from cryosuite.methods.hype_options import HypeOptions
 from cryosuite.training.checkpoint import load_into, load_state
 from cryosuite.training.launch import process_rank
