@@ -37,10 +37,19 @@ $(VENV)-cryodrgn/installed:
 	$(VENV)-cryodrgn/bin/python -m pip install --quiet cryodrgn
 	touch $@
 
-# about an hour on two cores; BENCH_STRUCTURES is a folder with the PDB entries of mini-mix16 (tests/benchmarks/mixture.py)
-BENCH_STRUCTURES ?= ../shared/data/atomic/bench
+# some four hours on two cores; what is finished is not repeated. BENCH_SHARED holds data/atomic/{bench,train} with the
+# PDB entries (tests/benchmarks/sets.py), BENCH_WORK keeps sets and runs
+BENCH_SHARED ?= ../shared
+BENCH_WORK ?= bench
+BENCH := CRYOSUITE_SHARED="$(abspath $(BENCH_SHARED))" CRYODRGN_VENV="$(CURDIR)/$(VENV)-cryodrgn" $(BIN)/python tests/benchmarks
 bench: $(VENV)/installed $(VENV)-cryodrgn/installed
-	CRYODRGN_VENV="$(CURDIR)/$(VENV)-cryodrgn" $(BIN)/python tests/benchmarks/speed.py
-	CRYODRGN_VENV="$(CURDIR)/$(VENV)-cryodrgn" $(BIN)/python tests/benchmarks/hype_vs_vae.py
-	$(BIN)/python tests/benchmarks/mixture.py --structures $(BENCH_STRUCTURES)
+	$(BENCH)/speed.py
+	$(BENCH)/kraqen_speed.py
+	$(BENCH)/hype_vs_vae.py
+	$(BENCH)/mixture.py --structures $(BENCH_SHARED)/data/atomic/bench
+	$(BENCH)/kraqen.py --work $(BENCH_WORK)
+	$(BENCH)/polish.py --work $(BENCH_WORK) --family polish rough d128
+	$(BENCH)/polish.py --work $(BENCH_WORK) --family polish --seeds 0 --rows true,kraqen
+	$(BENCH)/polish.py --work $(BENCH_WORK) --family methods --seeds 0 --rows true,kraqen,hype,cryodrgn
+	$(BENCH)/ablation.py --work $(BENCH_WORK)
 	$(BIN)/python tests/benchmarks/tables.py

@@ -5,9 +5,19 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 from common import RESULTS
+from tables_maps import (
+    ablation_table,
+    kraqen_speed_table,
+    kraqen_table,
+    markdown,
+    methods_table,
+    polish_table,
+    results,
+    spread,
+)
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 SPEED = {
@@ -26,12 +36,6 @@ MIX_COLUMNS = {
     "label backprojection (ceiling)": "oracle.label_backprojection_masked",
     "gain": "oracle.gain_masked",
 }
-
-
-def markdown(columns: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
 def speed_table() -> str:
@@ -89,11 +93,6 @@ def look_up(scores: dict, key: str) -> float:
     return float(scores)  # type: ignore[arg-type]
 
 
-def spread(values: list[float]) -> str:
-    """Mean, and the standard deviation over seeds when there are several."""
-    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
-
-
 def mix_table() -> str:
     """One row per variant and box: means over seeds."""
     groups: dict[tuple[int, str], list[dict]] = {}
@@ -101,12 +100,12 @@ def mix_table() -> str:
         result = json.loads(path.read_text())
         groups.setdefault((result["box"], result["variant"]), []).append(result)
     rows = []
-    for (box, variant), results in sorted(groups.items()):
-        seeds = ", ".join(str(result["seed"]) for result in results)
-        minutes = mean(result["train_wall_s"] for result in results) / 60
+    for (box, variant), found in sorted(groups.items()):
+        seeds = ", ".join(str(result["seed"]) for result in found)
+        minutes = mean(result["train_wall_s"] for result in found) / 60
         cells = [f"D = {box}, {variant}", seeds, f"{minutes:.0f} min"]
         for key in MIX_COLUMNS.values():
-            cells.append(spread([look_up(result["scores"], key) for result in results]))
+            cells.append(spread([look_up(result["scores"], key) for result in found]))
         rows.append(cells)
     return markdown(["", "seeds", "training", *MIX_COLUMNS], rows)
 
@@ -119,15 +118,34 @@ def replace(text: str, name: str, table: str) -> str:
     return pattern.sub(lambda found: f"{found[1]}\n{table}\n\n{found[2]}", text)
 
 
+def latest() -> dict[str, str]:
+    """Name of a table -> its text, for the tables whose results exist."""
+    tables: dict[str, str] = {}
+    if (RESULTS / "speed.json").exists():
+        tables["speed"] = speed_table()
+    if (RESULTS / "hype_published_way.json").exists():
+        tables["hype"] = hype_table()
+    if list(RESULTS.glob("mix16_*.json")):
+        tables["mix16"] = mix_table()
+    if speed := results(RESULTS, "kraqen_speed.json"):
+        tables["kraqen-speed"] = kraqen_speed_table(speed[0])
+    polished = results(RESULTS, "polish_*.json")
+    for name, found, make in (
+        ("kraqen", results(RESULTS, "kraqen_*_s*.json"), kraqen_table),
+        ("polish", [one for one in polished if "true" in one["rows"]], polish_table),
+        ("methods", [one for one in polished if set(one["rows"]) - {"true"}], methods_table),
+        ("ablation", results(RESULTS, "ablation_*.json"), ablation_table),
+    ):
+        if found:
+            tables[name] = make(found)
+    return tables
+
+
 def main() -> None:
     """Rewrite README.md with the tables whose results exist."""
     text = README.read_text()
-    if (RESULTS / "speed.json").exists():
-        text = replace(text, "speed", speed_table())
-    if (RESULTS / "hype_published_way.json").exists():
-        text = replace(text, "hype", hype_table())
-    if list(RESULTS.glob("mix16_*.json")):
-        text = replace(text, "mix16", mix_table())
+    for name, table in latest().items():
+        text = replace(text, name, table)
     README.write_text(text)
 
 

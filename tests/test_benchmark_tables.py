@@ -1,0 +1,90 @@
+"""The README's tables are made from result files: what a table must say of results whose answer is known."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent / "benchmarks"
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import tables_maps
+
+    return tables_maps
+
+
+def scores(masked: float, unmasked: float) -> dict:
+    return {"per_image_masked": masked, "per_image_unmasked": unmasked}
+
+
+def polish_result(seed: int, after: float, **more: object) -> dict:
+    row = {
+        "before": scores(0.3, 0.2), "after": {"scores": scores(after, after - 0.01)}, "training": {"cpu_s": 120.0},
+        "agreement": {"ari": 0.9},
+        "not_better": dict.fromkeys(
+            ("before", "consensus", "label backprojection"), {"masked": seed, "unmasked": 0}
+        ),
+    }  # fmt: skip
+    floors = {"consensus": scores(0.1, 0.1), "labels": scores(0.3, 0.2), "labels x mask": scores(0.31, 0.25)}
+    result = {"kind": "mix16", "snr": 0.01, "box": 64, "flaw": "", "seed": seed, "states": 16, "floors": floors}
+    return result | {"rows": {"true": row, "kraqen": row}} | more
+
+
+def ablation_result(row: str, auc: float, seed: int, name: str = "loop") -> dict:
+    return {"row": row, "set": name, "seed": seed, "per_image": {"auc_masked": auc}, "agreement": {"ari": 0.5}}
+
+
+def test_polish_tables_average_seeds_and_count_losing_states(tables):
+    found = [polish_result(0, 0.39), polish_result(1, 0.41), polish_result(0, 0.2, flaw="poses3", box=128)]
+    lines = tables.polish_table(found).splitlines()
+    assert len(lines) == 4
+    assert "mix of 16, SNR 0.01 |" in lines[2] and "**0.400 / 0.390**" in lines[2] and "1 / 0 of 32" in lines[2]
+    assert "D = 128, angles off by 3 degrees" in lines[3] and "0 / 0 of 16" in lines[3]
+    methods = tables.methods_table(found[:2]).splitlines()
+    assert len(methods) == 3 and "train-kraqen" in methods[2] and "2.0 min" in methods[2]
+
+
+def test_ablation_says_what_reproduces_and_what_is_noise(tables):
+    found = [ablation_result("full", auc, seed) for seed, auc in enumerate((0.40, 0.41, 0.42))]
+    found += [ablation_result("no triplet", auc, seed) for seed, auc in enumerate((0.30, 0.31, 0.32))]
+    found += [ablation_result("no kernel", auc, seed) for seed, auc in enumerate((0.40, 0.41, 0.43))]
+    found += [ablation_result("no annealing, low T", auc, seed) for seed, auc in enumerate((0.46, 0.47, 0.46))]
+    found += [ablation_result("ours", 0.45, 0), ablation_result("full", 0.2, 0, "mix16")]
+    lines = {line.split(" | ")[0].strip("| "): line for line in tables.ablation_table(found).splitlines()}
+    assert "as published" in lines["no triplet"]
+    assert "within noise" in lines["no kernel"]
+    assert "the other way round" in lines["no annealing, low T"]
+    assert "0.450" in lines["ours"] and "0.200" in lines["full"]
+    assert len({line.count("|") for line in lines.values()}) == 1  # no ragged row
+
+
+def test_kraqen_table_has_a_row_per_set(tables):
+    one = {
+        "set": "mix16-noisy", "variant": "", "box": 64, "images": 32000, "snr": 0.01, "snr_at_box": 0.037, "seed": 0,
+        "training": {"cpu_s": 600.0}, "merged": {"ari": 0.97, "states": 16, "states_found": 15, "classes": 18},
+        "bayes": {"ari": 1.0}, "knn10_accuracy": 0.99, "per_image": {"auc_masked": 0.44},
+        "floors": {"labels": scores(0.45, 0.4), "consensus": scores(0.1, 0.1)},
+    }  # fmt: skip
+    text = tables.kraqen_table([one, one | {"seed": 1}, one | {"set": "mix100"}])
+    assert len(text.splitlines()) == 4
+    assert "0, 1 | 10.0 min | 0.970 ± 0.000" in text and "15, 15 of 16 | 18, 18" in text
+
+
+def test_readme_has_markers_for_every_table(tables, monkeypatch, tmp_path):
+    import common
+    import tables as writer
+
+    text = writer.README.read_text()
+    for name in ("speed", "hype", "mix16", "kraqen", "polish", "methods", "ablation", "kraqen-speed"):
+        assert f"| {name} |" in writer.replace(text, name, f"| {name} |")
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--work", "/somewhere/mine"])
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    saved = common.save("one", {"command_of_run": "cryosuite x -o /somewhere/mine/run", "values": [1, 2.5, -3e-5]})
+    assert "/somewhere" not in saved.read_text() and '"values": [ 1, 2.5, -3e-05 ]' in saved.read_text()
+    assert json.loads(saved.read_text())["command_of_run"] == "cryosuite x -o WORK/run"
