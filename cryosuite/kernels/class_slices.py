@@ -35,6 +35,7 @@ __all__ = [
     "new_class_accumulator",
     "insert_classes",
     "disc_power",
+    "padded_origin",
     "grid_bytes",
 ]
 
@@ -95,14 +96,14 @@ def class_transforms(
     kernel = torch.sinc((torch.arange(D, device=device, dtype=torch.float64) - D // 2) / size).square().float()
     for k, volume in enumerate(volumes):
         values = volume.float() / (kernel[:, None, None] * kernel[None, :, None] * kernel)
-        half = torch.fft.rfft(values, n=size, dim=2)[:, :, column.clamp(max=size // 2)] * _origin(column, pad)
-        half = torch.fft.fft(half, n=size, dim=1)[:, axis % size] * _origin(axis, pad)[:, None]
-        half = torch.fft.fft(half, n=size, dim=0)[axis % size] * _origin(axis, pad)[:, None, None]
+        half = torch.fft.rfft(values, n=size, dim=2)[:, :, column.clamp(max=size // 2)] * padded_origin(column, pad)
+        half = torch.fft.fft(half, n=size, dim=1)[:, axis % size] * padded_origin(axis, pad)[:, None]
+        half = torch.fft.fft(half, n=size, dim=0)[axis % size] * padded_origin(axis, pad)[:, None, None]
         data[..., 0, k], data[..., 1, k] = half.real, half.imag
     return ClassTransforms(data, r_max, pad)
 
 
-def _origin(index: Tensor, pad: int) -> Tensor:
+def padded_origin(index: Tensor, pad: int) -> Tensor:
     """exp(i pi k / pad): moves the origin from the first voxel of a D-box to voxel D//2, in padded Fourier pixels."""
     angle = (index.double() % (2 * pad)) * (math.pi / pad)
     return torch.complex(torch.cos(angle), torch.sin(angle)).to(torch.complex64)
