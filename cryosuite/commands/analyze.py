@@ -46,6 +46,9 @@ def main(
     mass_kda: float = _option(
         None, "--mass-kda", help="Mass in kDa that the shown surface is to enclose.", panel=VOLUMES
     ),
+    polish: bool = _option(
+        False, "--polish", help="Also backproject and polish the particles of each cluster (see polish).", panel=VOLUMES
+    ),
     seed: int = _option(0, "--seed", help="Same seed, same result.", panel=PLOTS),
 ) -> None:
     """Look at a trained run: a map of its particles, their clusters, and a volume of each.
@@ -87,6 +90,23 @@ def main(
         particles=loaded.particles, epoch=loaded.epoch, records=read_metrics(folder.metrics),
     )  # fmt: skip
     _report(result, folder)
+    if polish:
+        _polish(result, loaded.particles)
+
+
+def _polish(result: Any, particles: Any) -> None:
+    """Polished maps of the clusters, in a folder of the analysis."""
+    from cryosuite.analysis.polished import polish_to
+    from cryosuite.commands.polish import report
+    from cryosuite.data.results import PolishDir
+    from cryosuite.formats.pickles import read_labels
+    from cryosuite.reconstruct.polish import PolishOptions
+    from cryosuite.reconstruct.weights import ClassWeights
+
+    out = PolishDir(result.out.path / "polish")
+    weights = ClassWeights.from_labels(read_labels(result.out.labels, unlabelled=True), len(result.colours))
+    rows = polish_to(out, particles, weights, PolishOptions(), source=str(result.out.path), classes_from="clusters")
+    report(rows, out, latent_from_both=True)
 
 
 def _report(result: Any, run: Any) -> None:

@@ -53,6 +53,9 @@ def main(
     cluster_seeds: int = _option(10, "--cluster-seeds", help="Random starts of k-means to average over.", panel=RUN),
     gmm_seeds: int = _option(3, "--gmm-seeds", help="The same for Gaussian mixtures, which are slow.", panel=RUN),
     umap: bool = _option(False, "--umap", help="Also cluster after UMAP to 16 dimensions.", panel=RUN),
+    polished: bool = _option(
+        False, "--polished", help="Judge the maps that `cryosuite polish RUN` made instead of the run's own.", panel=RUN
+    ),
     shapes: bool = _option(
         False, "--shapes", help="Add Chamfer distance and overlap of the volumes' shapes.", panel=RUN
     ),
@@ -100,7 +103,7 @@ def main(
 
     options = RunOptions(
         truth, epoch, images, sampler, oracle, bool(compat), mask, not no_clustering, cluster_seeds, gmm_seeds, umap,
-        seed, outdir, volume_from, shapes,
+        seed, outdir, volume_from, shapes, polished,
     )  # fmt: skip
     if is_run(inputs[0]):
         evaluate_run(inputs[0], options)

@@ -12,7 +12,7 @@ import numpy as np
 
 from cryosuite.console import say, table
 from cryosuite.data.particles import ParticleSet
-from cryosuite.data.results import ScoresDir, oracle_cache, run_scores
+from cryosuite.data.results import PolishDir, ScoresDir, oracle_cache, run_polish, run_scores
 from cryosuite.data.workdir import RunDir, Truth, find_truth
 from cryosuite.errors import InputError, notice
 from cryosuite.formats.atomic import atomic_path, write_text
@@ -44,6 +44,7 @@ class RunOptions:
     outdir: Path | None = None
     volume_from: str | None = None
     shapes: bool = False
+    polished: bool = False
 
 
 @dataclass
@@ -117,6 +118,9 @@ def evaluate_run(run: Path, options: RunOptions) -> None:
     sampler = options.sampler or ("compat" if options.compat else "random-per-class")
     rows = sample_rows(labels, options.images, sampler, options.seed)
     shared = (loaded.decode, loaded.z, labels, maps.read, loaded.pixel_size)
+    folder = run_polish(run, loaded.epoch)
+    if options.polished:
+        shared = (*_polished(folder, loaded.box_size), *shared[2:])
     say(f"decoding {len(rows)} volumes")
     images = per_image(*shared, rows, maps.mask, options.compat, shapes=options.shapes)
     states = per_conformation(*shared, maps.mask, options.compat)
@@ -125,7 +129,7 @@ def evaluate_run(run: Path, options: RunOptions) -> None:
         "run": str(run), "epoch": loaded.epoch, "method": loaded.name, "n_particles": len(labels),
         "n_states": len(np.unique(labels)), "box_size": loaded.box_size, "pixel_size_A": loaded.pixel_size,
         "shells": "cryobench" if options.compat else "ours", "sampler": sampler, "seed": options.seed,
-        "per_image": images.summary(), "per_conformation": states.summary(),
+        "polished": options.polished, "per_image": images.summary(), "per_conformation": states.summary(),
     }  # fmt: skip
     if floor is not None:
         result["oracle"] = summarise_oracle(floor, images)
@@ -135,9 +139,28 @@ def evaluate_run(run: Path, options: RunOptions) -> None:
     if inverted:
         result["per_image"]["inverted"] = inverted
         notice(f"{inverted} of {len(images.labels)} volumes have inverted contrast against the truth")
-    out = ScoresDir(options.outdir) if options.outdir else run_scores(run, loaded.epoch)
+    own = ScoresDir(folder.path / "scores") if options.polished else run_scores(run, loaded.epoch)
+    out = ScoresDir(options.outdir) if options.outdir else own
     _write(out, images, states, floor, result)
     print_scores(result, out.path)
+
+
+def _polished(folder: PolishDir, box_size: int) -> tuple[Any, np.ndarray]:
+    """(shares -> volumes, shares (N, K)): the polished maps in place of a decoder and latents.
+
+    The volume of a particle is the mean of the maps of its classes, weighted by its shares.
+    """
+    from cryosuite.analysis.polished import read_polished
+
+    weights, volumes = read_polished(folder)
+    if volumes.shape[-1] != box_size:
+        raise InputError(f"{folder.path}: maps of box {volumes.shape[-1]}, the run has {box_size}: polish without -d")
+    flat = volumes.reshape(len(volumes), -1).numpy()
+
+    def decode(shares: np.ndarray) -> np.ndarray:
+        return (np.asarray(shares, np.float32) @ flat).reshape(-1, *volumes.shape[1:])
+
+    return decode, weights.dense()
 
 
 def evaluate_set(where: Path, options: RunOptions) -> None:

@@ -51,6 +51,75 @@ class MapsDir:
 
 
 @dataclass(frozen=True)
+class PolishDir:
+    """A folder with polished maps of K classes, counted from 0, and what they rest on."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
+
+    def map(self, k: int) -> Path:
+        """The polished map of a class; named as ``analyze`` names its volumes."""
+        return self.path / f"vol_{k:03d}.mrc"
+
+    def half(self, k: int, h: int) -> Path:
+        """A polished half map; both share their gains, so they say nothing about resolution."""
+        return self.path / "polished_halves" / f"vol_{k:03d}_half_{'ab'[h]}.mrc"
+
+    def raw(self, k: int) -> Path:
+        """The plain backprojection of a class."""
+        return self.path / "raw" / f"vol_{k:03d}.mrc"
+
+    def raw_half(self, k: int, h: int) -> Path:
+        """A plain half map: what FSC and resolution are read from."""
+        return self.path / "raw" / f"vol_{k:03d}_half_{'ab'[h]}.mrc"
+
+    def gain(self, k: int) -> Path:
+        """How much of the plain map was kept, place by place (0 to 1)."""
+        return self.path / "local" / f"vol_{k:03d}_gain.mrc"
+
+    def local_resolution(self, k: int) -> Path:
+        """Local resolution of the plain half maps in Angstrom."""
+        return self.path / "local" / f"vol_{k:03d}_resolution.mrc"
+
+    @property
+    def mask(self) -> Path:
+        """The soft mask around all classes."""
+        return self.path / "mask.mrc"
+
+    @property
+    def fsc(self) -> Path:
+        """FSC of the plain half maps of every class, one row per shell."""
+        return self.path / "fsc.csv"
+
+    @property
+    def plot(self) -> Path:
+        """Picture of these curves."""
+        return self.path / "fsc.png"
+
+    @property
+    def classes(self) -> Path:
+        """One row per class: particles, resolution, how much was kept."""
+        return self.path / "classes.csv"
+
+    @property
+    def shares(self) -> Path:
+        """Shares of every particle in the classes."""
+        return self.path / "p.pkl"
+
+    @property
+    def labels(self) -> Path:
+        """Class of every particle, counted from 0; -1 for those left out."""
+        return self.path / "labels.pkl"
+
+    @property
+    def summary(self) -> Path:
+        """What was done, as YAML; written last, so its presence says that the folder is complete."""
+        return self.path / "polish.yaml"
+
+
+@dataclass(frozen=True)
 class ScoresDir:
     """A folder with the scores of two maps or of a run against its truth."""
 
@@ -93,6 +162,11 @@ class ScoresDir:
 def run_scores(run: Path, epoch: int) -> ScoresDir:
     """The folder of a run's scores after an epoch."""
     return ScoresDir(Path(run) / f"eval.{epoch}")
+
+
+def run_polish(run: Path, epoch: int) -> PolishDir:
+    """The folder of a run's polished maps after an epoch."""
+    return PolishDir(Path(run) / f"polish.{epoch}")
 
 
 def oracle_cache(folder: Path) -> Path:

@@ -142,6 +142,26 @@ class RunDir:
         """How latents of an epoch were made and are turned back: principal axes, token bank (method's own format)."""
         return self.path / f"latent.{epoch}.pkl"
 
+    def shares(self, epoch: int) -> Path:
+        """Shares of the particles in codes or classes, sparse (see `reconstruct.weights`); methods with a codebook."""
+        return self.path / f"p.{epoch}.pkl"
+
+    def codes(self, epoch: int) -> Path:
+        """The codebook (K, M) after an epoch."""
+        return self.path / f"codes.{epoch}.pkl"
+
+    def labels(self, epoch: int) -> Path:
+        """Code with the largest share of each particle, counted from 0."""
+        return self.path / f"labels.{epoch}.pkl"
+
+    def occupancy(self, epoch: int) -> Path:
+        """How many particles each code stands for, as CSV."""
+        return self.path / f"occupancy.{epoch}.csv"
+
+    def volume(self, k: int) -> Path:
+        """The map of code k of the last epoch, counted from 0."""
+        return self.path / f"vol_{k:03d}.mrc"
+
     @property
     def index(self) -> Path:
         """Original index of each row of the latents, (N,) int64."""

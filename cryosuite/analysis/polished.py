@@ -1,0 +1,171 @@
+"""Polished maps on disk: sums of all classes, the polish itself, and the files and numbers a user judges it by."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cryosuite.console import track
+from cryosuite.data.particles import ParticleSet
+from cryosuite.data.results import PolishDir
+from cryosuite.errors import InputError
+from cryosuite.formats.atomic import atomic_path, write_text
+from cryosuite.formats.config import write_yaml
+from cryosuite.formats.mrc import write_map
+from cryosuite.formats.pickles import write_pickle
+from cryosuite.kernels import shells
+from cryosuite.metrics.plot import line_plot
+from cryosuite.reconstruct.class_sums import MEMORY_GIB, ClassSums, accumulate
+from cryosuite.reconstruct.local import local_gain, local_resolution
+from cryosuite.reconstruct.polish import Polished, PolishOptions, polish, raw_fsc, raw_maps
+from cryosuite.reconstruct.weights import ClassWeights
+
+SHOWN_CURVES = 12  # more would hide each other
+
+
+@dataclass
+class PolishedClass:
+    """One line of the table: particles (sum of shares), in each half; Angstrom where the raw halves' FSC is .143 and
+    .5 inside the mask; median local resolution; mean gain inside the mask."""
+
+    number: int
+    particles: float
+    half_a: float
+    half_b: float
+    resolution: float
+    resolution_half: float
+    local_resolution: float
+    gain: float
+
+
+def polish_to(
+    folder: PolishDir,
+    particles: ParticleSet,
+    weights: ClassWeights,
+    options: PolishOptions,
+    *,
+    box: int | None = None,
+    memory_gib: float = MEMORY_GIB,
+    prior: torch.Tensor | None = None,
+    half: np.ndarray | None = None,
+    **notes: Any,
+) -> list[PolishedClass]:
+    """Polish the classes of a particle set and write everything into a folder; returns the table.
+
+    Args:
+        box: of the maps when smaller than the particles'.
+        prior: (K, D, D, D) maps of another origin for the first pass.
+        half: (N,) half set of each particle. notes: whatever else polish.yaml is to say.
+    """
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.summary.unlink(missing_ok=True)  # until the end this folder is not complete
+    with accumulate(
+        particles, weights, half, box=box, memory_gib=memory_gib, scratch=folder.path, progress="backprojection"
+    ) as sums:
+        found = polish(sums, options, prior, "polish")
+        rows, curves = _write_classes(folder, sums, found)
+    write_map(folder.mask, found.mask.numpy(), found.pixel_size)
+    write_pickle(folder.labels, weights.labels())
+    write_pickle(folder.shares, weights.to_arrays())
+    write_text(folder.fsc, _fsc_csv(curves, found.maps.shape[-1], found.pixel_size))
+    write_text(folder.classes, _classes_csv(rows))
+    _plot(folder, curves, found)
+    write_yaml(
+        folder.summary,
+        {
+            "classes": weights.n_classes, "particles": int((weights.labels() >= 0).sum()), "basis": found.basis,
+            "box_size": int(found.maps.shape[-1]), "pixel_size": float(found.pixel_size),
+            "passes": options.passes, "window_A": options.window_A,
+            "mean_gain_per_pass": [round(float(g), 4) for g in found.gain.mean(1)],
+            "from_mean_of_others": found.from_mean, **notes,
+        },
+    )  # fmt: skip
+    return rows
+
+
+def read_polished(folder: PolishDir) -> tuple[ClassWeights, torch.Tensor]:
+    """Shares and polished maps (K, D, D, D) of a complete folder; InputError where it is not one."""
+    from cryosuite.formats.mrc import read_map
+    from cryosuite.formats.pickles import safe_load
+
+    if not folder.summary.is_file():
+        raise InputError(
+            f"{folder.path}: no polished maps here ({folder.summary.name} is absent). Run cryosuite polish."
+        )
+    weights = ClassWeights.from_arrays(safe_load(folder.shares)[0], str(folder.shares))
+    maps = [torch.from_numpy(read_map(folder.map(k)).data) for k in range(weights.n_classes)]
+    return weights, torch.stack(maps)
+
+
+def _write_classes(
+    folder: PolishDir, sums: ClassSums, found: Polished
+) -> tuple[list[PolishedClass], dict[int, np.ndarray]]:
+    """Maps of every class and what can be read from its raw halves."""
+    for path in (folder.half(0, 0), folder.raw(0), folder.gain(0)):
+        path.parent.mkdir(exist_ok=True)
+    pixel, mask = found.pixel_size, found.mask
+    inside = mask > 0.5
+    rows, curves = [], {}
+    for k in track(range(sums.n_classes), sums.n_classes, "writing maps", "maps"):
+        joint, a, b = raw_maps(sums, k)
+        fsc = raw_fsc(a, b, mask)
+        gain = local_gain(joint, found.maps[k], mask, pixel)
+        files: list[tuple[Path, torch.Tensor | None]] = [
+            (folder.map(k), found.maps[k]), (folder.raw(k), joint), (folder.gain(k), gain),
+            (folder.half(k, 0), found.half_a[k]), (folder.half(k, 1), found.half_b[k]),
+            (folder.raw_half(k, 0), a), (folder.raw_half(k, 1), b),
+        ]  # fmt: skip
+        at = [float("nan")] * 3
+        if fsc is not None:
+            place = local_resolution(a, b, mask, pixel)
+            files.append((folder.local_resolution(k), place))
+            curves[k] = fsc.numpy()
+            D = joint.shape[-1]
+            at = [shells.resolution(fsc, level, D, pixel) for level in (0.143, 0.5)] + [float(place[inside].median())]
+        for path, volume in files:
+            if volume is not None:
+                write_map(path, volume.numpy(), pixel)
+        counts = sums.counts[k]
+        rows.append(PolishedClass(k, float(counts.sum()), *map(float, counts), *at, float(gain[inside].mean())))
+    return rows, curves
+
+
+def _fsc_csv(curves: dict[int, np.ndarray], box_size: int, pixel_size: float) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["shell", "resolution_A", *(f"class_{k:03d}" for k in curves)])
+    for shell in range(1, box_size // 2 + 1):
+        values = (f"{curve[shell - 1]:.5f}" for curve in curves.values())
+        writer.writerow([shell, f"{box_size * pixel_size / shell:.3f}", *values])
+    return out.getvalue()
+
+
+def _classes_csv(rows: list[PolishedClass]) -> str:
+    out = io.StringIO()
+    names = ["class", "particles", "half_a", "half_b", "resolution_0.143_A", "resolution_0.5_A",
+             "median_local_resolution_A", "mean_gain"]  # fmt: skip
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(names)
+    for row in rows:
+        writer.writerow([row.number, *(f"{value:.4g}" for value in list(vars(row).values())[1:])])
+    return out.getvalue()
+
+
+def _plot(folder: PolishDir, curves: dict[int, np.ndarray], found: Polished) -> None:
+    if not curves:
+        return
+    D, pixel = found.maps.shape[-1], found.pixel_size
+    shell = np.arange(1, D // 2 + 1)
+    ticks = [(float(r), f"{D * pixel / r:.0f} A") for r in np.linspace(0, D // 2, 6)[1:]]
+    lines = [(f"class {k}", shell, curve) for k, curve in list(curves.items())[:SHOWN_CURVES]]
+    with atomic_path(folder.plot) as temporary:
+        line_plot(
+            temporary, lines, (0, D / 2), (-0.1, 1), ticks, (0.143, 0.5), "plain half maps inside the mask",
+            "resolution", "FSC",
+        )  # fmt: skip

@@ -1,0 +1,201 @@
+"""``cryosuite polish``: latents or classes of any program to the sharpest maps that their particles support."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from cryosuite.analysis.polished import PolishedClass
+    from cryosuite.data.particles import ParticleSet
+    from cryosuite.data.results import PolishDir
+    from cryosuite.reconstruct.weights import ClassWeights
+
+INPUT, CLASSES, MAPS, MACHINE = "Particles (when PATH is not a run)", "Classes", "The maps", "Machine"
+
+
+def _option(default: Any, *names: str, help: str, panel: str, **more: Any) -> Any:
+    return typer.Option(default, *names, help=help, rich_help_panel=panel, show_default=default is not None, **more)
+
+
+def main(
+    path: Path = typer.Argument(
+        ..., help="Folder of a training run (ours or cryoDRGN's); or particles with --z or --labels.", metavar="PATH"
+    ),
+    outdir: Path = typer.Option(None, "-o", "--outdir", help="Folder to write; nothing: RUN/polish.EPOCH."),
+    epoch: int = typer.Option(None, "--epoch", help="Epoch of the run, counted from 1; nothing: the last."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace the maps that are in the folder."),
+    z: Path = _option(None, "--z", help="Latents of another program, one row per particle (z.pkl).", panel=CLASSES),
+    labels: Path = _option(
+        None, "--labels", help="Classes instead of latents (labels.pkl), -1 leaves a particle out.", panel=CLASSES
+    ),
+    classes: int = _option(
+        None,
+        "--classes",
+        "-k",
+        help="Groups that latents are split into; nothing: one per 100 particles, at most 64. Too many do little harm.",
+        panel=CLASSES,
+    ),  # fmt: skip
+    seed: int = _option(0, "--seed", help="Of the grouping.", panel=CLASSES),
+    poses: Path = _option(None, "--poses", help="Poses as cryoDRGN writes them (poses.pkl).", panel=INPUT),
+    ctf: Path = _option(None, "--ctf", help="CTF parameters as cryoDRGN writes them (ctf.pkl).", panel=INPUT),
+    ind: Path = _option(None, "--ind", help="Use only these particles (a .pkl of indices).", panel=INPUT),
+    datadir: Path = _option(None, "--datadir", help="Folder in which the image stacks lie.", panel=INPUT),
+    apix: float = _option(None, "--Apix", help="Pixel size in Angstrom, where no file says it.", panel=INPUT),
+    invert_data: bool = _option(False, "--invert-data", help="Particles are dark in the images.", panel=INPUT),
+    downsample: int = _option(
+        None, "-d", "--downsample", help="Box of the maps, smaller than the images'.", panel=MAPS
+    ),
+    passes: int = _option(
+        2, "--passes", help="Rounds after the first, each starting from the maps so far.", panel=MAPS
+    ),
+    window: float = _option(
+        12.5, "--window", help="Size (standard deviation, Angstrom) of the places that are judged apart.", panel=MAPS
+    ),
+    basis: str = _option(
+        "auto", "--basis", help="modal: states that resemble each other. class: unrelated molecules.", panel=MAPS
+    ),
+    memory: float = _option(
+        4.0, "--memory", help="GiB for sums of classes; the rest goes to files in the output folder.", panel=MACHINE
+    ),
+    threads: int = _option(0, "--threads", help="Processor threads; 0: all.", panel=MACHINE),
+) -> None:
+    """Turn latents or classes into maps as sharp as the data allow.
+
+    For each class the particles are backprojected in two halves; what the
+    halves agree on, place by place and band by band, is kept, and classes
+    that resemble each other help each other. Works on runs of every train
+    command, on cryoDRGN's folders, and on any latents or labels.
+
+    Writes vol_000.mrc ... (polished), raw/ (plain maps and half maps),
+    local/ (local resolution, how much was kept), fsc.csv and classes.csv.
+    Resolution is read from the plain half maps only: the polished halves
+    share what was learnt from both.
+
+        cryosuite polish run/
+
+        cryosuite polish work/ --labels run/analyze.40/labels.pkl -o maps/
+
+        cryosuite polish particles.mrcs --poses poses.pkl --ctf ctf.pkl --z z.19.pkl -o maps/
+    """
+    import torch
+
+    from cryosuite.analysis.polished import polish_to
+    from cryosuite.console import say
+    from cryosuite.data.results import PolishDir, run_polish
+    from cryosuite.errors import InputError
+    from cryosuite.reconstruct.polish import PolishOptions
+
+    if threads > 0:
+        torch.set_num_threads(threads)
+    if z is not None and labels is not None:
+        raise InputError("give either --z or --labels, not both")
+    options = PolishOptions(passes=passes, window_A=window, basis=basis)
+    how = {"poses": poses, "ctf": ctf, "ind": ind, "datadir": datadir, "pixel_size": apix}
+    particles, latents, weights, number = _open(path, epoch, z, labels, how, -1 if invert_data else None)
+    if number is None and outdir is None:
+        raise InputError("-o is missing: name the folder the maps are to be written to")
+    out = PolishDir(outdir) if outdir is not None else run_polish(path, number)
+    if out.summary.exists() and not overwrite:
+        raise InputError(f"{out.path}: holds polished maps already. Add --overwrite, or choose another -o")
+    box = downsample or particles.box_size
+    if not 16 <= box <= particles.box_size or box % 2:
+        raise InputError(f"--downsample {box}: an even box from 16 to {particles.box_size} is needed")
+    origin = "shares of the codes" if weights is not None and labels is None else "labels" if labels else "latents"
+    if weights is None:
+        weights = _bins(latents, classes, seed)
+    elif classes is not None:
+        raise InputError("--classes: is for latents; here the classes are given already")
+    say(f"{int((weights.labels() >= 0).sum()):,} particles in {weights.n_classes} classes, from {origin} -> {out.path}")
+    rows = polish_to(
+        out, particles, weights, options, box=box if box != particles.box_size else None, memory_gib=memory,
+        source=str(path), classes_from=origin,
+    )  # fmt: skip
+    report(rows, out, latent_from_both=labels is None)
+
+
+def _open(
+    path: Path, epoch: int | None, z: Path | None, labels: Path | None, how: dict[str, Any], sign: int | None
+) -> tuple[ParticleSet, np.ndarray | None, ClassWeights | None, int | None]:
+    """Particles, latents or shares (one of the two), and the epoch when PATH is a run."""
+    from cryosuite.data.cryodrgn_run import is_cryodrgn_run, open_cryodrgn_run
+    from cryosuite.data.open import open_particles
+    from cryosuite.data.workdir import RunDir
+    from cryosuite.errors import InputError
+    from cryosuite.formats.pickles import read_latent
+    from cryosuite.reconstruct.weights import ClassWeights
+
+    run, number, latents, weights = RunDir(path), None, None, None
+    if run.exists():
+        given = [f"--{name.replace('_', '-')}" for name, value in how.items() if value and name != "pixel_size"]
+        if given:
+            raise InputError(f"{', '.join(given)}: the run {path} says itself which particles it was trained on")
+        if is_cryodrgn_run(path):
+            found = open_cryodrgn_run(path, epoch, how["pixel_size"])
+            particles, latents, number = found.particles, found.z, found.epoch
+        else:
+            particles, latents, weights, number = _open_ours(run, epoch)
+    elif epoch is not None:
+        raise InputError(f"--epoch: {path} is not a training run")
+    else:
+        if z is None and labels is None:
+            raise InputError(
+                f"{path}: is not a training run. For particles say what belongs together: --z latents.pkl or --labels "
+                "labels.pkl"
+            )
+        particles = open_particles(path, **how, sign=sign)
+    if z is not None:
+        latents, weights = read_latent(z, finite=False)[0], None
+        if len(latents) != len(particles):
+            raise InputError(f"{z}: {len(latents)} latents for {len(particles)} particles: one row each is needed")
+    if labels is not None:
+        from cryosuite.commands.backproject import class_labels
+
+        weights = ClassWeights.from_labels(class_labels(particles, labels, None, None, None))
+    return particles, latents, weights, number
+
+
+def _open_ours(run: Any, epoch: int | None) -> tuple[Any, Any, Any, int]:
+    """Particles, latents or shares and the epoch of one of our runs."""
+    from cryosuite.formats.pickles import safe_load
+    from cryosuite.methods import load_run
+    from cryosuite.reconstruct.weights import ClassWeights
+
+    loaded = load_run(run.path, epoch)
+    shares = run.shares(loaded.epoch)
+    weights = ClassWeights.from_arrays(safe_load(shares)[0], str(shares)) if shares.is_file() else None
+    return loaded.particles, loaded.z, weights, loaded.epoch
+
+
+def _bins(latents: np.ndarray, classes: int | None, seed: int) -> ClassWeights:
+    from cryosuite.reconstruct.bins import bins_of
+
+    return bins_of(latents, classes, seed)[0]
+
+
+def report(rows: list[PolishedClass], out: PolishDir, latent_from_both: bool) -> None:
+    """The table on screen, what the numbers mean, and what to do next."""
+    import math
+
+    from cryosuite.console import say, table
+
+    def angstrom(value: float) -> str:
+        return "-" if math.isnan(value) else f"{value:.1f}"
+
+    shown = [
+        [str(r.number), f"{r.particles:.0f}", f"{r.half_a:.0f} + {r.half_b:.0f}", angstrom(r.resolution),
+         angstrom(r.resolution_half), angstrom(r.local_resolution), f"{r.gain:.2f}", str(out.map(r.number))]
+        for r in rows
+    ]  # fmt: skip
+    columns = ["class", "particles", "half sets", "A at .143", "A at .5", "local A", "kept", "map"]
+    if len(shown) > 60:
+        shown = [*shown[:30], ["..."] * len(columns), *shown[-30:]]
+    table(f"{out.path}: resolution of the plain half maps inside the mask", columns, shown)
+    say("Polished half maps share their gains: read resolution from raw/ (as in this table), never from them.")
+    if latent_from_both:
+        say("The latents were learnt from both half sets, which flatters even the plain half maps a little.")
+    say(f"look:  chimerax {out.path}/vol_*.mrc")

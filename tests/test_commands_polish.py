@@ -1,0 +1,167 @@
+"""``cryosuite polish`` on labels, latents, runs of cryoDRGN and bad days."""
+
+from __future__ import annotations
+
+import csv
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import reconstruct_toy as toy
+
+from cryosuite.cli import main
+from cryosuite.data.cryodrgn_run import is_cryodrgn_run, open_cryodrgn_run
+from cryosuite.data.results import PolishDir
+from cryosuite.formats.mrc import read_map
+from cryosuite.formats.pickles import write_pickle
+from cryosuite.formats.stacks import StackWriter
+from cryosuite.reconstruct.bins import bins_of
+from cryosuite.reconstruct.local import local_gain, local_resolution
+from cryosuite.reconstruct.masks import soft_sphere
+
+N, D = 120, 32
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """The exit code of a command, as the shell sees it."""
+    monkeypatch.setattr(sys, "argv", ["cryosuite", *map(str, arguments)])
+    try:
+        main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory) -> Path:
+    """A stack of one molecule with poses and CTF as cryoDRGN writes them, and latents on a circle."""
+    folder = tmp_path_factory.mktemp("set")
+    particles = toy.particles(N, D, noise=1.0)
+    with StackWriter(folder / "p.mrcs", N, D, toy.PIXEL) as out:
+        out.write(particles.read(np.arange(N)))
+    write_pickle(folder / "poses.pkl", (particles.rotation, particles.shift))
+    write_pickle(folder / "ctf.pkl", particles.ctf)
+    angle = np.random.default_rng(0).uniform(0, 2 * np.pi, N)
+    write_pickle(folder / "z.pkl", np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32))
+    write_pickle(folder / "labels.pkl", (angle > np.pi).astype(np.int64))
+    return folder
+
+
+def given(folder: Path) -> list[object]:
+    return [folder / "p.mrcs", "--poses", folder / "poses.pkl", "--ctf", folder / "ctf.pkl", "--threads", 1]
+
+
+def test_labels_to_maps(stack, tmp_path, capsys, monkeypatch):
+    out = PolishDir(tmp_path / "maps")
+    assert (
+        run(monkeypatch, "polish", *given(stack), "--labels", stack / "labels.pkl", "-o", out.path, "--passes", 1) == 0
+    )
+    for path in (out.map(1), out.raw(0), out.raw_half(1, 0), out.half(0, 1), out.gain(0), out.local_resolution(1)):
+        found = read_map(path)
+        assert found.data.shape == (D, D, D) and found.pixel_size == pytest.approx(toy.PIXEL)
+    truth = toy.volume(D).numpy()
+    assert np.corrcoef(read_map(out.map(0)).data.ravel(), truth.ravel())[0, 1] > 0.9
+    rows = list(csv.DictReader(out.classes.open()))
+    assert sum(float(row["particles"]) for row in rows) == N
+    assert len(list(csv.reader(out.fsc.open()))) == D // 2 + 1
+    assert "never from them" in capsys.readouterr().err
+    assert run(monkeypatch, "polish", *given(stack), "--labels", stack / "labels.pkl", "-o", out.path) == 2
+    assert "--overwrite" in capsys.readouterr().err
+
+
+def test_latents_of_another_program(stack, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "maps"
+    assert (
+        run(monkeypatch, "polish", *given(stack), "--z", stack / "z.pkl", "-k", 3, "-o", out, "-d", 24, "--passes", 0)
+        == 0
+    )
+    labels = pickle.loads(PolishDir(out).labels.read_bytes())
+    assert sorted(set(labels.tolist())) == [0, 1, 2]
+    assert read_map(PolishDir(out).map(2)).pixel_size == pytest.approx(toy.PIXEL * D / 24)
+    assert "learnt from both half sets" in capsys.readouterr().err
+
+
+def test_a_run_of_cryodrgn(shared: Path, tmp_path, capsys, monkeypatch):
+    folder = shared / "golden" / "cryodrgn_run"
+    assert is_cryodrgn_run(folder)
+    found = open_cryodrgn_run(folder)
+    assert found.z.shape == (200, 4) and found.epoch == 2 and len(found.particles) == 200
+    assert run(monkeypatch, "polish", folder, "-o", tmp_path / "maps", "-k", 2, "--passes", 0, "--threads", 1) == 0
+    truth = read_map(shared / "golden" / "relion" / "volume.mrc").data
+    ours = read_map(PolishDir(tmp_path / "maps").map(0)).data
+    assert np.corrcoef(ours.ravel(), truth.ravel())[0, 1] > 0.8  # density is positive although data were inverted
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["-o", "OUT"], "say what belongs together"),
+        (["--z", "z.pkl"], "-o is missing"),
+        (["--z", "short.pkl", "-o", "OUT"], "100 latents for 120 particles"),
+        (["--z", "z.pkl", "--labels", "labels.pkl", "-o", "OUT"], "not both"),
+        (["--labels", "labels.pkl", "--classes", "4", "-o", "OUT"], "--classes"),
+        (["--z", "nan.pkl", "-o", "OUT"], "none of the 120 latents is a number"),
+        (["--z", "z.pkl", "-o", "OUT", "-d", "31"], "--downsample 31"),
+        (["--labels", "labels.pkl", "-o", "OUT", "--basis", "wave"], "--basis wave"),
+    ],
+)
+def test_bad_days(stack, tmp_path, capsys, monkeypatch, extra, message):
+    write_pickle(stack / "short.pkl", np.zeros((100, 2), np.float32))
+    write_pickle(stack / "nan.pkl", np.full((N, 2), np.nan, np.float32))
+    out = tmp_path / "maps"
+    words = [out if word == "OUT" else stack / word if word.endswith(".pkl") else word for word in extra]
+    assert run(monkeypatch, "polish", *given(stack), *words) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not out.exists()
+
+
+def test_bins_follow_the_angle_of_a_noisy_circle():
+    rng = np.random.default_rng(1)
+    angle = rng.uniform(0, 2 * np.pi, 2000)
+    z = np.stack([np.cos(angle), np.sin(angle)], 1) + 0.05 * rng.standard_normal((2000, 2))
+    weights, means = bins_of(z)
+    labels = weights.labels()
+    assert weights.n_classes == 20 and np.bincount(labels).min() >= 20
+    for k in range(20):  # every bin is one short arc
+        spread = np.abs(np.mean(np.exp(1j * angle[labels == k])))
+        assert spread > 0.97
+    gaps = np.abs(np.diff(np.unwrap(np.arctan2(means[:, 1], means[:, 0]))))
+    assert np.median(gaps) < 0.6  # neighbouring numbers are neighbours on the circle
+
+
+def test_bins_leave_out_what_is_not_a_number_and_say_when_there_is_too_little():
+    z = np.random.default_rng(0).standard_normal((60, 3)).astype(np.float32)
+    z[7] = np.nan
+    with pytest.warns(UserWarning, match="1 of 60 latents"):
+        weights, _ = bins_of(z, 1)
+    assert weights.labels()[7] == -1 and (np.delete(weights.labels(), 7) == 0).all()
+    with pytest.warns(UserWarning, match="mostly its neighbours"):
+        bins_of(z[:7], 3)
+    with pytest.warns(UserWarning, match="1 different latents"):
+        assert bins_of(np.zeros((50, 2)), 4)[0].n_classes == 1
+
+
+def test_local_resolution_tells_good_places_from_bad():
+    generator = torch.Generator().manual_seed(0)
+    signal = torch.randn(D, D, D, generator=generator)
+    noise = torch.where(torch.arange(D) < D // 2, 0.2, 2.0)  # x < 0 is good
+    a, b = (signal + noise * torch.randn(D, D, D, generator=generator) for _ in range(2))
+    mask = soft_sphere(D)
+    found = local_resolution(a, b, mask, 5.0)
+    left, right = found[14:18, 14:18, 6:11], found[14:18, 14:18, 21:26]
+    assert float(left.median()) < 11 and float(right.median()) > 20
+    assert float(found.min()) >= 10 and float(found[0, 0, 0]) == 50
+
+
+def test_local_gain_is_the_share_that_was_kept():
+    generator = torch.Generator().manual_seed(0)
+    raw = torch.randn(D, D, D, generator=generator)
+    kept = torch.where(torch.arange(D) < D // 2, 0.9, 0.3)
+    found = local_gain(raw, raw * kept, torch.ones(D, D, D), 5.0)
+    assert float(found[..., 6].mean()) == pytest.approx(0.9, abs=0.03)
+    assert float(found[..., 26].mean()) == pytest.approx(0.3, abs=0.03)
