@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cryosuite.nets.inr import ConcatField, FourierFeatures, HyperField, TriplaneFeatures, half_space, mlp
+from cryosuite.nets.inr import ConcatField, FourierFeatures, HyperField, half_space, mlp
+from cryosuite.nets.triplane import TriplaneFeatures
 
 
 def weights(field: HyperField, width: int = 8, b: int = 2, seed: int = 0):

@@ -12,7 +12,8 @@ from cryosuite.kernels.ball import half_ball, volume_of_half_ball
 from cryosuite.methods.hype_input import EncoderInput, view_direction
 from cryosuite.methods.hype_options import HypeOptions
 from cryosuite.nets.hypernet import build_hypernet, layer_shapes
-from cryosuite.nets.inr import ConcatField, FourierFeatures, HyperField, TriplaneFeatures
+from cryosuite.nets.inr import ConcatField, FourierFeatures, HyperField
+from cryosuite.nets.triplane import TriplaneFeatures
 from cryosuite.nets.vit import WeightTokenTransformer, best_patch
 
 VOLUME_CHUNK = 1 << 25  # values of one activation when a volume is evaluated

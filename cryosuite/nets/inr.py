@@ -37,21 +37,6 @@ class FourierFeatures(nn.Module):
             return F.linear(q.to(twice.dtype), twice.T, quarter).sin_()
 
 
-class TriplaneFeatures(nn.Module):
-    """Features read from three learnt planes (xy, yz, xz) by bilinear interpolation: cheaper than a wide network."""
-
-    def __init__(self, box_size: int, channels: int = 32) -> None:
-        super().__init__()
-        self.size = 3 * channels
-        self.planes = nn.Parameter(torch.randn(3, channels, box_size + 1, box_size + 1) * 0.1)
-
-    def forward(self, q: Tensor) -> Tensor:  # (b, P, 3) cycles/px in [-.5, .5] -> (b, P, 3 channels)
-        with torch.autocast(q.device.type, enabled=False):
-            pairs = torch.stack([q[..., [0, 1]], q[..., [1, 2]], q[..., [0, 2]]]) * 2  # (3, b, P, 2) in [-1, 1]
-            features = F.grid_sample(self.planes, pairs.to(self.planes.dtype), align_corners=True)  # (3, c, b, P)
-            return features.permute(2, 3, 0, 1).reshape(*q.shape[:-1], self.size)
-
-
 def half_space(q: Tensor) -> Tensor:  # (..., 3) -> (...,)
     """+1 where q_z > 0, else -1 (ties: q_y, then q_x): the network sees sign * q, and Im is multiplied by sign."""
     x, y, z = q.unbind(-1)
@@ -78,6 +63,11 @@ class _Layer(torch.autograd.Function):
         return d_x, torch.bmm(grad.transpose(1, 2), x), grad.sum((0, 1))
 
 
+def relu_layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # (b, P, i), (b, o, i), (o,) -> (b, P, o)
+    """relu(x W^T + b) as one product and one in-place ReLU."""
+    return _Layer.apply(x, weight, bias)
+
+
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
     """The type products run in here: autocast's where it is on, else the tensor's own."""
     kind = tensor.device.type
@@ -100,7 +90,7 @@ def mlp(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
     for index, (weight, bias) in enumerate(zip(weights[:-1], biases[:-1], strict=True)):
         if index > 0:
             weight = weight + torch.eye(weight.shape[-1], dtype=weight.dtype, device=weight.device)
-        x = _Layer.apply(x, weight.to(dtype), bias.to(dtype))
+        x = relu_layer(x, weight.to(dtype), bias.to(dtype))
     return torch.baddbmm(biases[-1].to(dtype), x, weights[-1].to(dtype).transpose(1, 2))
 
 
