@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from numpy.lib.recfunctions import repack_fields
 from typer.testing import CliRunner
 
 from cryosuite.cli import app
 from cryosuite.errors import InputError
+from cryosuite.formats.cs import read_cs, write_cs
 from cryosuite.formats.mrc import read_map, write_map
 from cryosuite.formats.pickles import read_poses, write_pickle
 
@@ -64,3 +66,24 @@ def test_sets_that_cannot_be_opened(golden):
         run("check", golden / "adversarial" / "wrong_counts_stack_missing.star")
     output = run("check", golden / "adversarial" / "duplicate_particles.star", "--no-probe", "--sample", 50)
     assert "2 of 10 rows show an image again" in output
+
+
+def test_a_cryosparc_job_in_two_files(golden, tmp_path):
+    whole = read_cs(golden / "adversarial/good.cs")
+    for name, prefixes in (("main.cs", ("uid", "align", "ctf")), ("pass.cs", ("uid", "blob"))):
+        fields = [field for field in whole.dtype.names if field.startswith(prefixes)]
+        write_cs(tmp_path / name, repack_fields(whole[fields]))
+    with pytest.raises(InputError, match="main.cs: has no field blob/path.*--passthrough"):
+        run("check", tmp_path / "main.cs", *FAST)
+    source = (tmp_path / "main.cs", "--passthrough", tmp_path / "pass.cs", "--datadir", golden / "adversarial")
+    output = RUNNER.invoke(app, [str(one) for one in ("check", *source, *FAST)]).output
+    assert "dark" in output or "white" in output
+    write_pickle(tmp_path / "ind.pkl", np.array([5, 2]))
+    run("export", *source, "--ind", tmp_path / "ind.pkl", "-o", tmp_path / "two.cs")
+    assert read_cs(tmp_path / "two.cs")["uid"].tolist() == whole["uid"][[5, 2]].tolist()
+
+
+def test_the_users_values_are_those_of_preprocess(golden):
+    """What preprocess takes, check takes, in the same words; a value that the file contradicts is told."""
+    output = RUNNER.invoke(app, ["check", str(golden / "adversarial/good.star"), *map(str, FAST), "--kv", "200"]).output
+    assert "your value 200 is used" in " ".join(output.replace("│", " ").split())

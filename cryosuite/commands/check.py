@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from cryosuite.commands import options as opt
+
 if TYPE_CHECKING:
     from cryosuite.data.particles import ParticleSet
     from cryosuite.reconstruct.inspect import Finding
 
-INPUT, TESTS = "Particles", "Tests"
+INPUT, TESTS = opt.INPUT, "Tests"
 PROBE_IMAGES = 16
 STEPS = 2  # timed, after one to warm up
 
@@ -24,12 +26,18 @@ def main(
     particles: Path = typer.Argument(
         ..., help="Work folder of preprocess or simulate; or a .star, .cs or .mrcs file.", metavar="PARTICLES"
     ),
-    poses: Path = _option(None, "--poses", help="Poses as cryoDRGN writes them (poses.pkl).", panel=INPUT),
-    ctf: Path = _option(None, "--ctf", help="CTF parameters as cryoDRGN writes them (ctf.pkl).", panel=INPUT),
-    ind: Path = _option(None, "--ind", help="Use only these particles (a .pkl of indices).", panel=INPUT),
-    datadir: Path = _option(None, "--datadir", help="Folder in which the image stacks lie.", panel=INPUT),
-    apix: float = _option(None, "--Apix", help="Pixel size in Angstrom, where no file says it.", panel=INPUT),
-    invert_data: bool = _option(False, "--invert-data", help="Particles are dark in the images.", panel=INPUT),
+    poses: opt.Poses = None,
+    ctf: opt.Ctf = None,
+    ind: opt.Ind = None,
+    datadir: opt.Datadir = None,
+    passthrough: opt.Passthrough = None,
+    apix: opt.Apix = None,
+    kv: opt.Voltage = None,
+    cs: opt.SphericalAberration = None,
+    amplitude_contrast: opt.AmplitudeContrast = None,
+    invert_data: bool = _option(
+        False, "--invert-data", "--invert", help="Particles are dark in the images.", panel=INPUT
+    ),
     no_ctf: bool = _option(False, "--no-ctf", help="The images need no CTF correction.", panel=INPUT),
     sample: int = _option(3000, "--sample", help="Particles used for the quick maps.", panel=TESTS),
     reference: Path = _option(
@@ -37,7 +45,7 @@ def main(
     ),
     preset: str = _option("auto", "--preset", help="Preset of train-hype whose time is estimated.", panel=TESTS),
     no_probe: bool = _option(False, "--no-probe", help="Leave out the estimate of training time.", panel=TESTS),
-    threads: int = typer.Option(0, "--threads", help="Processor threads; 0: all."),
+    threads: opt.Threads = 0,
 ) -> None:
     """Check a particle set before training: files, poses, CTF, contrast, time.
 
@@ -50,6 +58,8 @@ def main(
         cryosuite check work/
 
         cryosuite check particles.star --datadir /data/project
+
+        cryosuite check J42.cs --passthrough J42_passthrough.cs
 
         cryosuite check work/ --reference refined.mrc
     """
@@ -68,7 +78,8 @@ def main(
         warnings.simplefilter("always", UserNotice)
         found = open_particles(
             particles, poses=poses, ctf=ctf, ind=ind, datadir=datadir, pixel_size=apix, need_poses=False,
-            need_ctf=False, sign=-1 if invert_data else None,
+            need_ctf=False, passthrough=passthrough or (), sign=-1 if invert_data else None, voltage_kv=kv, cs_mm=cs,
+            amplitude_contrast=amplitude_contrast,
         )  # fmt: skip
         if no_ctf:
             found.ctf = None

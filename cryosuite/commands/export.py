@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from cryosuite.commands import options as opt
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -45,6 +47,7 @@ def main(
         Optional[Path],  # noqa: UP045
         typer.Option("--datadir", help="Folder in which the image stacks lie (for a .star or .cs)."),
     ] = None,
+    passthrough: opt.Passthrough = None,
 ) -> None:
     """Write selected particles as a file that RELION or cryoSPARC takes back.
 
@@ -63,7 +66,9 @@ def main(
 
     if (labels is None) == (ind is None):
         raise InputError("say which particles: either --labels with --cluster, or --ind")
-    found = open_particles(run, ind=ind, datadir=datadir, need_poses=False, need_ctf=False)
+    found = open_particles(
+        run, ind=ind, datadir=datadir, need_poses=False, need_ctf=False, passthrough=passthrough or ()
+    )
     if labels is not None:
         found = found.subset(_in_clusters(found, labels, cluster))
     export_particles(found, out, binned)

@@ -21,9 +21,9 @@ from cryosuite.formats.zernike import odd_zernike, wavelength_a
 _LARGEST_TILT = 0.05  # rad; microscopes are aligned to better than 0.005
 
 _ADVICE = {
-    "blob": "it lists no images: give the job's other .cs file, or that of the extraction, as well (--passthrough)",
-    "alignments3D": "give the .cs of a refinement or ab-initio job, or add its other .cs file (--passthrough)",
-    "ctf": "add the job's other .cs file, or that of a CTF estimation (--passthrough); they are joined by uid",
+    "blob": "it lists no images: give preprocess the job's other .cs file, or the extraction's, as well: --passthrough",
+    "alignments3D": "give the .cs of a refinement or ab-initio job, or add its other .cs file: --passthrough",
+    "ctf": "add the job's other .cs file, or that of a CTF estimation (they are joined by uid): --passthrough",
 }
 
 
