@@ -37,8 +37,8 @@ def kraqen_options(recipe: Recipe) -> list[str]:
     return ["--n-codes", "24"] if recipe.kind == "igg24" else []
 
 
-def bins(z: np.ndarray, count: int) -> ClassWeights:
-    """Latents shared out among bins, as polish does it."""
+def bins(z: np.ndarray, count: int | None = None) -> ClassWeights:
+    """Latents shared out among bins, as ``polish`` does it; without a count as many as it chooses."""
     from cryosuite.reconstruct.bins import bins_of
 
     return bins_of(z, count)[0]
@@ -47,7 +47,9 @@ def bins(z: np.ndarray, count: int) -> ClassWeights:
 def hype(judge: Judge, recipe: Recipe, run: Path, threads: int) -> Latents:
     """train-hype --preset small on the set."""
     epochs = round(HYPE_EPOCHS.get(recipe.box, 40) * max(1.0, (8000 / recipe.images) ** 0.5))
-    done = runs.train_hype(judge.folder, run, "--preset", "small", "-n", str(epochs), threads=threads)
+    done = runs.finished(run, epochs) or runs.train_hype(
+        judge.folder, run, "--preset", "small", "-n", str(epochs), seed=recipe.seed, threads=threads
+    )
     runs.scores(run, "--no-clustering", threads=threads)
     with (run / "scores" / "per_image.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -63,7 +65,7 @@ def train_vae(judge: Judge, recipe: Recipe, out: Path, threads: int) -> Latents:
     if program is None:
         raise SystemExit("no cryoDRGN: set CRYODRGN_VENV to an environment with `pip install cryodrgn`")
     source = judge.folder
-    options = ["--poses", str(source / "poses.pkl"), "--ctf", str(source / "ctf.pkl"), "--uninvert-data"]
+    options = ["--poses", str(source / "poses.pkl"), "--ctf", str(source / "ctf.pkl")]  # white particles: its default
     options += ["--zdim", "8", "-n", str(VAE["epochs"]), "--no-amp", "--no-analysis", "--seed", str(recipe.seed)]
     for side in ("enc", "dec"):
         options += [f"--{side}-dim", str(VAE["width"]), f"--{side}-layers", str(VAE["depth"])]

@@ -6,8 +6,9 @@
 Families: "polish" (assembly of 16, loop of 24, mix of 16; SNR 0.01 and 0.1; 2,400 images of 64 pixels), "rough" (the
 same with coloured noise, with angles wrong by 1 or 3 degrees and shifts by half a pixel), "d128" (128 pixels), and
 "methods" (the mix at D = 32 on which networks can be trained on two cores). Rows: "true" needs no training; the others
-train the method with settings a user would type, with the number of states known. cryoDRGN is taken from the
-environment CRYODRGN_VENV. One JSON per set and seed; rows that are in it are not made again.
+train the method with settings a user would type: train-kraqen is told the number of states, bins of latents are those
+that polish makes by itself. cryoDRGN is taken from the environment CRYODRGN_VENV. One JSON per set and seed; rows that
+are in it are not made again.
 
 AUC is the mean over all images of the signed FSC of the image's map with the image's truth. "before" is what the method
 shows without polish: its own volumes, or plain backprojection of the true labels.
@@ -54,9 +55,8 @@ def kraqen_row(judge: Judge, recipe: Recipe, work: Path, threads: int) -> dict:
     """With the soft assignments of train-kraqen."""
     run = work / "runs" / recipe.name / "kraqen"
     states = len(np.unique(judge.labels))
-    done = runs.train_kraqen(
-        judge.folder, run, "--n-states", str(states), *latents.kraqen_options(recipe), threads=threads
-    )
+    options = ["--n-states", str(states), *latents.kraqen_options(recipe)]
+    done = runs.train_kraqen(judge.folder, run, *options, seed=recipe.seed, threads=threads)
     weights = runs.kraqen_weights(run)
     labels = weights.labels()
     return {
@@ -78,13 +78,12 @@ def cryodrgn_row(judge: Judge, recipe: Recipe, work: Path, threads: int) -> dict
 
 
 def latent_row(judge: Judge, found: latents.Latents) -> dict:
-    """Bin latents into as many classes as there are states and polish them."""
-    weights = latents.bins(found.z, len(np.unique(judge.labels)))
+    """Polish the bins that polish makes by itself; the agreement is that of as many bins as there are states."""
     return {
         "training": found.done.costs(),
-        "agreement": judge.agreement(weights.labels()),
+        "agreement": judge.agreement(latents.bins(found.z, len(np.unique(judge.labels))).labels()),
         "before": found.before,
-        "after": polished(judge, weights),
+        "after": polished(judge, latents.bins(found.z)),
     }
 
 

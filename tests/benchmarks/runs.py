@@ -62,6 +62,15 @@ def train_hype(source: Path, run: Path, *options: str, seed: int = 0, threads: i
     return once(run, command, threads)
 
 
+def finished(run: Path, epochs: int) -> Done | None:
+    """A run of so many epochs that another benchmark made and that was linked here: its costs are wall time then."""
+    folder = RunDir(run)
+    if run.with_name(f"{run.name}.done.json").exists() or not folder.z(epochs).exists():
+        return None
+    seconds = json.loads(folder.metrics.read_text().splitlines()[-1])["seconds"]
+    return Done(run, round(seconds, 1), round(seconds, 1), 0, f"cryosuite train-hype ... -n {epochs}")
+
+
 def kraqen_labels(run: Path) -> np.ndarray:
     """The merged code of every particle, (N,)."""
     folder = RunDir(run)
@@ -71,14 +80,12 @@ def kraqen_labels(run: Path) -> np.ndarray:
 def kraqen_weights(run: Path) -> ClassWeights:
     """The share of every particle in every merged code."""
     folder = RunDir(run)
-    return ClassWeights.from_arrays(safe_load(folder.assignments(folder.last_epoch()))[0])
+    return ClassWeights.from_arrays(safe_load(folder.shares(folder.last_epoch()))[0])
 
 
 def kraqen_map(run: Path) -> Callable[[int], torch.Tensor]:
     """Code -> its map (D, D, D)."""
-    folder = RunDir(run)
-    epoch = folder.last_epoch()
-    return lambda code: torch.from_numpy(read_map(folder.code_volume(epoch, code)).data)
+    return lambda code: torch.from_numpy(read_map(RunDir(run).volume(code)).data)
 
 
 def scores(run: Path, *options: str, threads: int = 1) -> dict:
@@ -88,11 +95,6 @@ def scores(run: Path, *options: str, threads: int = 1) -> dict:
     found = json.loads((folder / "scores.json").read_text())
     found.get("oracle", {}).pop("per_state", None)
     return found
-
-
-def polish(source: Path, out: Path, *options: str, threads: int = 1) -> Done:
-    """``cryosuite polish`` of a run, or of a particle set with ``--labels`` or ``--z``."""
-    return once(out, [*CRYOSUITE, "polish", str(source), "-o", str(out), "--overwrite", *options], threads)
 
 
 def cryodrgn(name: str = "cryodrgn") -> str | None:
