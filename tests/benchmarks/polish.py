@@ -6,8 +6,8 @@
 Families: "polish" (assembly of 16, loop of 24, mix of 16; SNR 0.01 and 0.1; 2,400 images of 64 pixels), "rough" (the
 same with coloured noise, with angles wrong by 1 or 3 degrees and shifts by half a pixel), "d128" (128 pixels), and
 "methods" (the mix at D = 32 on which networks can be trained on two cores). Rows: "true" needs no training; the others
-train the method with settings a user would type: train-kraqen is told the number of states, bins of latents are those
-that polish makes by itself. cryoDRGN is taken from the environment CRYODRGN_VENV. One JSON per set and seed; rows that
+train the method with settings a user would type: train-kraqen is told the number of states, and latents are split into
+1.5 bins per state. cryoDRGN is taken from the environment CRYODRGN_VENV. One JSON per set and seed; rows that
 are in it are not made again.
 
 AUC is the mean over all images of the signed FSC of the image's map with the image's truth. "before" is what the method
@@ -26,7 +26,7 @@ import latents
 import numpy as np
 import runs
 from common import RESULTS, save
-from judge import CURVES, Judge, not_better
+from judge import CURVES, Judge, not_better, without_states
 from sets import FAMILIES, WORK, Recipe, make
 
 from cryosuite.reconstruct.class_sums import accumulate
@@ -78,12 +78,15 @@ def cryodrgn_row(judge: Judge, recipe: Recipe, work: Path, threads: int) -> dict
 
 
 def latent_row(judge: Judge, found: latents.Latents) -> dict:
-    """Polish the bins that polish makes by itself; the agreement is that of as many bins as there are states."""
+    """Polish 1.5 bins per state, and the bins polish makes by itself; the agreement is that of one bin per state."""
+    states = len(np.unique(judge.labels))
+    unasked = polished(judge, latents.bins(found.z))
     return {
         "training": found.done.costs(),
-        "agreement": judge.agreement(latents.bins(found.z, len(np.unique(judge.labels))).labels()),
+        "agreement": judge.agreement(latents.bins(found.z, states).labels()),
         "before": found.before,
-        "after": polished(judge, latents.bins(found.z)),
+        "after": polished(judge, latents.bins(found.z, round(1.5 * states))),
+        "after with default bins": {**unasked, "scores": without_states(unasked["scores"])},
     }
 
 
