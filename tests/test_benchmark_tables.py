@@ -37,7 +37,8 @@ def polish_result(seed: int, after: float, **more: object) -> dict:
 
 
 def ablation_result(row: str, auc: float, seed: int, name: str = "loop") -> dict:
-    return {"row": row, "set": name, "seed": seed, "per_image": {"auc_masked": auc}, "agreement": {"ari": 0.5}}
+    return {"row": row, "set": name, "seed": seed, "per_image": {"auc_masked": auc}, "maps": scores(auc, 0),
+            "agreement": {"ari": 0.5}}  # fmt: skip
 
 
 def test_polish_tables_average_seeds_and_count_losing_states(tables):

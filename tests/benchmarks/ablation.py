@@ -59,13 +59,13 @@ def run_row(name: str, row: str, recipe: Recipe, arguments: argparse.Namespace) 
     agreement = judge.agreement(weights.labels())
     entropy = float(np.mean(weights.entropy()))
     floors = {key: without_states(value) for key, value in judge.floors().items()}
-    scores = found["per_image"]
+    scores, maps = found["per_image"], judge.score(runs.kraqen_map(run), weights.labels())
     save(
         result_name,
         {
             "set": name, "row": row, "recipe": recipe.title, "seed": recipe.seed, "epochs": arguments.epochs,
             "training": done.costs(), "per_image": scores, "agreement": agreement, "entropy": entropy,
-            "floors": floors,
+            "maps": without_states(maps), "floors": floors,
         },
     )  # fmt: skip
     print(f"{result_name}: AUC {scores['auc_masked']:.3f}, ARI {agreement['ari']:.3f}", flush=True)

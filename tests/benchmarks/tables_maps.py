@@ -161,7 +161,10 @@ def ablation_table(found: list[dict]) -> str:
     names = [*PAPER, *dict.fromkeys(result["row"] for result in found if result["row"] not in PAPER)]
 
     def auc(row: str, name: str) -> list[float]:
-        return [result["per_image"]["auc_masked"] for result in by.get((row, name), [])]
+        found = by.get((row, name), [])
+        if row in PAPER:
+            return [result["per_image"]["auc_masked"] for result in found]
+        return [result["maps"]["per_image_masked"] for result in found]  # ours ends with maps, not with the network
 
     rows = []
     for row in names:
