@@ -86,6 +86,13 @@ def test_latents_of_another_program(stack, tmp_path, capsys, monkeypatch):
     assert "learnt from both half sets" in capsys.readouterr().err
 
 
+def test_kernel_mode(stack, tmp_path, monkeypatch):
+    out = PolishDir(tmp_path / "maps")
+    latents = ["--z", stack / "z.pkl", "-k", 2, "--mode", "kernel"]
+    assert run(monkeypatch, "polish", *given(stack), *latents, "-o", out.path) == 0
+    assert np.corrcoef(read_map(out.map(0)).data.ravel(), toy.volume(D).numpy().ravel())[0, 1] > 0.9
+
+
 def test_a_run_of_cryodrgn(shared: Path, tmp_path, capsys, monkeypatch):
     folder = shared / "golden" / "cryodrgn_run"
     assert is_cryodrgn_run(folder)
@@ -108,6 +115,9 @@ def test_a_run_of_cryodrgn(shared: Path, tmp_path, capsys, monkeypatch):
         (["--z", "nan.pkl", "-o", "OUT"], "none of the 120 latents is a number"),
         (["--z", "z.pkl", "-o", "OUT", "-d", "31"], "--downsample 31"),
         (["--labels", "labels.pkl", "-o", "OUT", "--basis", "wave"], "--basis wave"),
+        (["--labels", "labels.pkl", "-o", "OUT", "--mode", "kernel"], "needs latents"),
+        (["--z", "z.pkl", "-o", "OUT", "--mode", "prior"], "needs a run of ours"),
+        (["--z", "z.pkl", "-o", "OUT", "--mode", "magic"], "--mode magic"),
     ],
 )
 def test_bad_days(stack, tmp_path, capsys, monkeypatch, extra, message):

@@ -23,9 +23,13 @@ from cryosuite.kernels import shells
 from cryosuite.metrics.plot import line_plot
 from cryosuite.reconstruct.class_sums import MEMORY_GIB, ClassSums, accumulate
 from cryosuite.reconstruct.local import local_gain, local_resolution
+from cryosuite.reconstruct.masks import auto_mask, soft_sphere
 from cryosuite.reconstruct.polish import Polished, PolishOptions, polish, raw_fsc, raw_maps
+from cryosuite.reconstruct.polish_kernel import kernel_maps
+from cryosuite.reconstruct.polish_prior import prior_mean
 from cryosuite.reconstruct.weights import ClassWeights
 
+MODES = ("modal", "kernel", "prior")
 SHOWN_CURVES = 12  # more would hide each other
 
 
@@ -52,23 +56,30 @@ def polish_to(
     *,
     box: int | None = None,
     memory_gib: float = MEMORY_GIB,
+    mode: str = "modal",
+    latents: tuple[np.ndarray, np.ndarray] | None = None,
     prior: torch.Tensor | None = None,
-    half: np.ndarray | None = None,
     **notes: Any,
 ) -> list[PolishedClass]:
     """Polish the classes of a particle set and write everything into a folder; returns the table.
 
     Args:
         box: of the maps when smaller than the particles'.
-        prior: (K, D, D, D) maps of another origin for the first pass.
-        half: (N,) half set of each particle. notes: whatever else polish.yaml is to say.
+        mode: "modal" (`polish`), "kernel" (`polish_kernel`; needs ``latents``), "prior" (`polish_prior`; ``prior``).
+        latents: (N, d) latents and (K, d) the points of the classes. prior: (K, D, D, D) maps of a network.
+        notes: whatever else polish.yaml is to say.
     """
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.summary.unlink(missing_ok=True)  # until the end this folder is not complete
-    with accumulate(
-        particles, weights, half, box=box, memory_gib=memory_gib, scratch=folder.path, progress="backprojection"
-    ) as sums:
-        found = polish(sums, options, prior, "polish")
+    how: dict[str, Any] = {"box": box, "memory_gib": memory_gib, "scratch": folder.path}
+    with accumulate(particles, weights, progress="backprojection", **how) as sums:
+        if mode == "kernel" and latents is not None:
+            found = _by_kernel(particles, weights, latents, options, sums, how)
+        elif mode == "prior" and prior is not None:
+            made = prior_mean(sums, prior)
+            found = Polished(made.maps, made.half_a, made.half_b, made.mask, made.pixel_size, sums.counts, mode)
+        else:
+            found = polish(sums, options, prior, "polish")
         rows, curves = _write_classes(folder, sums, found)
     write_map(folder.mask, found.mask.numpy(), found.pixel_size)
     write_pickle(folder.labels, weights.labels())
@@ -82,11 +93,28 @@ def polish_to(
             "classes": weights.n_classes, "particles": int((weights.labels() >= 0).sum()), "basis": found.basis,
             "box_size": int(found.maps.shape[-1]), "pixel_size": float(found.pixel_size),
             "passes": options.passes, "window_A": options.window_A,
-            "mean_gain_per_pass": [round(float(g), 4) for g in found.gain.mean(1)],
+            "mean_gain_per_pass": [] if found.gain is None else [round(float(g), 4) for g in found.gain.mean(1)],
             "from_mean_of_others": found.from_mean, **notes,
         },
     )  # fmt: skip
     return rows
+
+
+def _by_kernel(
+    particles: ParticleSet,
+    weights: ClassWeights,
+    latents: tuple[np.ndarray, np.ndarray],
+    options: PolishOptions,
+    sums: ClassSums,
+    how: dict[str, Any],
+) -> Polished:
+    """Kernel maps at the points of the classes; particles that belong to no class take no part."""
+    used = np.nonzero(weights.labels() >= 0)[0]
+    made = kernel_maps(
+        particles.subset(used), latents[0][used], latents[1], window_A=options.window_A, progress="kernels", **how
+    )
+    mask = auto_mask(made.maps * soft_sphere(made.maps.shape[-1]))
+    return Polished(made.maps, made.half_a, made.half_b, mask, made.pixel_size, sums.counts, "kernel")
 
 
 def read_polished(folder: PolishDir) -> tuple[ClassWeights, torch.Tensor]:

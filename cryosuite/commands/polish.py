@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +52,13 @@ def main(
     downsample: int = _option(
         None, "-d", "--downsample", help="Box of the maps, smaller than the images'.", panel=MAPS
     ),
+    mode: str = _option(
+        "modal",
+        "--mode",
+        help="modal: the default. kernel: particles weighed by their distance in the latent. prior: a run's own volumes "
+        "as starting point, trusted as far as the data bear them out.",
+        panel=MAPS,
+    ),
     passes: int = _option(
         2, "--passes", help="Rounds after the first, each starting from the maps so far.", panel=MAPS
     ),
@@ -84,7 +93,7 @@ def main(
     """
     import torch
 
-    from cryosuite.analysis.polished import polish_to
+    from cryosuite.analysis.polished import MODES, polish_to
     from cryosuite.console import say
     from cryosuite.data.results import PolishDir, run_polish
     from cryosuite.errors import InputError
@@ -94,9 +103,12 @@ def main(
         torch.set_num_threads(threads)
     if z is not None and labels is not None:
         raise InputError("give either --z or --labels, not both")
+    if mode not in MODES:
+        raise InputError(f"--mode {mode}: expected one of {', '.join(MODES)}")
     options = PolishOptions(passes=passes, window_A=window, basis=basis)
     how = {"poses": poses, "ctf": ctf, "ind": ind, "datadir": datadir, "pixel_size": apix}
-    particles, latents, weights, number = _open(path, epoch, z, labels, how, -1 if invert_data else None)
+    source = _open(path, epoch, z, labels, how, -1 if invert_data else None)
+    particles, number = source.particles, source.epoch
     if number is None and outdir is None:
         raise InputError("-o is missing: name the folder the maps are to be written to")
     out = PolishDir(outdir) if outdir is not None else run_polish(path, number)
@@ -105,23 +117,31 @@ def main(
     box = downsample or particles.box_size
     if not 16 <= box <= particles.box_size or box % 2:
         raise InputError(f"--downsample {box}: an even box from 16 to {particles.box_size} is needed")
-    origin = "shares of the codes" if weights is not None and labels is None else "labels" if labels else "latents"
-    if weights is None:
-        weights = _bins(latents, classes, seed)
-    elif classes is not None:
-        raise InputError("--classes: is for latents; here the classes are given already")
+    weights, more = _classes(source, classes, seed, mode, box)
+    origin = "labels" if labels else "latents" if source.weights is None else "shares of the codes"
     say(f"{int((weights.labels() >= 0).sum()):,} particles in {weights.n_classes} classes, from {origin} -> {out.path}")
     rows = polish_to(
-        out, particles, weights, options, box=box if box != particles.box_size else None, memory_gib=memory,
-        source=str(path), classes_from=origin,
+        out, particles, weights, options, box=box if box != particles.box_size else None, memory_gib=memory, mode=mode,
+        **more, source=str(path), classes_from=origin,
     )  # fmt: skip
     report(rows, out, latent_from_both=labels is None)
 
 
+@dataclass
+class Source:
+    """What is polished: particles, latents or shares or both; of a run also its epoch and its decoder."""
+
+    particles: ParticleSet
+    z: np.ndarray | None = None
+    weights: ClassWeights | None = None
+    epoch: int | None = None
+    decode: Callable[[np.ndarray], np.ndarray] | None = None
+
+
 def _open(
     path: Path, epoch: int | None, z: Path | None, labels: Path | None, how: dict[str, Any], sign: int | None
-) -> tuple[ParticleSet, np.ndarray | None, ClassWeights | None, int | None]:
-    """Particles, latents or shares (one of the two), and the epoch when PATH is a run."""
+) -> Source:
+    """Open what PATH and the options name."""
     from cryosuite.data.cryodrgn_run import is_cryodrgn_run, open_cryodrgn_run
     from cryosuite.data.open import open_particles
     from cryosuite.data.workdir import RunDir
@@ -129,16 +149,16 @@ def _open(
     from cryosuite.formats.pickles import read_latent
     from cryosuite.reconstruct.weights import ClassWeights
 
-    run, number, latents, weights = RunDir(path), None, None, None
+    run = RunDir(path)
     if run.exists():
         given = [f"--{name.replace('_', '-')}" for name, value in how.items() if value and name != "pixel_size"]
         if given:
             raise InputError(f"{', '.join(given)}: the run {path} says itself which particles it was trained on")
         if is_cryodrgn_run(path):
             found = open_cryodrgn_run(path, epoch, how["pixel_size"])
-            particles, latents, number = found.particles, found.z, found.epoch
+            source = Source(found.particles, found.z, epoch=found.epoch)
         else:
-            particles, latents, weights, number = _open_ours(run, epoch)
+            source = _open_ours(run, epoch)
     elif epoch is not None:
         raise InputError(f"--epoch: {path} is not a training run")
     else:
@@ -147,20 +167,21 @@ def _open(
                 f"{path}: is not a training run. For particles say what belongs together: --z latents.pkl or --labels "
                 "labels.pkl"
             )
-        particles = open_particles(path, **how, sign=sign)
+        source = Source(open_particles(path, **how, sign=sign))
+    count = len(source.particles)
     if z is not None:
-        latents, weights = read_latent(z, finite=False)[0], None
-        if len(latents) != len(particles):
-            raise InputError(f"{z}: {len(latents)} latents for {len(particles)} particles: one row each is needed")
+        source.z, source.weights, source.decode = read_latent(z, finite=False)[0], None, None
+        if len(source.z) != count:
+            raise InputError(f"{z}: {len(source.z)} latents for {count} particles: one row each is needed")
     if labels is not None:
         from cryosuite.commands.backproject import class_labels
 
-        weights = ClassWeights.from_labels(class_labels(particles, labels, None, None, None))
-    return particles, latents, weights, number
+        source.weights = ClassWeights.from_labels(class_labels(source.particles, labels, None, None, None))
+    return source
 
 
-def _open_ours(run: Any, epoch: int | None) -> tuple[Any, Any, Any, int]:
-    """Particles, latents or shares and the epoch of one of our runs."""
+def _open_ours(run: Any, epoch: int | None) -> Source:
+    """Particles, latents, shares (where the method has them), epoch and decoder of one of our runs."""
     from cryosuite.formats.pickles import safe_load
     from cryosuite.methods import load_run
     from cryosuite.reconstruct.weights import ClassWeights
@@ -168,13 +189,37 @@ def _open_ours(run: Any, epoch: int | None) -> tuple[Any, Any, Any, int]:
     loaded = load_run(run.path, epoch)
     shares = run.shares(loaded.epoch)
     weights = ClassWeights.from_arrays(safe_load(shares)[0], str(shares)) if shares.is_file() else None
-    return loaded.particles, loaded.z, weights, loaded.epoch
+    return Source(loaded.particles, loaded.z, weights, loaded.epoch, loaded.decode)
 
 
-def _bins(latents: np.ndarray, classes: int | None, seed: int) -> ClassWeights:
-    from cryosuite.reconstruct.bins import bins_of
+def _classes(
+    source: Source, classes: int | None, seed: int, mode: str, box: int
+) -> tuple[ClassWeights, dict[str, Any]]:
+    """The shares, and what the mode needs besides: latents and the points of the classes, or a network's maps."""
+    import numpy as np
+    import torch
 
-    return bins_of(latents, classes, seed)[0]
+    from cryosuite.errors import InputError
+    from cryosuite.reconstruct.bins import bins_of, class_means
+
+    weights, means = source.weights, None
+    if weights is None:
+        weights, means = bins_of(source.z, classes, seed)
+    elif classes is not None:
+        raise InputError("--classes: is for latents; here the classes are given already")
+    if mode == "modal":
+        return weights, {}
+    if source.z is None:
+        raise InputError(f"--mode {mode}: needs latents (a run, or --z); labels alone do not tell distances")
+    means = class_means(source.z, weights) if means is None else means
+    if mode == "kernel":
+        return weights, {"latents": (source.z, means)}
+    if source.decode is None:
+        raise InputError("--mode prior: needs a run of ours, whose network can make volumes")
+    if box != source.particles.box_size:
+        raise InputError("--mode prior: works at the box of the run only (leave out -d)")
+    maps = [source.decode(point[None]) for point in means]
+    return weights, {"prior": torch.from_numpy(np.concatenate(maps)).float()}
 
 
 def report(rows: list[PolishedClass], out: PolishDir, latent_from_both: bool) -> None:

@@ -58,6 +58,17 @@ def bins_of(z: np.ndarray, count: int | None = None, seed: int = 0) -> tuple[Cla
     return ClassWeights.from_labels(labels, count), means
 
 
+def class_means(z: np.ndarray, weights: ClassWeights) -> np.ndarray:
+    """(K, zdim) mean latent of each class by its shares; a class without finite latents gets the mean of all."""
+    good = np.isfinite(z).all(1)
+    values = np.where(good[:, None], z, 0).astype(np.float64)
+    p = weights.matrix.astype(np.float64)
+    mass = p.T @ good.astype(np.float64)
+    means = (p.T @ values) / np.maximum(mass, 1e-30)[:, None]
+    means[mass <= 0] = values.sum(0) / max(int(good.sum()), 1)
+    return means.astype(np.float32)
+
+
 def _groups(points: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """k-means labels and means, numbered along the dendrogram of the means."""
     if count == 1:

@@ -56,7 +56,8 @@ class Polished:
     Attributes:
         maps: polished; half_a, half_b: polished half maps. They share their gains: no resolution may be read from them.
         mask: (D, D, D) around all classes, found in the polished maps.
-        basis: "modal" or "class"; gain: (passes + 1, B) mean gain per band of `polish_gain.band_centres`.
+        basis: "modal" or "class" (or the name of another mode); gain: (passes + 1, B) mean gain per band of
+            `polish_gain.band_centres`, None in other modes.
         counts: (K, 2) particles in each half set; from_mean: classes without particles in one of the halves, which
             hold the mean of the others.
     """
@@ -68,7 +69,7 @@ class Polished:
     pixel_size: float
     counts: np.ndarray
     basis: str
-    gain: Tensor
+    gain: Tensor | None = None
     from_mean: list[int] = field(default_factory=list)
 
 
