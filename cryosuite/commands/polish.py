@@ -55,7 +55,7 @@ def main(
     mode: str = _option(
         "modal",
         "--mode",
-        help="modal: the default. kernel: particles weighed by their distance in the latent. prior: a run's own volumes "
+        help="modal: the default. kernel: particles weighed by distance in the latent. prior: a run's own volumes "
         "as starting point, trusted as far as the data bear them out.",
         panel=MAPS,
     ),
