@@ -23,6 +23,7 @@ COMMANDS = {
     "check": ("check", "Prepare"),
     "backproject": ("backproject", "Reconstruct"),
     "train-hype": ("train_hype", "Train"),
+    "train-kraqen": ("train_kraqen", "Train"),
     "polish": ("polish", "Reconstruct"),
     "analyze": ("analyze", "Look"),
     "eval-fsc": ("eval_fsc", "Look"),

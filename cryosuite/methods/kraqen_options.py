@@ -65,6 +65,7 @@ class KraqenOptions:
     alignment: float = 0.25
     jitter: float = 0.01
     straight_through: bool = False
+    fast: float = 5.0  # learning rate of planes and codes, in units of the network's
     em_finish: int = 6  # closed-form iterations after a network
 
     def __post_init__(self) -> None:
@@ -90,3 +91,51 @@ class KraqenOptions:
     def changed(self, **changes: Any) -> KraqenOptions:
         """These options with some replaced."""
         return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Options of the method and what goes with them in the training of a network field."""
+
+    options: KraqenOptions
+    training: dict[str, Any]
+
+
+_NETWORK = {"lr": 2e-3, "epochs": 20, "batch_size": 100, "warmup": 0.0, "lr_final": 0.1, "grad_clip": 0.0}
+
+PRESETS = {
+    "compositional": Preset(KraqenOptions(), _NETWORK),
+    "conformational": Preset(KraqenOptions(field="triplane", n_codes=32, rank=8), _NETWORK),
+    # the paper gives no K, M, margins or temperatures: these are ours
+    "paper": Preset(
+        KraqenOptions(
+            field="triplane", n_codes=100, rank=50, channels=64, levels=1, features=0, width=1024, layers=3,
+            assign="kernel", kernel="epanechnikov", t_max=13.0, t_min=1.3, anneal="paper", anneal_over=1.0,
+            balance=0.0, split=False, beta=0.05, margin=0.1, loss="l1", em_last=0.0, jitter=0.0, em_finish=0,
+            march_from=1.0, merge=0.0, fast=1.0,
+        ),
+        {"lr": 1e-4, "epochs": 50, "batch_size": 32, "warmup": 0.0, "lr_final": 1.0, "grad_clip": 0.0, "ema": 0.0,
+         "precision": "32"},
+    ),
+}  # fmt: skip
+
+
+def preset(name: str, box_size: int = 0, gpu: bool = False, **changes: Any) -> tuple[str, Preset]:
+    """The preset of a name with some options changed ("auto" is compositional); None in ``changes`` leaves a value.
+
+    Without a GPU the networks of our own presets are small (planes of 8 channels, 2 x 64), as good as larger ones in
+    equal time there. The paper's plane size is D/2.
+
+    Raises:
+        InputError: unknown name, impossible options.
+    """
+    name = "compositional" if name == "auto" else name
+    if name not in PRESETS:
+        raise InputError(f"--preset {name}: expected auto, {', '.join(PRESETS)}")
+    chosen = PRESETS[name]
+    given = {key: value for key, value in changes.items() if value is not None}
+    if name == "paper":
+        given = {"plane_size": box_size // 2} | given
+    elif not gpu:
+        given = {"channels": 8, "features": 32, "width": 64, "layers": 2} | given
+    return name, Preset(chosen.options.changed(**given), dict(chosen.training))

@@ -1,0 +1,240 @@
+"""A run of CryoKRAQEN on disk: from particles to merged codes, maps and tables, and how it is opened again."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cryosuite.data.open import open_particles
+from cryosuite.data.particles import ParticleSet
+from cryosuite.data.spectra import Spectra
+from cryosuite.data.workdir import RunDir
+from cryosuite.errors import InputError, notice
+from cryosuite.formats.atomic import write_text
+from cryosuite.formats.mrc import read_map, write_map
+from cryosuite.formats.pickles import read_latent, safe_load, write_pickle
+from cryosuite.kernels import shells
+from cryosuite.methods import LoadedRun
+from cryosuite.methods.kraqen import Kraqen, describe
+from cryosuite.methods.kraqen_codes import collapsed, embed, finish, merge
+from cryosuite.methods.kraqen_model import KraqenModel
+from cryosuite.methods.kraqen_options import KraqenOptions
+from cryosuite.methods.kraqen_voxel import VoxelEM, VoxelResult
+from cryosuite.reconstruct.backproject import common_pixel_size
+from cryosuite.reconstruct.class_sums import accumulate
+from cryosuite.reconstruct.masks import half_map_mask
+from cryosuite.reconstruct.solve import solve
+from cryosuite.reconstruct.weights import ClassWeights
+from cryosuite.training.checkpoint import load_into, load_state
+from cryosuite.training.loop import fit
+from cryosuite.training.options import TrainOptions
+from cryosuite.training.runs import particles_path
+
+OPENED_WITH = ("poses", "ctf", "ind", "datadir", "pixel_size", "sign")
+NEIGHBOURS = 25  # whose codes are averaged where a continuous latent is turned into a volume
+
+
+@dataclass
+class Code:
+    """One row of the occupancy table.
+
+    particles: sum of shares; labelled: particles whose largest share this is; A at FSC .143 of the half maps (NaN
+    where a half set is empty).
+    """
+
+    number: int
+    particles: float
+    labelled: int
+    share: float
+    resolution: float
+
+
+@dataclass
+class Trained:
+    """What a training gives back; ``codes`` is empty when it was stopped before the end."""
+
+    epoch: int
+    stopped: str = ""
+    exit_code: int = 0
+    codes: tuple[Code, ...] = ()
+    merged: int = 0  # codes that were twins of another
+    warning: str = ""
+
+
+def open_for(path: Path, how: dict[str, Any]) -> ParticleSet:
+    """The particle set of a training, opened as its config says."""
+    return open_particles(path, **{name: how.get(name) for name in OPENED_WITH})
+
+
+def train(
+    particles: ParticleSet, run: RunDir, options: KraqenOptions, training: TrainOptions, resume: bool = False
+) -> Trained:
+    """Train any field, finish in closed form, merge twins and write everything."""
+    if particles.rotation is None:
+        raise InputError(f"{particles.path}: train-kraqen needs poses; none are given (--poses poses.pkl)")
+    run.path.mkdir(parents=True, exist_ok=True)
+    device = "cuda" if torch.cuda.is_available() and training.accelerator != "cpu" else "cpu"
+    if options.field == "voxel":
+        em = VoxelEM(particles, options, training.seed, device)
+        found, epoch = em.run(run=run, resume=resume), options.iterations
+        if found.stopped:
+            return Trained(len(found.history), found.stopped, found.exit_code)
+        return _finish(particles, run, epoch, found, None, options)
+    method = Kraqen(options)
+    fitted = fit(method, particles, run, training, resume=resume)
+    if fitted.stopped:
+        return Trained(fitted.epochs_done, fitted.stopped, fitted.exit_code)
+    p, z = describe(fitted.model, particles)
+    found = finish(particles, p, options, training.seed)
+    if found.stopped:
+        return Trained(fitted.epochs_done, found.stopped, found.exit_code)
+    codes = fitted.model.codes.detach().cpu().numpy().astype(np.float32)
+    return _finish(particles, run, training.epochs, found, (z, codes), options)
+
+
+def _finish(
+    particles: ParticleSet,
+    run: RunDir,
+    epoch: int,
+    found: VoxelResult,
+    latents: tuple[np.ndarray, np.ndarray] | None,
+    options: KraqenOptions,
+) -> Trained:
+    """Merge twins, make the maps of the codes at full box, write the run's files."""
+    before = found.codes.shape[0]
+    merged, groups = merge(found, options.merge)
+    warning = collapsed(merged.usage, merged.p)
+    if latents is None:
+        z, codes = embed(merged)
+    else:
+        z, codes = latents[0], _grouped(latents[1], groups, found.usage)
+    table = write_maps(particles, merged.p, run)
+    write_text(run.occupancy(epoch), occupancy_csv(table))
+    write_pickle(run.shares(epoch), merged.p.to_arrays())
+    write_pickle(run.labels(epoch), merged.p.labels())
+    write_pickle(run.codes(epoch), codes)
+    shift = np.zeros((len(particles), 2), np.float32) if particles.shift is None else particles.shift
+    write_pickle(run.poses(epoch), (particles.rotation, shift))
+    write_pickle(run.index, np.asarray(particles.index, np.int64))
+    write_pickle(run.z(epoch), z)  # last: its presence says that the epoch is complete
+    return Trained(epoch, codes=tuple(table), merged=before - merged.codes.shape[0], warning=warning or "")
+
+
+def _grouped(codes: np.ndarray, groups: np.ndarray, usage: np.ndarray) -> np.ndarray:
+    """Codes (K, M) of a network averaged over the groups they were merged into, weighted by use."""
+    weight = np.maximum(np.asarray(usage, np.float64), 1e-9)
+    out = np.zeros((int(groups.max()) + 1, codes.shape[1]))
+    np.add.at(out, groups[groups >= 0], (codes * weight[:, None])[groups >= 0])
+    return (out / np.bincount(groups[groups >= 0], weight[groups >= 0])[:, None]).astype(np.float32)
+
+
+def write_maps(particles: ParticleSet, p: ClassWeights, run: RunDir) -> list[Code]:
+    """vol_k.mrc of every code at the particles' own box, from one pass over the images; the occupancy table."""
+    labelled = np.bincount(p.labels()[p.labels() >= 0], minlength=p.n_classes)
+    rows: list[Code] = []
+    for old in run.path.glob("vol_*.mrc"):
+        old.unlink()
+    with accumulate(particles, p, scratch=run.path, progress="maps of the codes") as sums:
+        total = max(float(sums.counts.sum()), 1e-30)
+        for k in range(p.n_classes):
+            joint = solve(sums.joint(k))
+            write_map(run.volume(k), joint.numpy(), sums.pixel_size)
+            resolution = float("nan")
+            if (sums.counts[k] > 0).all():
+                a, b = (solve(sums.load(k, h)) for h in (0, 1))
+                mask = half_map_mask(joint, shells.fsc(a, b))
+                resolution = shells.resolution(shells.fsc(a, b, mask), 0.143, joint.shape[-1], sums.pixel_size)
+            count = float(sums.counts[k].sum())
+            rows.append(Code(k, count, int(labelled[k]), count / total, resolution))
+    return rows
+
+
+def occupancy_csv(rows: list[Code]) -> str:
+    """The occupancy table as text."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["code", "particles", "labelled", "share", "resolution_0.143_A"])
+    for row in rows:
+        resolution = "" if np.isnan(row.resolution) else f"{row.resolution:.3f}"
+        writer.writerow([row.number, f"{row.particles:.2f}", row.labelled, f"{row.share:.5f}", resolution])
+    return out.getvalue()
+
+
+# --- opening a run again ---------------------------------------------------------------------------------------------
+
+
+def load(run: RunDir, config: dict[str, Any], epoch: int) -> LoadedRun:
+    """Open a run.
+
+    Mixtures: the volume at a latent is that of the nearest particle, i.e. the codes' maps weighted by its shares.
+    Continuous sets (network fields): the network's linear read-out at the mean of the nearest particles' codes.
+    """
+    options = KraqenOptions.from_dict(config["options"])
+    particles = open_for(particles_path(config, run), config)
+    z = read_latent(run.z(epoch), finite=False)[0]
+    if len(z) != len(particles):
+        raise InputError(f"{run.z(epoch)}: {len(z)} latents for {len(particles)} particles: did the set change?")
+    decode = _from_maps(run, epoch, z) if options.field == "voxel" else _from_network(run, epoch, z, options, particles)
+    pixel_size = float(np.median(particles.pixel_size))
+    return LoadedRun("kraqen", particles, z, epoch, pixel_size, particles.box_size, decode, config)
+
+
+def _near(z: np.ndarray, count: int) -> Callable[[np.ndarray], np.ndarray]:
+    """A function points (k, M) -> rows (k, count) of the nearest finite latents."""
+    from scipy.spatial import cKDTree
+
+    rows = np.flatnonzero(np.isfinite(z).all(1))
+    tree, count = cKDTree(z[rows].astype(np.float64)), min(count, len(rows))
+
+    def near(points: np.ndarray) -> np.ndarray:
+        found = tree.query(np.atleast_2d(np.asarray(points, np.float64)), k=count)[1]
+        return rows[found.reshape(-1, count)]
+
+    return near
+
+
+def _from_maps(run: RunDir, epoch: int, z: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Decoder of the voxel field; the maps are those of the last epoch that was finished."""
+    if epoch != run.last_epoch():
+        notice(f"the maps in {run.path} are those of epoch {run.last_epoch()}, not of epoch {epoch}")
+    p = ClassWeights.from_arrays(safe_load(run.shares(epoch))[0], str(run.shares(epoch)))
+    maps = np.stack([read_map(run.volume(k)).data for k in range(p.n_classes)])
+    near = _near(z, 1)
+
+    def decode(points: np.ndarray) -> np.ndarray:
+        shares = p.rows(near(points)[:, 0]).dense()
+        return np.tensordot(shares, maps, 1).astype(np.float32)
+
+    return decode
+
+
+def _from_network(
+    run: RunDir, epoch: int, z: np.ndarray, options: KraqenOptions, particles: ParticleSet
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Decoder of a network field."""
+    state = load_state(run.weights(epoch), "weights")["model_state_dict"]
+    noise = state.get("noise_amplitude")
+    if noise is None or noise.shape[1] != particles.box_size // 2 + 1:
+        raise InputError(f"{run.weights(epoch)}: not made for particles of box {particles.box_size} ({particles.path})")
+    method = Kraqen(options)
+    nothing = Spectra(torch.ones_like(noise), torch.ones_like(noise[0]))
+    pixel_size = common_pixel_size(particles.pixel_size)
+    model = KraqenModel(particles.box_size, options, nothing, particles.ctf_premultiplied, len(particles), pixel_size)
+    load_into(model, state, run.weights(epoch))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model.eval().to(device)
+    near = _near(z, NEIGHBOURS)
+
+    def decode(points: np.ndarray) -> np.ndarray:
+        smooth = torch.from_numpy(z[near(points)].mean(1).astype(np.float32)).to(device)
+        with torch.no_grad():
+            return method.decode(model, smooth).float().cpu().numpy()
+
+    return decode
