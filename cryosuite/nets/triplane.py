@@ -15,7 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cryosuite.kernels.assignment import Gram
+
 from .inr import FourierFeatures, autocast_dtype, half_space, relu_layer
+
+CHUNK_VALUES = 1 << 20  # numbers in one weighted piece of the hidden layer
 
 __all__ = ["TriplaneFeatures", "CoordinateFeatures", "BasisField"]
 
@@ -109,7 +113,7 @@ class BasisField(nn.Module):
     def parts(self, q: Tensor) -> Tensor:  # (b, P, 3) -> (b, P, 2, M)
         """Real and imaginary part of the basis at q, float32, all of it: for tests and small problems."""
         sign = half_space(q)
-        h = self.hidden(q * sign[..., None]).float()
+        h = self.hidden(q * sign[..., None]).to(self.readout.dtype)
         values = torch.einsum("bpw,cmw->bpcm", h, self.readout)
         return values * torch.stack([torch.ones_like(sign), sign], dim=-1)[..., None]
 
@@ -117,6 +121,47 @@ class BasisField(nn.Module):
         """The basis at any frequencies, cycles per pixel."""
         parts = self.parts(q.reshape(1, -1, 3))[0]
         return torch.complex(parts[:, 0], parts[:, 1]).view(*q.shape[:-1], self.rank)
+
+    def slices(self, h: Tensor, sign: Tensor, codes: Tensor) -> Tensor:
+        """Slices of one or more codes per image, (b, P, J, 2) real and imaginary, float32.
+
+        h: (b, P, width + 1) of `hidden`. sign: (b, P) of `half_space`. codes: (b, J, M).
+        """
+        mixed = torch.einsum("bjm,cmw->bwjc", codes, self.readout).flatten(2)  # (b, width + 1, 2 J)
+        values = (h.to(mixed.dtype) @ mixed).unflatten(2, (-1, 2))
+        return values * torch.stack([torch.ones_like(sign), sign], dim=-1)[:, :, None]
+
+    @torch.no_grad()
+    def gram(self, h: Tensor, sign: Tensor, weight: Tensor, x: Tensor) -> Gram:
+        """G, h, n of kernels.assignment for the basis times weight (b, P) and data x (b, P) complex; no gradient.
+
+        By way of the hidden layer or of the basis itself, whichever takes fewer products.
+        """
+        b, P, W = h.shape
+        data = torch.stack([x.real, x.imag * sign], dim=-1)  # the sign goes to the data: (b, P, 2)
+        direct = 2 * self.rank * (W + self.rank) < W * W
+        flat = self.readout.flatten(0, 1)  # (2 M, width + 1)
+        square = x.real.new_zeros(b, self.rank if direct else W, self.rank if direct else W)
+        cross = x.real.new_zeros(b, 2 * self.rank if direct else W, 2)
+        step = max(1, CHUNK_VALUES // (b * W))
+        for begin in range(0, P, step):
+            at = slice(begin, begin + step)
+            piece = h[:, at].to(weight.dtype) * weight[:, at, None]
+            if direct:
+                piece = piece @ flat.T
+            across = piece.transpose(1, 2)
+            cross.baddbmm_(across, data[:, at])
+            if direct:  # real and imaginary rows below each other
+                piece = piece.unflatten(2, (2, self.rank)).flatten(1, 2)
+                across = piece.transpose(1, 2)
+            square.baddbmm_(across, piece)
+        real, imag = self.readout
+        if direct:
+            found = cross[:, : self.rank, 0] + cross[:, self.rank :, 1]
+        else:
+            found = cross[..., 0] @ real.T + cross[..., 1] @ imag.T
+            square = real @ square @ real.T + imag @ square @ imag.T
+        return Gram(2 * square, 2 * found, 2 * x.abs().square().sum(1))
 
     def rescale(self, factor: Tensor | float) -> None:
         """Multiply all channels but the first by a factor, in place; the gauge of the codes' offsets."""
