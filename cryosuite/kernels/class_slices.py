@@ -32,6 +32,7 @@ __all__ = [
     "ClassAccumulator",
     "class_transforms",
     "class_sums",
+    "class_gram",
     "new_class_accumulator",
     "insert_classes",
     "disc_power",
@@ -136,7 +137,7 @@ def class_sums(
     values, weights, rotation = _operands(values, weights, rotation, disc)
     if transforms.data.device.type != "cpu" or not class_slices_cpu.available():
         return _sums_torch(transforms, values, weights, rotation, disc)
-    h, g = np.empty(shape), np.empty(shape)
+    h, g = np.empty(shape), np.empty((shape[0], 1, shape[1]))
     data, arrays = transforms.data.numpy(), [v.numpy() for v in (values, weights, rotation)]
     xy = disc.xy.numpy()
 
@@ -145,7 +146,34 @@ def class_sums(
         class_slices_cpu.sums(data, v, w, xy, R, transforms.pad, h[begin:end], g[begin:end])
 
     _share(part, shape[0], pool, threads)
-    return torch.from_numpy(h), torch.from_numpy(g)
+    return torch.from_numpy(h), torch.from_numpy(g[:, 0])
+
+
+def class_gram(
+    transforms: ClassTransforms,
+    values: Tensor,  # (b, P) complex, C y / sigma^2
+    weights: Tensor,  # (b, P) real, C^2 / sigma^2
+    rotation: Tensor,  # (b, 3, 3)
+    disc: HalfDisc,
+    pool: Executor | None = None,
+    threads: int = 1,
+) -> tuple[Tensor, Tensor]:  # (b, K, K), (b, K) float64
+    """G_jk = 2 Re sum_p w conj(S_j) S_k and h_k = 2 Re sum_p conj(S_k) v: the system of a mixture of the K volumes."""
+    _check(transforms, disc)
+    K, b = transforms.n_classes, len(rotation)
+    values, weights, rotation = _operands(values, weights, rotation, disc)
+    if transforms.data.device.type != "cpu" or not class_slices_cpu.available():
+        return _gram_torch(transforms, values, weights, rotation, disc)
+    G, h = np.empty((b, K, K)), np.empty((b, K))
+    data, arrays = transforms.data.numpy(), [v.numpy() for v in (values, weights, rotation)]
+    xy = disc.xy.numpy()
+
+    def part(begin: int, end: int) -> None:
+        v, w, R = (array[begin:end] for array in arrays)
+        class_slices_cpu.sums(data, v, w, xy, R, transforms.pad, h[begin:end], G[begin:end])
+
+    _share(part, b, pool, threads)
+    return torch.from_numpy(G), torch.from_numpy(h)
 
 
 def insert_classes(
@@ -216,7 +244,7 @@ def _check(grid: ClassTransforms | ClassAccumulator, disc: HalfDisc) -> None:
 
 
 def _corners(rotation: Tensor, xy: Tensor, pad: int, N: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Voxels (b, P, 8) int64 and trilinear weights (b, P, 8), zero beyond the radius, and (b, P) -1 where conjugated."""
+    """Voxels (b, P, 8) int64, trilinear weights (b, P, 8), zero beyond the radius, (b, P) -1 where conjugated."""
     q = (xy.to(rotation.dtype) * pad) @ rotation[:, :2]
     inside = q.square().sum(-1, keepdim=True) <= (N - 1 + 0.01) ** 2
     q = torch.where(inside, q, 0)
@@ -236,19 +264,36 @@ def _sums_torch(transforms, values, weights, rotation, disc):
     K, N = transforms.n_classes, transforms.data.shape[2] - 1
     table = transforms.data.view(-1, 2 * K)
     h, g = (torch.zeros(len(rotation), K, dtype=torch.float64, device=table.device) for _ in range(2))
-    xy = disc.xy.to(table.device)
+    for points, real, imag in _slices_torch(table, rotation, disc, transforms.pad, N):
+        v = values[:, points]
+        h += 2 * (torch.einsum("bpk,bp->bk", real, v[..., 0]) + torch.einsum("bpk,bp->bk", imag, v[..., 1]))
+        g += 2 * torch.einsum("bpk,bp->bk", real.square().add_(imag.square()), weights[:, points])
+    return h, g
+
+
+def _gram_torch(transforms, values, weights, rotation, disc):
+    """`class_gram` by torch."""
+    K, N, b = transforms.n_classes, transforms.data.shape[2] - 1, len(rotation)
+    table = transforms.data.view(-1, 2 * K)
+    G, h = (torch.zeros(b, *shape, dtype=torch.float64, device=table.device) for shape in ((K, K), (K,)))
+    for points, real, imag in _slices_torch(table, rotation, disc, transforms.pad, N):
+        v, w = values[:, points], weights[:, points, None]
+        h += 2 * (torch.einsum("bpk,bp->bk", real, v[..., 0]) + torch.einsum("bpk,bp->bk", imag, v[..., 1]))
+        G += 2 * (real.transpose(1, 2) @ (real * w) + imag.transpose(1, 2) @ (imag * w))
+    return G, h
+
+
+def _slices_torch(table: Tensor, rotation: Tensor, disc: HalfDisc, pad: int, N: int):
+    """Points and the real and imaginary parts (b, points, K) of the slices there, piece by piece."""
+    K, xy = table.shape[1] // 2, disc.xy.to(table.device)
     step = max(1, CHUNK // (2 * K * max(1, len(rotation))))
     for begin in range(0, len(disc), step):
         points = slice(begin, begin + step)
-        corners, share, conjugate = _corners(rotation, xy[points], transforms.pad, N)
+        corners, share, conjugate = _corners(rotation, xy[points], pad, N)
         part = torch.zeros(*conjugate.shape, 2 * K, device=table.device)
         for corner in range(8):
             part.addcmul_(table[corners[..., corner]], share[..., corner, None])
-        real, imag = part[..., :K], part[..., K:]
-        v = values[:, points]
-        h += 2 * (torch.einsum("bpk,bp->bk", real, v[..., 0]) + torch.einsum("bpk,bp->bk", imag, v[..., 1] * conjugate))
-        g += 2 * torch.einsum("bpk,bp->bk", real.square().add_(imag.square()), weights[:, points])
-    return h, g
+        yield points, part[..., :K], part[..., K:] * conjugate[..., None]
 
 
 def _insert_torch(acc, values, weights, rows, rotation, disc):

@@ -44,11 +44,12 @@ def sums(
     rotation: np.ndarray,  # (b, 3, 3) float32
     pad: int,
     h: np.ndarray,  # (b, K) float64, written
-    g: np.ndarray,  # (b, K) float64, written
+    g: np.ndarray,  # (b, 1, K) or (b, K, K) float64, written
 ) -> None:
-    """Whole-disc sums of every image with every class; see `class_slices.class_sums`."""
+    """Whole-disc sums of every image with every class, or with every pair of them; see `class_slices`."""
     n, nx, classes = data.shape[1], data.shape[2], data.shape[4]
-    _compiled()[0](data.reshape(-1), n, nx, classes, values, weights, xy, rotation, pad, h, g)
+    gram = g.shape[1] == classes and classes > 1
+    _compiled()[0](data.reshape(-1), n, nx, classes, values, weights, xy, rotation, pad, h, g, gram)
 
 
 def insert(
@@ -70,18 +71,16 @@ def insert(
     _compiled()[1](data.reshape(-1), n, nx, *arrays, pad, shares, classes, rows, first, last)
 
 
-def _sums(flat, n, nx, K, values, weights, xy, rotation, pad, h, g):
+def _sums(flat, n, nx, K, values, weights, xy, rotation, pad, h, g, gram):
     N = nx - 1
     limit = (N - 1 + 0.01) ** 2
     K2 = 2 * K
     step_y, step_z = nx * K2, n * nx * K2
     one = np.float32(1)
     part = np.empty(K2, np.float32)  # one point's slice values
-    hs, gs = np.empty(K, np.float32), np.empty(K, np.float32)
+    hs, gs = np.zeros(K, np.float32), np.zeros((K if gram else 1, K), np.float32)
     for b in range(rotation.shape[0]):
         R = rotation[b]
-        hs[:] = 0
-        gs[:] = 0
         h[b] = 0
         g[b] = 0
         for p in range(xy.shape[0]):
@@ -110,11 +109,20 @@ def _sums(flat, n, nx, K, values, weights, xy, rotation, pad, h, g):
                             part[j] += low * flat[o + j] + high * flat[o + K2 + j]
                 for k in range(K):
                     hs[k] += vr * part[k] + vi * part[K + k]
-                    gs[k] += w * (part[k] * part[k] + part[K + k] * part[K + k])
+                if gram:
+                    for j in range(K):
+                        real, imag = w * part[j], w * part[K + j]
+                        for k in range(K):
+                            gs[j, k] += real * part[k] + imag * part[K + k]
+                else:
+                    for k in range(K):
+                        gs[0, k] += w * (part[k] * part[k] + part[K + k] * part[K + k])
             if p % FLUSH == FLUSH - 1 or p == xy.shape[0] - 1:
                 for k in range(K):
                     h[b, k] += 2 * hs[k]
-                    g[b, k] += 2 * gs[k]
+                for j in range(gs.shape[0]):
+                    for k in range(K):
+                        g[b, j, k] += 2 * gs[j, k]
                 hs[:] = 0
                 gs[:] = 0
 

@@ -2,8 +2,8 @@
 
 A code is a map in the cluster box. The E-step scores every image against all K slices in one gather
 (kernels.class_slices), the M-step is a pooled Wiener filter of the weighted sums (kraqen_maps). Both happen in one pass
-over the images of an iteration. Images come in fresh random subsets that grow, the last iterations take all of them; the
-radius grows over the first half; codes that nobody uses become copies of the busiest.
+over the images of an iteration. Images come in fresh random subsets that grow, the last iterations take all of them;
+the radius grows over the first half; codes that nobody uses become copies of the busiest.
 
 Memory: coefficients of all images in the cluster box where they fit 4 GiB (19 KB each at D = 64: 1.9 GiB for 100,000),
 else they are read again in every iteration; grids of 20 bytes per voxel and code (23 MB at D = 64: 2.9 GiB for K = 128,
@@ -137,7 +137,7 @@ class VoxelEM:
         sizes = [len(self.rows(i, total, start is not None)) for i in range(total)]
         done = sum(sizes[: state.iteration]) if state else 0
         bar = Progress(sum(sizes), "train kraqen", "images", done) if progress else nullcontext()
-        with self._threads(), StopSignals() as signals, bar:
+        with self.threads_of_torch(), StopSignals() as signals, bar:
             state = state or State(0, self._first(start), np.full(self.codes, 1 / self.codes))
             while state.iteration < total and not stopped:
                 found = self._iterate(state, total, start is not None, signals, bar if progress else None)
@@ -207,7 +207,8 @@ class VoxelEM:
         usage = p.usage() / max(p.usage().sum(), 1e-30)
         pairs = []
         if o.split and not everything and done % 2 == 1 and done + 1 <= total - NO_SPLIT_LAST:
-            generator = torch.Generator().manual_seed(int(np.random.SeedSequence([self.seed, 2, done]).generate_state(1)[0]))
+            seed = np.random.SeedSequence([self.seed, 2, done]).generate_state(1)[0]
+            generator = torch.Generator().manual_seed(int(seed))
             pairs = split_dead(volumes, counts, DEAD / self.codes, generator)
             for dead, parent in pairs:
                 usage[dead] = usage[parent] = usage[parent] / 2
@@ -238,7 +239,7 @@ class VoxelEM:
         if len(self._groups(step.r_max)) == 1:
             transforms = kernel.class_transforms(volumes.to(self.device), step.r_max)
             acc = kernel.new_class_accumulator(self.codes, step.r_max, device=self.device)
-            for chunk in self._chunks(rows, step.r_max):
+            for chunk in self.chunks(rows, step.r_max):
                 step.score(chunk, [self._sums(transforms, chunk, disc)])
                 self._insert(acc, chunk, step.shares(-1), disc)
                 if bar is not None:
@@ -251,13 +252,13 @@ class VoxelEM:
         for group in self._groups(step.r_max):
             transforms = kernel.class_transforms(volumes[group].to(self.device), step.r_max)
             part = []
-            for chunk in self._chunks(rows, step.r_max):
+            for chunk in self.chunks(rows, step.r_max):
                 part.append([value.float() for value in self._sums(transforms, chunk, disc)])
                 if signals.received:
                     return None
             found.append(part)
             del transforms
-        for number, chunk in enumerate(self._chunks(rows, step.r_max)):
+        for number, chunk in enumerate(self.chunks(rows, step.r_max)):
             step.score(chunk, [part[number] for part in found])
             if bar is not None:
                 bar.advance(len(chunk.rows))
@@ -275,7 +276,8 @@ class VoxelEM:
             acc, chunk.values, chunk.weights, rows, chunk.rotation, disc, self.pool, self.threads
         )
 
-    def _chunks(self, rows: np.ndarray, r_max: int) -> Iterator[Chunk]:
+    def chunks(self, rows: np.ndarray, r_max: int) -> Iterator[Chunk]:
+        """Coefficients of some rows, on the device of the grids."""
         for chunk in self.images.chunks(rows, r_max):
             yield chunk if self.device.type == "cpu" else Chunk(chunk.rows, *(v.to(self.device) for v in chunk[1:]))
 
@@ -294,7 +296,7 @@ class VoxelEM:
         for group in np.array_split(np.arange(p.n_classes), -(-p.n_classes * len(self._groups(r_max)) // self.codes)):
             part = p.columns(group)
             acc = kernel.new_class_accumulator(len(group), r_max, device=self.device)
-            for chunk in self._chunks(np.flatnonzero(np.diff(part.indptr)), r_max):
+            for chunk in self.chunks(np.flatnonzero(np.diff(part.indptr)), r_max):
                 self._insert(acc, chunk, part.rows(chunk.rows), disc)
                 if signals is not None and signals.received:
                     break
@@ -309,8 +311,21 @@ class VoxelEM:
             keep = np.repeat(half == h, np.diff(p.indptr))
             starts = np.concatenate([[0], np.cumsum(np.diff(p.indptr) * (half == h))]).astype(np.int64)
             tables.append(ClassWeights(p.data[keep], p.indices[keep], starts, p.n_classes))
-        with self._threads():
+        with self.threads_of_torch():
             return self.maps(tables[0], r_max), self.maps(tables[1], r_max)
+
+    def scores(self, maps: Tensor, rows: np.ndarray, r_max: int) -> np.ndarray:
+        """Log-likelihoods (n, K) of some images under maps (K, d, d, d), up to a constant of the image."""
+        disc, out = fourier.half_disc(self.box, r_max, self.device), np.zeros((len(rows), len(maps)))
+        fit = max(1, int(self.memory // kernel.grid_bytes(r_max)))
+        for begin in range(0, len(maps), fit):
+            transforms, at = kernel.class_transforms(maps[begin : begin + fit].to(self.device), r_max), 0
+            for chunk in self.chunks(rows, r_max):
+                h, g = self._sums(transforms, chunk, disc)
+                part = assignment.likelihood_from_sums(h, g).cpu().numpy()
+                out[at : at + len(part), begin : begin + fit] = part
+                at += len(part)
+        return out
 
     def _maps(self, acc: kernel.ClassAccumulator) -> Tensor:
         if acc.r_max not in self._wiener:
@@ -321,7 +336,7 @@ class VoxelEM:
     # --- threads, saving, resuming -----------------------------------------------------------------------------------
 
     @contextmanager
-    def _threads(self) -> Iterator[None]:
+    def threads_of_torch(self) -> Iterator[None]:
         """Compiled loops in as many threads as torch had; torch itself in one, or sums would depend on their number."""
         if self.pool is not None:
             yield

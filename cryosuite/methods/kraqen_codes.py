@@ -1,0 +1,182 @@
+"""What becomes of the codes after the EM: twins are merged, unused ones dropped, particles embedded, collapse told."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cryosuite.kernels import assignment, fourier
+from cryosuite.kernels import class_slices as kernel
+from cryosuite.methods.kraqen_twins import correlation_groups, twin_groups
+from cryosuite.reconstruct.weights import ClassWeights
+
+if TYPE_CHECKING:
+    from cryosuite.data.particles import ParticleSet
+    from cryosuite.methods.kraqen_options import KraqenOptions
+    from cryosuite.methods.kraqen_voxel import VoxelEM, VoxelResult
+
+MERGE_RADIUS = 0.25  # of D: coarser detail decides which codes are twins
+AGREEMENT = 0.3  # correlation of a code's half maps below which nothing can be said about it
+AFTER_MERGE = 2  # iterations on all images once twins are one
+COMPONENTS = 16  # of the embedding at most
+UNUSED = 0.5  # particles
+
+
+def merge(
+    result: VoxelResult, threshold: float = 0.97, rule: str = "likelihood"
+) -> tuple[VoxelResult, np.ndarray]:
+    """Make one code of twins, drop unused codes, number the rest by use, and let all images choose again.
+
+    Args:
+        threshold: 0 merges nothing. With the rule "correlation": codes whose half maps correlate more than this once
+            corrected for noise, within D/4 (KRAQEN.md, section 5).
+        rule: "likelihood" merges where images of the other half set prefer the joint map (`kraqen_twins`); it needs no
+            threshold.
+
+    Returns:
+        The result of the remaining codes and (K,) int64 the new number of each code, -1 for dropped ones.
+    """
+    engine, p = result.engine, result.p
+    used = np.flatnonzero(p.usage() > UNUSED)
+    groups = np.full(p.n_classes, -1, np.int64)
+    if not len(used):
+        return result, np.zeros(p.n_classes, np.int64)
+    groups[used] = np.arange(len(used))
+    if threshold > 0 and len(used) > 1:
+        part = p.columns(used)
+        with engine.threads_of_torch():
+            if rule == "likelihood":
+                groups[used] = twin_groups(engine, part, engine.seed)
+            else:
+                groups[used] = correlation_groups(engine, part, threshold, MERGE_RADIUS, AGREEMENT)
+    p = _grouped(p, groups)
+    order = np.argsort(-p.usage(), kind="stable")
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    groups[used] = place[groups[used]]
+    p = p.columns(order)
+    if len(order) < len(used):
+        again = refine(engine, p, AFTER_MERGE)
+        return replace(again, history=result.history, stopped=result.stopped), groups
+    return replace(result, codes=result.codes[used[order]], p=p, usage=p.usage()), groups
+
+
+def _grouped(p: ClassWeights, groups: np.ndarray) -> ClassWeights:
+    """Shares of groups of codes; what dropped codes (-1) had is spread over the rest of the row."""
+    kept = np.flatnonzero(groups >= 0)
+    merged = p.columns(kept).merged(groups[kept])
+    rows = np.repeat(np.arange(len(p)), np.diff(merged.indptr))
+    total = np.bincount(rows, merged.data, minlength=len(p))
+    return replace(merged, data=(merged.data / np.maximum(total[rows], 1e-30)).astype(np.float32))
+
+
+def refine(engine: VoxelEM, p: ClassWeights, iterations: int) -> VoxelResult:
+    """EM on all images from given shares, without splitting, with the images an engine has already read."""
+    before = engine.options, engine.codes
+    engine.options, engine.codes = engine.options.changed(em_finish=iterations), p.n_classes
+    try:
+        return engine.run(start=p, progress=False)
+    finally:
+        engine.options, engine.codes = before
+
+
+def finish(particles: ParticleSet, p: ClassWeights, options: KraqenOptions, seed: int = 0) -> VoxelResult:
+    """The closed-form finish of a network field: ``em_finish`` iterations from its shares, or its maps alone (0)."""
+    from cryosuite.methods.kraqen_voxel import VoxelEM, VoxelResult
+
+    engine = VoxelEM(particles, options.changed(n_codes=p.n_classes), seed)
+    if options.em_finish:
+        return engine.run(start=p)
+    return VoxelResult(engine.maps(p), p, p.usage(), engine)
+
+
+# --- the embedding ---------------------------------------------------------------------------------------------------
+
+
+def embed(result: VoxelResult) -> tuple[np.ndarray, np.ndarray]:
+    """Where particles and codes lie along the principal components of the codes' maps.
+
+    The components are those of the maps weighted by use, at most 16, orthonormal in the voxels. A particle's place is
+    its MAP estimate (`assignment.map_codes`): the mixture of components that explains the image best, drawn towards the
+    mean of its codes as far as the image is noisy.
+
+    Returns:
+        z (N, M) float32 and codes (K, M) float32, M = min(K - 1, 16), at least 1.
+    """
+    engine, p = result.engine, result.p
+    mean, basis, codes = principal_components(result.codes, result.usage)
+    z = torch.zeros(engine.count, codes.shape[1])
+    variance = assignment.code_variance(codes)
+    own = torch.from_numpy((p.matrix @ codes.double().numpy()).astype(np.float32))  # sum_k p_ik c_k
+    if not float(variance) > 0:
+        return own.numpy(), codes.numpy()
+    r_max = engine.box // 2
+    transforms = kernel.class_transforms(torch.cat([mean[None], basis]).to(engine.device), r_max)
+    disc = fourier.half_disc(engine.box, r_max, engine.device)
+    with engine.threads_of_torch():
+        for chunk in engine.chunks(np.arange(engine.count), r_max):
+            G, h = kernel.class_gram(
+                transforms, chunk.values, chunk.weights, chunk.rotation, disc, engine.pool, engine.threads
+            )
+            system = assignment.Gram(G[:, 1:, 1:], h[:, 1:] - G[:, 0, 1:], h.new_zeros(len(h)))
+            z[chunk.rows] = assignment.map_codes(system, own[chunk.rows].to(G), variance.to(G)).float().cpu()
+    return z.numpy(), codes.numpy()
+
+
+def principal_components(maps: Tensor, usage: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (d, d, d), components (M, d, d, d) and coordinates (K, M) of maps (K, d, d, d), weighted by use."""
+    K, shape = len(maps), maps.shape[1:]
+    weight = torch.from_numpy(np.asarray(usage, np.float64))
+    weight = weight / weight.sum().clamp_min(1e-30)
+    flat = maps.flatten(1).double()
+    mean = weight @ flat
+    offset = flat - mean
+    root = weight.sqrt()[:, None]
+    values, vectors = torch.linalg.eigh((offset * root) @ (offset * root).T)
+    count = max(1, min(K - 1, COMPONENTS))
+    values, vectors = values.flip(0)[:count].clamp_min(0), vectors.flip(1)[:, :count]
+    scale = torch.where(values > 1e-12 * values.max().clamp_min(1e-300), values.clamp_min(1e-300).rsqrt(), 0.0)
+    basis = scale[:, None] * (vectors.T @ (offset * root))
+    sign = torch.sign(basis.gather(1, basis.abs().argmax(1, keepdim=True))) + (scale == 0)[:, None]
+    basis = basis * sign
+    codes = offset @ basis.T
+    return mean.reshape(shape).float(), basis.reshape(count, *shape).float(), codes.float()
+
+
+# --- collapse --------------------------------------------------------------------------------------------------------
+
+
+def collapsed(usage: np.ndarray, p: ClassWeights) -> str | None:
+    """A sentence for the user when the codes tell nothing apart; None when they do.
+
+    Args:
+        usage: (K,) particles per code. p: the shares.
+    """
+    usage = np.asarray(usage, np.float64)
+    total, K = usage.sum(), len(usage)
+    seen = np.diff(p.indptr) > 0
+    if not total > 0:
+        return "No particle could be assigned to any code: are the images and the CTF right?"
+    if K == 1:
+        return (
+            "Only one code is left: as far as this run can tell, all particles show the same state. If more are "
+            "expected, raise --n-codes, check the poses, or look for smaller changes with --field triplane."
+        )
+    if usage.max() > 0.97 * total:
+        return (
+            f"{usage.max() / total:.0%} of the particles went to one of {K} codes: the run collapsed, or the particles "
+            "show one state. Try --n-codes, another --seed, or more particles."
+        )
+    live = math.exp(float(-(usage[usage > 0] / total * np.log(usage[usage > 0] / total)).sum()))
+    uncertainty = float(p.entropy()[seen].mean()) / max(math.log(live), 1e-9)
+    if uncertainty > 0.9:
+        return (
+            f"The assignments are undecided ({uncertainty:.0%} of the largest possible uncertainty): the images are "
+            "too noisy to be told apart, or the noise spectrum is wrong. The codes' maps should not be read as states."
+        )
+    return None
