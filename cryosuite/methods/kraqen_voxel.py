@@ -32,11 +32,13 @@ from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError, notice
 from cryosuite.kernels import assignment, fourier
 from cryosuite.kernels import class_slices as kernel
+from cryosuite.methods.kraqen_expectation import Expectation
 from cryosuite.methods.kraqen_images import CACHE_GIB, Chunk, ClusterImages
 from cryosuite.methods.kraqen_maps import Wiener, code_maps, split_dead
 from cryosuite.methods.kraqen_options import KraqenOptions
 from cryosuite.reconstruct.weights import ClassWeights
 from cryosuite.training import checkpoint
+from cryosuite.training.guard import describe_images
 from cryosuite.training.logs import MetricsLog, RunLog
 from cryosuite.training.options import plain
 from cryosuite.training.schedule import march
@@ -47,6 +49,7 @@ LAST_ON_ALL = 4  # iterations
 GROWTH = 4.0  # of the subset, from the first to the last one that is not the whole set
 DEAD = 0.2  # of 1/K: share of the images below which a code is dead
 NO_SPLIT_LAST = 3  # iterations
+SETTLED = 1e-3  # share of the images whose best code changed, below which the EM ends
 
 
 @dataclass
@@ -58,6 +61,7 @@ class State:
     usage: np.ndarray  # (K,) share of the images, sum 1
     p: ClassWeights | None = None  # of all images, once an iteration has seen them all
     seconds: float = 0.0
+    settled: bool = False  # hardly an image changed its code: more iterations would change nothing
 
 
 @dataclass
@@ -139,7 +143,7 @@ class VoxelEM:
         bar = Progress(sum(sizes), "train kraqen", "images", done) if progress else nullcontext()
         with self.threads_of_torch(), StopSignals() as signals, bar:
             state = state or State(0, self._first(start), np.full(self.codes, 1 / self.codes))
-            while state.iteration < total and not stopped:
+            while state.iteration < total and not stopped and not state.settled:
                 found = self._iterate(state, total, start is not None, signals, bar if progress else None)
                 if found is None:
                     stopped = signals.received
@@ -151,6 +155,9 @@ class VoxelEM:
                     metrics.write(record)
                 if on_iteration is not None:
                     on_iteration(state, record)
+        if self.images.bad.any():
+            rows = np.flatnonzero(self.images.bad)
+            notice(f"{len(rows)} of {self.count} images were left out. {describe_images(self.particles, rows[:100])}")
         if log is not None:
             log.write(f"stopped by {stopped} after iteration {state.iteration}" if stopped else "finished")
         p = state.p if state.p is not None else ClassWeights.from_labels(np.full(self.count, -1), self.codes)
@@ -196,7 +203,7 @@ class VoxelEM:
         r_max = self.box // 2 if everything else self.radius(done / total)
         temperature = assignment.annealed(fraction, o.t_max, o.t_min, o.anneal_over, o.anneal)
         strength = 0.0 if everything else assignment.balance_strength(fraction, o.balance)
-        step = _Expectation(self, state.usage, temperature, strength, r_max)
+        step = Expectation(self, state.usage, temperature, strength, r_max)
         rows = self.rows(done, total, everything)
         sums = self._pass(state.volumes, rows, step, signals, bar)
         if sums is None:
@@ -231,9 +238,10 @@ class VoxelEM:
             "seconds": state.seconds + seconds,
         }
         whole = p if len(rows) == self.count else None
-        return State(done + 1, volumes, usage, whole, state.seconds + seconds), record
+        settled = whole is not None and state.p is not None and not pairs and _changed(state.p, whole) < SETTLED
+        return State(done + 1, volumes, usage, whole, state.seconds + seconds, settled), record
 
-    def _pass(self, volumes: Tensor, rows: np.ndarray, step: _Expectation, signals: StopSignals, bar: Progress | None):
+    def _pass(self, volumes: Tensor, rows: np.ndarray, step: Expectation, signals: StopSignals, bar: Progress | None):
         """E-step and sums of some images; the new maps, or None when a signal asked to stop."""
         disc = fourier.half_disc(self.box, step.r_max, self.device)
         if len(self._groups(step.r_max)) == 1:
@@ -361,7 +369,7 @@ class VoxelEM:
         """Write the checkpoint of an iteration."""
         p = None if state.p is None else [torch.from_numpy(part) for part in state.p.to_arrays()]
         values = {"iteration": state.iteration, "volumes": state.volumes, "usage": torch.from_numpy(state.usage)}
-        values |= {"p": p, "seconds": state.seconds, "history": history, "field": "voxel", **self._identity()}
+        values |= {"settled": state.settled, "p": p, "seconds": state.seconds, "history": history, "field": "voxel", **self._identity()}
         checkpoint.save_state(run.checkpoint, {"format": checkpoint.FORMAT, "version": __version__, **values})
 
     def _resume(self, run: RunDir) -> tuple[State, list[dict[str, Any]]]:
@@ -373,43 +381,10 @@ class VoxelEM:
         checkpoint.remove_leftovers(path)
         p = None if stored["p"] is None else ClassWeights.from_arrays([v.numpy() for v in stored["p"]], str(path))
         state = State(stored["iteration"], stored["volumes"], stored["usage"].numpy(), p, stored["seconds"])
+        state.settled = stored["settled"]
         return state, list(stored["history"])
 
 
-class _Expectation:
-    """The E-step: from sums to shares, chunk by chunk, with what is counted on the way."""
-
-    def __init__(self, engine: VoxelEM, usage: np.ndarray, temperature: float, strength: float, r_max: int) -> None:
-        self.engine, self.r_max, self.temperature, self.strength = engine, r_max, temperature, strength
-        self.usage = torch.from_numpy(usage).to(engine.device)
-        self.parts: list[ClassWeights] = []
-        self.log_likelihood = 0.0
-
-    def score(self, chunk: Chunk, sums: list) -> None:
-        """Shares of a chunk from its sums (h, g) with every group of codes."""
-        o, images = self.engine.options, self.engine.images
-        h, g = (torch.cat([part[i] for part in sums], 1).double() for i in (0, 1))
-        power = kernel.disc_power(chunk.values, chunk.weights)
-        points = 2.0 * chunk.values.shape[1]
-        values = assignment.scores_from_sums(o.assign, h, g, power)
-        logits = assignment.logits(o.assign, values, points, images.signal, o.kernel)
-        p = torch.softmax(assignment.balance(logits, self.usage, self.strength) / self.temperature, 1).cpu().numpy()
-        p[images.bad[chunk.rows]] = 0
-        self.parts.append(ClassWeights.from_dense(p, o.sparse))
-        likelihood = assignment.likelihood_from_sums(h, g)
-        self.log_likelihood += float((torch.logsumexp(likelihood, 1) - math.log(likelihood.shape[1])).sum())
-
-    def shares(self, number: int) -> ClassWeights:
-        """Shares of one chunk."""
-        return self.parts[number]
-
-    def table(self, rows: np.ndarray | None = None, count: int = 0) -> ClassWeights:
-        """Shares of all chunks so far; with ``rows`` as a table of ``count`` particles, empty where not in ``rows``."""
-        lengths = np.concatenate([np.diff(part.indptr) for part in self.parts])
-        if rows is not None:
-            spread = np.zeros(count, np.int64)
-            spread[rows] = lengths
-            lengths = spread
-        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        data = np.concatenate([part.data for part in self.parts])
-        return ClassWeights(data, np.concatenate([part.indices for part in self.parts]), starts, self.engine.codes)
+def _changed(before: ClassWeights, now: ClassWeights) -> float:
+    """Share of the images whose best code is another one."""
+    return float((before.labels() != now.labels()).mean())
