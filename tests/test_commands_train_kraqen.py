@@ -1,0 +1,170 @@
+"""``cryosuite train-kraqen``: from a mixture to codes, maps and tables; networks; resume; bad days."""
+
+from __future__ import annotations
+
+import csv
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import reconstruct_toy as toy
+
+from cryosuite.cli import main
+from cryosuite.data.workdir import RunDir
+from cryosuite.formats.mrc import read_map
+from cryosuite.formats.pickles import write_pickle
+from cryosuite.formats.stacks import StackWriter
+from cryosuite.methods import load_run
+from cryosuite.methods.kraqen_options import KraqenOptions, preset
+from cryosuite.reconstruct.weights import ClassWeights
+
+N, D = 240, 24
+SHAPES = (toy.CENTRES * 0.7, -toy.CENTRES[:, [1, 0, 2]] * 0.7, toy.CENTRES[:, [2, 0, 1]] * [0.7, -0.7, 0.7])
+QUICK = ["--n-codes", 5, "-i", 8, "--threads", 1]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """The exit code of a command, as the shell sees it."""
+    monkeypatch.setattr(sys, "argv", ["cryosuite", *map(str, arguments)])
+    try:
+        main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory) -> Path:
+    """Three molecules, 80 images each, shuffled, as cryoDRGN writes them; true labels beside."""
+    folder = tmp_path_factory.mktemp("mixture")
+    sets = [toy.particles(N // 3, D, 0.7, seed, 1.0, centres=c) for seed, c in enumerate(SHAPES)]
+    order = np.random.default_rng(0).permutation(N)
+    images = np.concatenate([s.read(np.arange(len(s))) for s in sets])[order]
+    with StackWriter(folder / "p.mrcs", N, D, toy.PIXEL) as out:
+        out.write(images)
+    rotation, shift, ctf = (np.concatenate([getattr(s, n) for s in sets])[order] for n in ("rotation", "shift", "ctf"))
+    write_pickle(folder / "poses.pkl", (rotation, shift))
+    write_pickle(folder / "ctf.pkl", ctf)
+    write_pickle(folder / "labels.pkl", np.repeat([0, 1, 2], N // 3)[order])
+    return folder
+
+
+def given(folder: Path) -> list[object]:
+    return [folder / "p.mrcs", "--poses", folder / "poses.pkl", "--ctf", folder / "ctf.pkl"]
+
+
+def test_a_mixture_is_sorted_and_written(mixture, tmp_path, capsys, monkeypatch):
+    from sklearn.metrics import adjusted_rand_score
+
+    out = RunDir(tmp_path / "run")
+    assert run(monkeypatch, "train-kraqen", *given(mixture), "-o", out.path, *QUICK) == 0
+    assert "next: cryosuite polish" in capsys.readouterr().err
+    truth = pickle.loads((mixture / "labels.pkl").read_bytes())
+    labels = pickle.loads(out.labels(8).read_bytes())
+    assert adjusted_rand_score(truth, labels) > 0.8
+    p = ClassWeights.from_arrays(pickle.loads(out.shares(8).read_bytes()))
+    np.testing.assert_array_equal(p.labels(), labels)
+    np.testing.assert_allclose(p.dense().sum(1), 1, atol=1e-4)
+    rows = list(csv.DictReader(out.occupancy(8).open()))
+    assert len(rows) == p.n_classes and sum(int(row["labelled"]) for row in rows) == N
+    # the map of a code is the molecule that most of its particles show, with the right grey values
+    for k in range(p.n_classes):
+        members = truth[labels == k]
+        if len(members) < 40:
+            continue
+        true = toy.volume(D, SHAPES[np.bincount(members).argmax()]).numpy()
+        assert np.corrcoef(read_map(out.volume(k)).data.ravel(), true.ravel())[0, 1] > 0.9
+
+
+def test_the_run_is_opened_like_any_other(mixture, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    assert run(monkeypatch, "train-kraqen", *given(mixture), "-o", out, *QUICK) == 0
+    loaded = load_run(out)
+    assert loaded.name == "kraqen" and loaded.z.shape[0] == N and np.isfinite(loaded.z).all()
+    p = ClassWeights.from_arrays(pickle.loads(RunDir(out).shares(8).read_bytes()))
+    maps = np.stack([read_map(RunDir(out).volume(k)).data for k in range(p.n_classes)])
+    np.testing.assert_allclose(loaded.decode(loaded.z[:3]), np.tensordot(p.rows([0, 1, 2]).dense(), maps, 1), atol=1e-5)
+    assert run(monkeypatch, "polish", out, "--passes", 0, "--threads", 1) == 0
+    assert (out / "polish.8" / "vol_000.mrc").exists()
+
+
+def test_resume_gives_the_same_run_and_a_run_is_not_overwritten(mixture, tmp_path, capsys, monkeypatch):
+    one = tmp_path / "one"
+    assert run(monkeypatch, "train-kraqen", *given(mixture), "-o", one, *QUICK) == 0
+    before = {name: (one / name).read_bytes() for name in ("labels.8.pkl", "vol_000.mrc", "z.8.pkl")}
+    assert run(monkeypatch, "train-kraqen", *given(mixture), "-o", one, *QUICK) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    for name in before:
+        (one / name).unlink()
+    assert run(monkeypatch, "train-kraqen", *given(mixture), "-o", one, "--resume", "--threads", 1) == 0
+    for name, contents in before.items():
+        after = (one / name).read_bytes()
+        assert after == contents or name.endswith(".mrc") and after[1024:] == contents[1024:], name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("field", ["triplane", "fourier"])
+def test_network_fields_end_in_maps_too(mixture, tmp_path, monkeypatch, field):
+    out = RunDir(tmp_path / "run")
+    more = ["--field", field, "--n-codes", 5, "--rank", 5, "-n", 15, "-b", 20, "--em-finish", 4, "--threads", 1]
+    assert run(monkeypatch, "train-kraqen", *given(mixture), "-o", out.path, *more) == 0
+    loaded = load_run(out.path)
+    assert loaded.z.shape == (N, 5)
+    volumes = loaded.decode(loaded.z[:2])
+    assert volumes.shape == (2, D, D, D) and np.isfinite(volumes).all()
+    best = 0.0
+    for true in (toy.volume(D, shape).numpy().ravel() for shape in SHAPES):
+        found = [np.corrcoef(read_map(out.volume(0)).data.ravel(), true)[0, 1]]
+        best = max(best, *found)
+    assert best > 0.8
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--field", "wavelet"], "--field wavelet"),
+        (["--t-min", 2, "--t-max", 1], "--t-min 2"),
+        (["--preset", "huge"], "--preset huge"),
+        (["--ctf", "missing.pkl"], "missing.pkl"),
+    ],
+)
+def test_bad_days(mixture, tmp_path, capsys, monkeypatch, extra, message):
+    out = tmp_path / "run"
+    assert run(monkeypatch, "train-kraqen", *given(mixture), "-o", out, *extra) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (out / "config.yaml").exists()
+
+
+def test_missing_poses_are_named(mixture, tmp_path, capsys, monkeypatch):
+    words = [mixture / "p.mrcs", "--ctf", mixture / "ctf.pkl", "-o", tmp_path / "run"]
+    assert run(monkeypatch, "train-kraqen", *words) == 2
+    assert "poses" in capsys.readouterr().err
+
+
+def test_one_image_and_more_codes_than_images(mixture, tmp_path, capsys, monkeypatch):
+    write_pickle(tmp_path / "one.pkl", np.array([3]))
+    out = RunDir(tmp_path / "run")
+    words = [*given(mixture), "--ind", tmp_path / "one.pkl", "-o", out.path, "--n-codes", 4, "-i", 4]
+    assert run(monkeypatch, "train-kraqen", *words) == 0
+    assert "1 codes are used" in " ".join(capsys.readouterr().err.split())
+    assert out.volume(0).exists() and not out.volume(1).exists()
+
+
+def test_presets_reach_every_row_of_the_papers_ablation():
+    paper = preset("paper", 128)[1].options
+    assert (paper.field, paper.assign, paper.kernel, paper.beta, paper.plane_size) == (
+        "triplane", "kernel", "epanechnikov", 0.05, 64,
+    )  # fmt: skip
+    rows = {
+        "no triplet": {"beta": 0.0}, "cold": {"t_max": 1.3}, "hot": {"t_min": 13.0}, "gaussian": {"kernel": "gaussian"},
+        "no kernel": {"kernel": "none"}, "voxel": {"field": "voxel"}, "fourier": {"field": "fourier", "features": 64},
+    }  # fmt: skip
+    for changes in rows.values():
+        assert preset("paper", 128, **changes)[1].options == paper.changed(**changes)
+    assert KraqenOptions(n_states=16).codes == 24 and KraqenOptions().codes == 32
+    assert preset("auto")[0] == "compositional" and preset("auto")[1].options.field == "voxel"
+    assert preset("conformational")[1].options.rank == 8
