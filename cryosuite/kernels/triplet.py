@@ -18,15 +18,16 @@ def triplet_loss(
     p: Tensor,  # (b, K) shares
     p_negative: Tensor,  # (b, K) shares of the reversed logits
     margin: Tensor | float,
+    unit: Tensor | float | None = None,
 ) -> Tensor:  # (b,)
     """L_pos + L_neg = [|f - c*|^2 - |f - f~|^2 + m]_+ + [|c* - f|^2 - |c* - f~-|^2 + m]_+.
 
     c* is the code with the largest share, f~ = sum p c, f~- = sum p_negative c. Distances are divided by M and by the
-    mean square of the codes' offsets from their mean (a number), and ``margin`` is in the same units.
+    mean square of the codes' offsets from their mean (a number; or by ``unit``), and ``margin`` is in the same units.
     """
     f, p, p_negative = f.detach(), p.detach(), p_negative.detach()
     best = codes[p.argmax(1)]
-    unit = _unit(codes)
+    unit = _unit(codes) if unit is None else unit
     near = (f - best).square().sum(1) / unit
     positive = near - (f - p @ codes).square().sum(1) / unit + margin
     negative = near - (best - p_negative @ codes).square().sum(1) / unit + margin
@@ -38,12 +39,13 @@ def alignment_loss(
     codes: Tensor,  # (K, M)
     p: Tensor,  # (b, K)
     commitment: float = 0.25,
+    unit: Tensor | float | None = None,
 ) -> Tensor:  # (b,)
     """commitment |f~ - sg[c*]|^2 + |sg[f] - c*|^2 (the form of VQ-VAE), in the units of `triplet_loss`."""
     f, p = f.detach(), p.detach()
     best = codes[p.argmax(1)]
     mixed = (p @ codes - best.detach()).square().sum(1)
-    return (commitment * mixed + (f - best).square().sum(1)) / _unit(codes)
+    return (commitment * mixed + (f - best).square().sum(1)) / (_unit(codes) if unit is None else unit)
 
 
 @torch.no_grad()
