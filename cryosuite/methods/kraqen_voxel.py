@@ -224,6 +224,7 @@ class VoxelEM:
         positive = usage[usage > 0]
         record = {
             "step": done + 1,
+            "iteration": done + 1,
             "epoch": done + 1,
             "images": len(rows),
             "loss": -step.log_likelihood / max(len(rows), 1),
@@ -369,7 +370,8 @@ class VoxelEM:
         """Write the checkpoint of an iteration."""
         p = None if state.p is None else [torch.from_numpy(part) for part in state.p.to_arrays()]
         values = {"iteration": state.iteration, "volumes": state.volumes, "usage": torch.from_numpy(state.usage)}
-        values |= {"settled": state.settled, "p": p, "seconds": state.seconds, "history": history, "field": "voxel", **self._identity()}
+        values |= {"settled": state.settled, "p": p, "seconds": state.seconds, "history": history, "field": "voxel"}
+        values |= self._identity()
         checkpoint.save_state(run.checkpoint, {"format": checkpoint.FORMAT, "version": __version__, **values})
 
     def _resume(self, run: RunDir) -> tuple[State, list[dict[str, Any]]]:
