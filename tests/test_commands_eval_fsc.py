@@ -107,6 +107,87 @@ def test_a_run_against_its_truth(simulated, tmp_path, monkeypatch):
     run("eval-fsc", folder, *options, "--no-clustering", "-o", tmp_path / "again")
 
 
+def fake_run(folder, simulated, z, volumes, monkeypatch, rotation=None):
+    """A run folder whose latents and decoder are given."""
+    from dataclasses import replace
+
+    from cryosuite.data.open import open_particles
+
+    particles = open_particles(simulated)
+    if rotation is not None:
+        particles = replace(particles, rotation=rotation)
+    monkeypatch.setattr("cryosuite.methods.load_run", lambda *_, **__: SimpleNamespace(
+        name="fake", particles=particles, z=z, epoch=1, pixel_size=float(particles.pixel_size[0]),
+        box_size=particles.box_size, decode=lambda points: volumes[np.zeros(len(points), int)], config={},
+    ))  # fmt: skip
+    folder.mkdir()
+    write_yaml(folder / "config.yaml", {"method": "fake", "particles": str(simulated)})
+
+
+def test_latents_that_are_not_numbers_are_left_out(simulated, tmp_path, monkeypatch):
+    volumes = np.stack([read_map(path).data for path in find_truth(simulated).volumes])
+    z = np.random.default_rng(0).normal(size=(240, 2)).astype(np.float32)
+    z[7] = np.nan
+    fake_run(tmp_path / "run", simulated, z, volumes, monkeypatch)
+    run("eval-fsc", tmp_path / "run", "--images", 6, "--cluster-seeds", 1, "--gmm-seeds", 1, "--local")
+    scores = json.loads((tmp_path / "run" / "eval.1" / "scores.json").read_text())
+    assert scores["n_particles"] == 239
+    assert 0 < scores["per_image"]["local_auc_median"] < 1
+    assert "landscape" not in scores and "poses" not in scores  # unrelated states; the true poses
+
+
+def test_a_landscape_clusters_and_poses_are_judged(tmp_path, monkeypatch):
+    from cryosuite.formats.pickles import read_poses, write_pickle
+
+    sim = tmp_path / "loop"
+    run("simulate", "-o", sim, "--recipe", "loop", "--structures", "phantom:1", "--states", 5, "-n", 100, "-D", 32)
+    truth = find_truth(sim)
+    labels = truth.labels_of(np.arange(100))
+    z = np.asarray(truth.dataset["truth"]["embedding"], np.float32)[labels]
+    volumes = np.stack([read_map(path).data for path in truth.volumes])
+    rotation = read_poses(sim / "poses.pkl")[0]
+    rng = np.random.default_rng(0)
+    turn = np.deg2rad(np.where(labels == 2, 8, 2))
+    spin = np.stack([np.stack([np.cos(turn), -np.sin(turn), 0 * turn], 1),
+                     np.stack([np.sin(turn), np.cos(turn), 0 * turn], 1),
+                     np.tile([0.0, 0.0, 1.0], (100, 1))], 1)  # fmt: skip
+    fake_run(tmp_path / "run", sim, z, volumes, monkeypatch, (spin @ rotation).astype(np.float32))
+    (tmp_path / "run" / "analyze.1").mkdir()
+    write_pickle(tmp_path / "run" / "analyze.1" / "labels.pkl", 2 * labels + rng.integers(0, 2, 100))
+    output = run("eval-fsc", tmp_path / "run", "--images", 5, "--cluster-seeds", 1, "--gmm-seeds", 1)
+    assert "imbalance z -> landscape" in output and "V-measure" in output and "pose error" in output
+    scores = json.loads((tmp_path / "run" / "eval.1" / "scores.json").read_text())
+    found = scores["landscape"]
+    assert found["similarity"]["25"] > 0.8  # ties within a state are broken at random
+    assert found["imbalance_z_to_landscape"]["10"] < 0.25 < 0.8 < found["imbalance_z_to_pose"]["10"]
+    assert scores["analysis"]["clusters"] == 10 and 0.7 < scores["analysis"]["v_measure"] < 0.95
+    rows = {row["state"]: row["rotation_median_deg"] for row in scores["poses"]["per_state"]}
+    assert rows[2] > max(rows[0], rows[1]) + 3
+
+
+def test_kept_floor_and_ceiling_are_those_of_the_set_that_lies_there(simulated, monkeypatch):
+    run("eval-fsc", simulated)
+    made = []
+    genuine = eval_run.oracle_scores
+    monkeypatch.setattr(eval_run, "oracle_scores", lambda *values: made.append(1) or genuine(*values))
+    run("eval-fsc", simulated)
+    assert not made
+    (simulated / "labels.pkl").touch()  # as a second simulation into the same folder does
+    run("eval-fsc", simulated)
+    assert made
+
+
+@pytest.mark.slow
+def test_a_map_is_aligned_before_it_is_compared(simulated, tmp_path):
+    volume = read_map(find_truth(simulated).volumes[0])
+    turned = np.rot90(volume.data, 1, (0, 2)).copy()
+    write_map(tmp_path / "turned.mrc", turned, volume.pixel_size)
+    output = run("eval-fsc", tmp_path / "turned.mrc", find_truth(simulated).volumes[0], "--align", "-o", tmp_path / "o")
+    assert "aligned: turned by" in output
+    scores = json.loads((tmp_path / "o" / "scores.json").read_text())
+    assert scores["curves"][0]["auc_normalised"] > 0.8
+
+
 def test_floor_and_ceiling_of_a_simulated_set(simulated):
     output = run("eval-fsc", simulated, "--compat", "cryobench")
     assert "consensus" in output

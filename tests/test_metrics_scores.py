@@ -9,7 +9,7 @@ from scipy.spatial.transform import Rotation
 
 from cryosuite.errors import InputError
 from cryosuite.metrics import clustering, oracle, poses, shape, truth
-from cryosuite.metrics.fsc import auc_maximum
+from cryosuite.metrics.fsc import FscTable, auc_maximum
 
 D = 16
 
@@ -103,7 +103,6 @@ def test_knn_leaves_the_particle_itself_out_and_weighs_by_similarity():
     z = np.array([[1, 0], [0.9, 0.1], [0, 1], [0.1, 0.9], [0.7, 0.7]], float)
     labels = np.array([0, 0, 1, 1, 2])
     assert clustering.knn_accuracy(z, labels, k=1) == pytest.approx(4 / 5)  # the lone one never finds its class
-    assert clustering.knn_accuracy(z, labels, k=1, chunk=2) == pytest.approx(4 / 5)
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
@@ -134,3 +133,39 @@ def test_shapes_at_matched_volume():
     assert moved.sum() == target.sum()
     assert 0.2 < shape.volume_overlap(moved, target) < 0.9
     assert 0 < shape.chamfer_distance(moved, target, 3.0) < 2 * 3.0
+
+
+def test_equal_latents_are_one_heap_for_the_mixture():
+    found = clustering.gmm_labels(np.full((40, 2), 1e3) + 1e-9 * np.arange(80).reshape(40, 2), 2, n_init=1)
+    assert found.shape == (40,)
+    assert clustering.knn_accuracy(np.ones((40, 2)), np.zeros(40, int)) == 1.0
+
+
+def test_knn_does_not_depend_on_how_rows_are_cut(monkeypatch):
+    generator = np.random.default_rng(4)
+    labels = generator.integers(0, 4, 90)
+    z = np.eye(4)[labels] + 0.8 * generator.standard_normal((90, 4))
+    whole = clustering.knn_accuracy(z, labels)
+    monkeypatch.setattr(clustering, "SIMILARITIES", 90 * 7)
+    assert clustering.knn_accuracy(z, labels) == whole
+
+
+def test_v_measure_compares_different_numbers_of_classes():
+    states = np.repeat([0, 1], 20)
+    assert clustering.v_measure(states, states) == 1.0
+    assert 0.6 < clustering.v_measure(states, np.arange(40) // 10) < 0.7  # complete halves: 2 h c / (h + c) = 2/3
+
+
+def test_the_cryobench_cut_off_ignores_the_sign():
+    curve = np.array([1.0, -0.9, -0.8, 0.2, 0.1, 0, 0, 0])
+    table = FscTable(D, 2.0, {"unmasked": curve}, compat=True)
+    assert table.resolution("unmasked", 0.5) == pytest.approx(2.0 * D / 3)
+
+
+def test_pose_errors_of_each_class():
+    errors = poses.PoseErrors(np.array([1.0, 3.0, 10.0]), False, np.eye(3), np.array([0.1, 0.3, 0.5]))
+    rows = poses.class_rows(errors, np.array([4, 4, 7]))
+    assert [row["state"] for row in rows] == [4, 7]
+    assert rows[0]["rotation_mean_deg"] == 2.0 and rows[1]["shift_median"] == 0.5
+    with pytest.raises(InputError, match="2 states for 3"):
+        poses.class_rows(errors, np.array([4, 4]))

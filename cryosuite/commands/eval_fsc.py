@@ -59,6 +59,13 @@ def main(
     shapes: bool = _option(
         False, "--shapes", help="Add Chamfer distance and overlap of the volumes' shapes.", panel=RUN
     ),
+    local: bool = _option(False, "--local", help="Add the FSC in windows of 25 A around the true density.", panel=RUN),
+    align: bool = typer.Option(
+        False,
+        "--align",
+        help="First turn and move each map (or the first of two) onto the truth, trying both hands: for ab-initio "
+        "maps. About 10 s per map.",
+    ),
     volume_from: str = _option(
         None, "--volume-from", help="How the run makes its volumes, if not as trained (image, knn, ...).", panel=RUN
     ),
@@ -90,7 +97,7 @@ def main(
     if len(inputs) > 2:
         raise _error(f"{len(inputs)} inputs given: two maps or one folder are expected")
     if len(inputs) == 2 or not inputs[0].is_dir():
-        _two_maps(inputs, mask, outdir, bool(compat), half_maps, apix, seed)
+        _two_maps(inputs, mask, outdir, bool(compat), half_maps, apix, seed, align)
         return
     from cryosuite.data.results import MapsDir
 
@@ -103,7 +110,7 @@ def main(
 
     options = RunOptions(
         truth, epoch, images, sampler, oracle, bool(compat), mask, not no_clustering, cluster_seeds, gmm_seeds, umap,
-        seed, outdir, volume_from, shapes, polished,
+        seed, outdir, volume_from, shapes, polished, local, align,
     )  # fmt: skip
     if is_run(inputs[0]):
         evaluate_run(inputs[0], options)
@@ -125,6 +132,7 @@ def _two_maps(
     half_maps: bool,
     apix: float | None,
     seed: int,
+    align: bool = False,
 ) -> None:
     """FSC of two maps: table on screen, files when a folder is given."""
     from cryosuite.metrics.fsc import fsc_table
@@ -132,6 +140,8 @@ def _two_maps(
     if len(paths) != 2:
         raise _error(f"{paths[0]}: one map alone cannot be compared; give two maps, or a folder")
     a, b, pixel_size = _read_pair(paths, apix)
+    if align:
+        a = _aligned(a, b, pixel_size)
     chosen = _mask_of(mask, a, b, half_maps)
     table = fsc_table(a, b, pixel_size, chosen, corrected=half_maps, compat=compat, seed=seed)
     _print(table, paths)
@@ -171,6 +181,22 @@ def _read_pair(paths: list[Path], apix: float | None) -> tuple[Any, Any, float]:
         if not _finite(one.data):
             raise _error(f"{path}: holds values that are not finite (NaN or infinite)")
     return torch.from_numpy(first.data), torch.from_numpy(second.data), float(pixel_size)
+
+
+def _aligned(a: Any, b: Any, pixel_size: float) -> Any:
+    """The first map on the second, and a line that says how it was moved."""
+    import numpy as np
+
+    from cryosuite import console
+    from cryosuite.metrics.align import align_map
+
+    found = align_map(a, b)
+    degrees = np.rad2deg(np.arccos(np.clip((np.trace(found.rotation) - 1) / 2, -1, 1)))
+    console.say(
+        f"aligned: turned by {degrees:.1f} degrees, moved by {np.linalg.norm(found.shift) * pixel_size:.1f} A"
+        f"{', mirrored' if found.mirrored else ''}; correlation {found.correlation:.3f}"
+    )
+    return found.volume
 
 
 def _finite(data: Any) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cryosuite.commands.eval_latents import extra_rows, finite_rows, latent_scores, pose_scores
 from cryosuite.console import say, table
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.results import PolishDir, ScoresDir, oracle_cache, run_polish, run_scores
@@ -19,7 +20,7 @@ from cryosuite.formats.atomic import atomic_path, write_text
 from cryosuite.formats.mrc import read_map
 from cryosuite.metrics.fsc import FscTable, auc_maximum, rows_as_csv, write_png
 from cryosuite.metrics.oracle import OracleScores, add_to_cache, oracle_scores, read_cached
-from cryosuite.metrics.truth import VolumeScores, gain, per_conformation, per_image, sample_rows
+from cryosuite.metrics.truth import Extra, VolumeScores, gain, per_conformation, per_image, sample_rows
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +46,8 @@ class RunOptions:
     volume_from: str | None = None
     shapes: bool = False
     polished: bool = False
+    local: bool = False
+    align: bool = False
 
 
 @dataclass
@@ -61,7 +64,7 @@ class TruthMaps:
         return _true_map(self.truth.volumes[state], self.box_size, self.pixel_size)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def _true_map(path: Path, box_size: int, pixel_size: float) -> torch.Tensor:
     """A true map on the grid of the run; InputError when it shows another field of view."""
     import torch
@@ -114,17 +117,24 @@ def evaluate_run(run: Path, options: RunOptions) -> None:
     more = {"volume_from": options.volume_from} if options.volume_from else {}
     loaded = load_run(run, options.epoch, **more)
     maps = open_truth(run, options, loaded.box_size, loaded.pixel_size)
-    labels = maps.truth.labels_of(loaded.particles.index)
+    good = finite_rows(loaded.z)
+    if len(good) < len(loaded.z):
+        notice(f"{len(loaded.z) - len(good)} particles whose latents are not numbers (NaN, infinite) are not judged")
+    labels = maps.truth.labels_of(loaded.particles.index)[good]
     sampler = options.sampler or ("compat" if options.compat else "random-per-class")
     rows = sample_rows(labels, options.images, sampler, options.seed)
-    shared = (loaded.decode, loaded.z, labels, maps.read, loaded.pixel_size)
+    shared = (loaded.decode, loaded.z[good], labels, maps.read, loaded.pixel_size)
     folder = run_polish(run, loaded.epoch)
     if options.polished:
-        shared = (*_polished(folder, loaded.box_size), *shared[2:])
+        decode, shares = _polished(folder, loaded.box_size)
+        shared = (decode, shares[good], *shared[2:])
     say(f"decoding {len(rows)} volumes")
-    images = per_image(*shared, rows, maps.mask, options.compat, shapes=options.shapes)
-    states = per_conformation(*shared, maps.mask, options.compat)
-    floor = oracle(loaded.particles, labels, maps, options, run) if options.oracle else None
+    extra = Extra(options.shapes, options.local, options.align)
+    images = per_image(*shared, rows, maps.mask, options.compat, extra=extra)
+    states = per_conformation(*shared, maps.mask, options.compat, extra=Extra(align=options.align))
+    images.rows, states.rows = good[images.rows], good[states.rows]
+    everyone = maps.truth.labels_of(loaded.particles.index)
+    floor = oracle(loaded.particles, everyone, maps, options, run) if options.oracle else None
     result: dict[str, Any] = {
         "run": str(run), "epoch": loaded.epoch, "method": loaded.name, "n_particles": len(labels),
         "n_states": len(np.unique(labels)), "box_size": loaded.box_size, "pixel_size_A": loaded.pixel_size,
@@ -134,7 +144,10 @@ def evaluate_run(run: Path, options: RunOptions) -> None:
     if floor is not None:
         result["oracle"] = summarise_oracle(floor, images)
     if options.clustering:
-        result["clustering"] = cluster(loaded.z, labels, options)
+        result["clustering"] = cluster(loaded.z[good], labels, options)
+        result |= latent_scores(run, loaded, maps.truth, labels, good, options.seed)
+    if (found := pose_scores(loaded.particles, maps.truth, everyone)) is not None:
+        result["poses"] = found
     inverted = images.inverted()
     if inverted:
         result["per_image"]["inverted"] = inverted
@@ -187,6 +200,7 @@ def oracle(particles: ParticleSet, labels: np.ndarray, maps: TruthMaps, options:
         "particles": str(particles.path), "n": len(particles), "index_sum": int(particles.index.sum()),
         "box_size": particles.box_size, "shells": "cryobench" if options.compat else "ours",
         "mask": options.mask or "truth", "estimator": "plain, 0.1 of the shell mean, sphere",
+        "made": [_stamp(maps.truth.labels), *(_stamp(path) for path in maps.truth.volumes[:1]), _stamp(options.mask)],
     }  # fmt: skip
     caches = [oracle_cache(maps.truth.path), oracle_cache(run if run.is_dir() else run.parent)]
     for cache in caches:
@@ -206,6 +220,11 @@ def oracle(particles: ParticleSet, labels: np.ndarray, maps: TruthMaps, options:
         except (InputError, OSError):
             continue  # the truth may lie where nobody may write
     return found
+
+
+def _stamp(path: Path | str | None) -> int:
+    """When a file was written (ns): scores of a set that was made anew are not those kept; 0 for no file."""
+    return Path(path).stat().st_mtime_ns if path and Path(path).is_file() else 0
 
 
 def summarise_oracle(found: OracleScores, images: VolumeScores) -> dict[str, float]:
@@ -264,9 +283,6 @@ def print_scores(result: dict[str, Any], folder: Path) -> None:
                 for threshold in (0.5, 0.143):
                     more += f", {scores[f'resolution_{name}_{threshold}_A']:.1f} A at {threshold}"
                 rows.append([f"{text}, {title}", f"{mean:.4f} ± {spread:.4f}", more])
-    if "viou" in result["per_image"]:
-        found = result["per_image"]
-        rows.append(["shape, per image", f"{found['viou']:.3f} vIoU", f"Chamfer distance {found['chamfer_A']:.2f} A"])
     for name in best:
         found = result.get("oracle", {})
         if f"consensus_{name}" in found:
@@ -282,6 +298,7 @@ def print_scores(result: dict[str, Any], folder: Path) -> None:
                 rows.append([f"ARI, {text}{where}", value, f"AMI {found[f'{name}_ami']:.4f}"])
     if "knn10_accuracy" in found:
         rows.append(["10-NN accuracy", f"{found['knn10_accuracy']:.4f}", "cosine, the particle itself left out"])
+    rows += extra_rows(result)
     fraction = result["per_image"].get("mask_fraction")
     title = (
         f"{result['run']} epoch {result['epoch']}: D = {box}, {result['pixel_size_A']:.3g} A per pixel; AUC in cycles "

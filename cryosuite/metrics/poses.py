@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -79,3 +79,20 @@ def pose_errors(
     origin, *_ = np.linalg.lstsq(truth[:, :2].reshape(-1, 3), difference.reshape(-1), rcond=None)
     left = difference - truth[:, :2] @ origin
     return PoseErrors(degrees, mirrored, G, np.linalg.norm(left, axis=1), origin)
+
+
+def class_rows(errors: PoseErrors, labels: np.ndarray) -> list[dict[str, float]]:
+    """One row per state: its particles and the summary of their errors, all in the one frame found for the whole set.
+
+    Args:
+        labels: (N,) state of each particle.
+    """
+    labels = np.asarray(labels)
+    if len(labels) != len(errors.degrees):
+        raise InputError(f"{len(labels)} states for {len(errors.degrees)} pose errors: one per particle is needed")
+    rows = []
+    for state in np.unique(labels):
+        own = labels == state
+        part = replace(errors, degrees=errors.degrees[own], shift=None if errors.shift is None else errors.shift[own])
+        rows.append({"state": int(state), "particles": int(own.sum()), **part.summary()})
+    return rows

@@ -1,6 +1,6 @@
 """Scores of many volumes against a known truth: per image, per conformation, floor, ceiling and gain.
 
-Definitions: BENCHMARKS section 3. Poses are taken as known: nothing is aligned here.
+Definitions: BENCHMARKS section 3. Poses are taken as known: nothing is aligned unless `Extra` asks for it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,27 @@ import torch
 
 from cryosuite.errors import InputError
 from cryosuite.kernels import shells
+from cryosuite.metrics.align import align_map
 from cryosuite.metrics.fsc import FscTable, auc_maximum, raw_auc
+from cryosuite.metrics.local import local_fsc
 from cryosuite.metrics.shape import chamfer_distance, matched_shapes, volume_overlap
 
 TruthReader = Callable[[int], torch.Tensor]  # state -> its map (D, D, D)
 Decoder = Callable[[np.ndarray], np.ndarray]  # z (k, zdim) -> maps (k, D, D, D)
 SAMPLERS = ("compat", "random-per-class")
 CONFIDENCE = 1.96  # standard errors in a 95 % interval
+
+
+@dataclass(frozen=True)
+class Extra:
+    """What is done to a volume besides the global FSC: shapes, FSC in windows, alignment onto the truth first."""
+
+    shapes: bool = False
+    local: bool = False
+    align: bool = False
+
+
+EXTRA_NONE = Extra()
 
 
 @dataclass
@@ -30,7 +44,7 @@ class VolumeScores:
         labels: (n,) state of each volume. rows: (n,) particle it belongs to, or -1.
         curves: "unmasked" and, with a mask, "masked" -> (n, D/2).
         compat: CryoBench's shells and absolute values.
-        shapes: (n, 2) Chamfer distance (A) and vIoU at matched volume, or None.
+        more: further scores by name -> (n,), of `Extra`.
     """
 
     box_size: int
@@ -40,7 +54,7 @@ class VolumeScores:
     curves: dict[str, np.ndarray] = field(default_factory=dict)
     mask_fraction: float | None = None
     compat: bool = False
-    shapes: np.ndarray | None = None
+    more: dict[str, np.ndarray] = field(default_factory=dict)
 
     def auc(self, name: str) -> np.ndarray:
         """Raw AUC of each volume, (n,)."""
@@ -74,8 +88,7 @@ class VolumeScores:
             for threshold in (0.5, 0.143):
                 values = [self.table(i).resolution(name, threshold) for i in range(len(self.labels))]
                 out[f"resolution_{name}_{threshold}_A"] = float(np.mean(values))
-        if self.shapes is not None:
-            out["chamfer_A"], out["viou"] = (float(value) for value in self.shapes.mean(0))
+        out |= {name: float(values.mean()) for name, values in self.more.items()}
         if self.mask_fraction is not None:
             out["mask_fraction"] = self.mask_fraction
         return out
@@ -110,8 +123,7 @@ class VolumeScores:
                 entry[f"auc_{name}_normalised"] = float(auc[i] / auc_maximum(self.box_size))
                 for threshold in (0.5, 0.143):
                     entry[f"resolution_{name}_{threshold}_A"] = self.table(i).resolution(name, threshold)
-            if self.shapes is not None:
-                entry["chamfer_A"], entry["viou"] = (float(value) for value in self.shapes[i])
+            entry |= {name: float(values[i]) for name, values in self.more.items()}
             out.append(entry)
         return out
 
@@ -122,9 +134,9 @@ def score_volumes(
     pixel_size: float,
     mask: torch.Tensor | None = None,
     compat: bool = False,
-    shapes: bool = False,
+    extra: Extra = EXTRA_NONE,
 ) -> VolumeScores:
-    """FSC of each volume with the truth of its state; with ``shapes`` also Chamfer distance and overlap.
+    """FSC of each volume with the truth of its state, and what ``extra`` asks for.
 
     Args:
         volumes: (row, state, map (D, D, D)); states should come in runs, each truth is read once per run.
@@ -134,28 +146,39 @@ def score_volumes(
     shell_fsc = shells.fsc_cryobench if compat else shells.fsc
     found: list[tuple[int, int]] = []
     curves: dict[str, list[np.ndarray]] = {"unmasked": []} if mask is None else {"unmasked": [], "masked": []}
-    outlines: list[tuple[float, float]] = []
+    more: list[dict[str, float]] = []
     state, reference = None, None
     for row, label, volume in volumes:
         if label != state:
             state, reference = label, truth(label)
         if volume.shape != reference.shape:
-            shapes = f"{tuple(volume.shape)} with a truth of {tuple(reference.shape)}"
-            raise InputError(f"cannot compare a map of {shapes}: the boxes differ")
+            boxes = f"{tuple(volume.shape)} with a truth of {tuple(reference.shape)}"
+            raise InputError(f"cannot compare a map of {boxes}: the boxes differ")
+        if extra.align:
+            volume = align_map(volume, reference).volume
         curves["unmasked"].append(shell_fsc(volume, reference).double().numpy())
         if mask is not None:
             curves["masked"].append(shell_fsc(volume * mask, reference * mask).double().numpy())
-        if shapes:
-            pair = matched_shapes(volume.numpy(), reference.numpy())
-            outlines.append((chamfer_distance(*pair, pixel_size), volume_overlap(*pair)))
+        more.append(_more(volume, reference, pixel_size, extra))
         found.append((row, label))
     if not found:
         raise InputError("no volumes to compare with the truth")
     rows, labels = np.array(found).T
     stacked = {name: np.nan_to_num(np.stack(values)) for name, values in curves.items()}
     fraction = None if mask is None else float(mask.double().mean())
-    outline = np.array(outlines) if shapes else None
-    return VolumeScores(reference.shape[-1], pixel_size, labels, rows, stacked, fraction, compat, outline)
+    columns = {name: np.array([one[name] for one in more]) for name in more[0]}
+    return VolumeScores(reference.shape[-1], pixel_size, labels, rows, stacked, fraction, compat, columns)
+
+
+def _more(volume: torch.Tensor, truth: torch.Tensor, pixel_size: float, extra: Extra) -> dict[str, float]:
+    """Chamfer distance (A), vIoU and local FSC of one volume, where asked for."""
+    out: dict[str, float] = {}
+    if extra.shapes:
+        pair = matched_shapes(volume.numpy(), truth.numpy())
+        out |= {"chamfer_A": chamfer_distance(*pair, pixel_size), "viou": volume_overlap(*pair)}
+    if extra.local:
+        out |= local_fsc(volume, truth, pixel_size).summary()
+    return out
 
 
 def sample_rows(labels: np.ndarray, count: int = 100, sampler: str = "random-per-class", seed: int = 0) -> np.ndarray:
@@ -214,11 +237,11 @@ def per_image(
     mask: torch.Tensor | None = None,
     compat: bool = False,
     chunk: int = 8,
-    shapes: bool = False,
+    extra: Extra = EXTRA_NONE,
 ) -> VolumeScores:
     """The headline: decode(z_i) against the truth of image i, for the given rows."""
     rows = rows[np.argsort(labels[rows], kind="stable")]
-    return score_volumes(decoded(decode, z, rows, labels[rows], chunk), truth, pixel_size, mask, compat, shapes)
+    return score_volumes(decoded(decode, z, rows, labels[rows], chunk), truth, pixel_size, mask, compat, extra)
 
 
 def per_conformation(
@@ -230,10 +253,11 @@ def per_conformation(
     mask: torch.Tensor | None = None,
     compat: bool = False,
     chunk: int = 8,
+    extra: Extra = EXTRA_NONE,
 ) -> VolumeScores:
     """One volume per state: mean z of the state -> nearest z -> decode. Uses the labels, hence scores higher."""
     rows = class_representatives(z, labels)
-    return score_volumes(decoded(decode, z, rows, np.unique(labels), chunk), truth, pixel_size, mask, compat)
+    return score_volumes(decoded(decode, z, rows, np.unique(labels), chunk), truth, pixel_size, mask, compat, extra)
 
 
 def gain(auc: float, floor: float, ceiling: float) -> float:
