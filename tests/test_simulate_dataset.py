@@ -287,3 +287,25 @@ def test_does_not_overwrite_another_kind_of_set(states, tmp_path):
     (tmp_path / "dataset.yaml").write_text("kind: preprocessed\n")
     with pytest.raises(InputError, match="not simulated"):
         simulate(states, BASE, tmp_path)
+
+
+def test_noise_of_a_sorted_set_is_that_of_the_shuffled_one(states, tmp_path):
+    """The noise level belongs to the set, not to the states that happen to come first."""
+    from cryosuite.simulate import dataset
+
+    label = np.repeat([0, 1], 6000)
+    sums = np.stack([np.zeros(12000), np.where(label, 9.0, 1.0) * 32**2], 1)
+    options = replace(BASE, noise_at="D", snr=1.0)
+    noise = NoiseModel(options.optics)
+    scale = dataset._scales(dataset.Signal(sums, sums), label, 2, noise, options)
+    assert scale == pytest.approx(5**-0.5)
+    absent = dataset._scales(dataset.Signal(sums, sums), label, 3, noise, replace(options, noise_scope="per-structure"))
+    assert absent == pytest.approx([1.0, 1 / 3, 5**-0.5])  # a state without images has an ordinary map
+
+
+def test_an_axis_without_direction_is_refused():
+    from cryosuite.simulate.recipes import loop, loop_phantom
+
+    structure, moving, hinge = loop_phantom(np.random.default_rng(0))
+    with pytest.raises(InputError, match="coincide"):
+        loop(structure, moving, hinge, hinge)

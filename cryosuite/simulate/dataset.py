@@ -28,7 +28,6 @@ from cryosuite.simulate.write import write_metadata
 
 ENTROPY = 20240526
 STAGES = ("structures", "poses", "shifts", "ctf", "noise", "order", "neighbours", "errors", "ice")
-SNR_IMAGES = 10_000  # the signal's variance is that of so many first images
 
 
 @dataclass(frozen=True)
@@ -201,10 +200,10 @@ def _scales(signal: Signal, label: np.ndarray, states: int, noise: NoiseModel, o
     """What the clean images of each state are multiplied with so that the noise at D has unit variance: (K,)."""
     at_size = options.noise_at == "D"
     sums, box = (signal.size, options.box_size) if at_size else (signal.render, options.optics.render_box)
-    if options.noise_scope == "global":
-        variance = np.full(states, _variance(sums[:SNR_IMAGES], box**2))
-    else:
-        variance = np.array([_variance(sums[label == k], box**2) for k in range(states)])
+    variance = np.full(states, _variance(sums, box**2))  # all images: the first of a sorted set are of few states
+    if options.noise_scope != "global":
+        for k in np.unique(label):  # a state without images keeps the common scale for its map
+            variance[k] = _variance(sums[label == k], box**2)
     sigma2 = variance / options.snr  # noise variance in the box of noise_at, for images as they come
     noise_at_size = sigma2 if at_size else sigma2 * noise.variance_at_size()
     return 1.0 / np.sqrt(np.maximum(noise_at_size, 1e-30))

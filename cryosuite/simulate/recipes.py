@@ -160,13 +160,15 @@ def loop(
         States in one frame, centred by the mean over all of them; embedding (cos, sin) of the angle.
 
     Raises:
-        InputError: nothing or everything moves.
+        InputError: nothing or everything moves, or the axis has no direction.
     """
     if not moving.any() or moving.all():
         raise InputError(f"{structure.name}: the moving part must be some of the atoms, not none or all.")
     rest = ~moving
     hinge = _contact(structure.xyz[moving], structure.xyz[rest]) if hinge is None else hinge
     axis = (structure.xyz[rest].mean(0) if towards is None else towards) - hinge
+    if np.linalg.norm(axis) < 1e-6:
+        raise InputError(f"{structure.name}: the two points of the axis coincide; choose another --hinge or --towards.")
     angles = 2 * np.pi * np.arange(n_states) / n_states
     frames = []
     for angle in angles:
