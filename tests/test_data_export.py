@@ -170,3 +170,12 @@ def test_mrc_stacks_are_named_as_relion_reads_them(golden, tmp_path):
     shutil.copy(golden / "relion/particles.mrcs", tmp_path / "p.mrc")
     particles = open_particles(tmp_path / "p.mrc", need_poses=False, need_ctf=False)
     assert _image_names(particles, tmp_path)[1] == f"000002@{tmp_path.resolve()}/p.mrc:mrcs"
+
+
+def test_a_folder_made_from_itself_ends(golden, tmp_path):
+    preprocess(open_particles(golden / "relion/particles.star"), tmp_path / "w", PreprocessOptions(32))
+    text = (tmp_path / "w/dataset.yaml").read_text()
+    source = next(line for line in text.splitlines() if line.startswith("source:"))
+    (tmp_path / "w/dataset.yaml").write_text(text.replace(source, f"source: {tmp_path}/w"))
+    with pytest.raises(InputError, match="made from itself"):
+        export_particles(open_particles(tmp_path / "w"), tmp_path / "out.star")

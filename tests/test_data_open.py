@@ -387,3 +387,15 @@ def test_a_mask_given_by_a_program_selects_where_it_is_true(golden):
         assert open_particles(golden / "relion/particles.star", ind=mask).index.tolist() == [4, 9]
     with pytest.raises(InputError, match="bool mask of 3 values"):
         open_particles(golden / "relion/particles.star", ind=mask[:3])
+
+
+def test_an_image_in_both_half_sets_makes_new_ones(golden, tmp_path):
+    """As after joining two refinements of the same particles: their half maps would agree for the wrong reason."""
+    _stack(golden, tmp_path / "a.mrcs", list(range(4)))
+    names = [f"{i % 4 + 1:06d}@a.mrcs" for i in range(8)]
+    star = _star_of(golden, tmp_path, names, rlnRandomSubset=[1, 2, 1, 2, 1, 2, 2, 2])
+    with pytest.warns(UserWarning, match="1 images are in both half sets"):
+        particles = open_particles(star)
+    half = particles.half_sets()
+    assert np.array_equal(half[:4], half[4:])
+    assert np.bincount(half).tolist() == [4, 4]

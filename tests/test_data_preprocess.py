@@ -365,3 +365,13 @@ def test_a_failure_while_images_are_read_leaves_the_old_set(golden, tmp_path, mo
     with pytest.raises(InputError, match="no more"):
         preprocess(source, tmp_path / "w", PreprocessOptions(48))
     assert open_particles(tmp_path / "w").read(np.arange(3)).shape == (3, 32, 32)
+
+
+def test_groups_of_few_images_borrow_from_the_others():
+    """A group of each micrograph: two images alone would give shell 2 to 20 %, and all is divided by it."""
+    rng = np.random.default_rng(0)
+    noise = NoiseEstimator(32, 300)
+    noise.add(rng.standard_normal((600, 32, 32)).astype(np.float32), np.repeat(np.arange(300), 2))
+    spectrum = noise.spectrum() / 32**2
+    assert spectrum[:, 2].std() < 0.08
+    assert abs(spectrum.mean() - 1) < 0.02

@@ -69,6 +69,7 @@ def assemble(
         table[:, 0], table[:, 1] = box, pixel_size
         found.ctf = table
     sign, sign_from = _sign(rows, images, sources)
+    half = _unmixed_halves(rows, images)
     if unit != "rlnImageName":
         _notice_duplicates(rows.path, images)
     return ParticleSet(
@@ -82,7 +83,7 @@ def assemble(
         optics_group=rows.optics_group,
         index=chosen.astype(np.int64) if index is None else np.asarray(index)[chosen].astype(np.int64),
         uid=rows.uid,
-        half=rows.half,
+        half=half,
         sign=sign,
         sign_from=sign_from,
         ctf_premultiplied=rows.ctf_premultiplied,
@@ -239,3 +240,19 @@ def _notice_duplicates(path: Path, images: StackImages) -> None:
             f"{path}: {repeats} duplicate rows name an image that another row names too (as after symmetry expansion); "
             "half sets keep them together."
         )
+
+
+def _unmixed_halves(rows: Rows, images: StackImages) -> np.ndarray | None:
+    """The half sets of the refinement, or None with a notice when some image is in both of them."""
+    if rows.half is None:
+        return None
+    _, number = np.unique(images.identity(), return_inverse=True)
+    seen = [np.bincount(number, rows.half == half) > 0 for half in (0, 1)]
+    mixed = int((seen[0] & seen[1]).sum())
+    if not mixed:
+        return rows.half
+    notice(
+        f"{rows.path}: {mixed} images are in both half sets of the refinement, so its half maps are not independent: "
+        "new half sets are made"
+    )
+    return None

@@ -70,9 +70,12 @@ def origin(particles: ParticleSet) -> Origin:
     """
     if particles.source is None:
         raise InputError("these particles are in no file")
-    dataset, found = particles.dataset, None
+    dataset, found, passed = particles.dataset, None, set()
     while dataset.get("kind") == "preprocessed" and dataset.get("source"):
-        source = Path(dataset["source"])
+        source = Path(str(dataset["source"]))
+        if source in passed:
+            raise InputError(f"{particles.path}: {DATASET} says it was made from itself (source: {source})")
+        passed.add(source)
         if not source.exists():
             raise InputError(
                 f"{particles.path}: was made from {source}, which is not there any more. Put it back, or export the "

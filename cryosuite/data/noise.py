@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cryosuite.data.particles import ParticleSet
 
 EDGE_PIXELS = 4.0  # the hole for the particle has a soft rim, or its sharp edge would leak power between shells
+POOLED = 10  # images: the lowest shells have some ten coefficients each, 3 % with a hundred images
 DEFAULT_RADIUS = 0.375  # of the box: RELION's default background circle has 75 % of the box as diameter
 
 
@@ -79,13 +80,14 @@ class NoiseEstimator:
             self._count[number] += int(rows.sum())
 
     def spectrum(self) -> np.ndarray:
-        """(G, D//2 + 1) float32. Shell 0, where nothing can be measured, is given shell 1's value; a group that has no
-        image the mean of the others. Raises ValueError before any image was added."""
+        """(G, D//2 + 1) float32. Each group counts ``POOLED`` images of the whole set's mean as its own, so that one of
+        a few images (or none: cryoSPARC may make a group of each micrograph) has a spectrum that can be divided by.
+        Shell 0, where nothing can be measured, is given shell 1's value. Raises ValueError before any image was added.
+        """
         if not self._count.any():
             raise ValueError("no images were added")
-        with np.errstate(invalid="ignore", divide="ignore"):
-            spectrum = self._power / self._count[:, None] / self._points
-        spectrum[self._count == 0] = spectrum[self._count > 0].mean(axis=0)
+        mean = self._power.sum(axis=0) / self._count.sum()
+        spectrum = (self._power + POOLED * mean) / (self._count + POOLED)[:, None] / self._points
         spectrum[:, 0] = spectrum[:, 1]
         return spectrum.astype(np.float32)
 
