@@ -12,6 +12,7 @@ map of the OTHER half best (the scheme of RECOVAR, Gilles & Singer 2024; BENCHMA
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +30,8 @@ from cryosuite.reconstruct.weights import ClassWeights
 
 RINGS = 8
 NARROWEST = 50  # particles within the first bandwidth, on average over the centres
-WIDEST = 0.5  # share of the particles within the last
+FLAT = 4.0  # the last h^2, in units of the one that holds all particles: weights are nearly equal
+STEP = 1.05  # least ratio of h^2 between neighbours
 
 
 @dataclass
@@ -69,14 +71,24 @@ def _distance(difference: np.ndarray, precision: np.ndarray) -> np.ndarray:
 
 
 def bandwidths(distances: np.ndarray, rings: int = RINGS) -> np.ndarray:
-    """(J,) bandwidths from one that holds about 50 particles to one that holds half of them, in equal ratios of h^2."""
+    """(J,) rising bandwidths, J <= rings: from one that holds about 50 particles to one that holds all, nearly equal.
+
+    In between they hold numbers of particles in equal ratios (the median over the centres). Where many particles have
+    the very same latent the first one holds these alone, and there are fewer of them.
+    """
     n = len(distances)
-    shares = np.clip([NARROWEST / n, max(WIDEST, 2 * NARROWEST / n)], 1 / n, 1)
-    low, high = (float(np.median(np.quantile(distances, share, axis=0))) for share in shares)
-    if not high > 0:
+    shares = np.geomspace(min(NARROWEST, n), n, rings - 1) / n
+    square = np.median(np.quantile(distances, shares, axis=0), axis=1)
+    square = np.append(square, FLAT * square[-1])
+    beyond = distances[distances > 1e-9 * max(square[-1], 1e-30)]
+    if not (square[-1] > 0 and len(beyond)):
         raise InputError("the latents are all alike: a kernel has nothing to choose from. Use the default mode.")
-    low = max(low, 1e-6 * high)
-    return np.sqrt(np.geomspace(low, max(high, low * 1.01), rings))
+    square = np.maximum(square, 0.5 * float(beyond.min()))
+    kept = [square[-1]]
+    for value in square[-2::-1]:
+        if value < kept[-1] / STEP:
+            kept.append(value)
+    return np.sqrt(np.array(kept[::-1]))
 
 
 def ring_weights(distances: np.ndarray, h: np.ndarray) -> ClassWeights:
@@ -126,57 +138,71 @@ def kernel_maps(
     with accumulate(
         particles, weights, half, box=box, memory_gib=memory_gib, scratch=scratch, progress=progress
     ) as sums:
-        counts = sums.counts[::2].reshape(len(centres), rings, 2).sum(1)
+        counts = sums.counts[::2].reshape(len(centres), len(h), 2).sum(1)
         if not (counts > 0).all():
             where = int(np.nonzero((counts == 0).any(1))[0][0])
             raise InputError(f"centre {where}: one half set has no particle near it: fewer or other centres are needed")
-        found = [_one(sums, k, h, window_A / sums.pixel_size, fixed) for k in range(len(centres))]
+        found = []
+        for k in range(len(centres)):
+            steps = ladder(sums, k, h)
+            found.append(choose(steps, h, window_A / sums.pixel_size) if fixed is None else _plain(steps, h, fixed))
         pixel_size = sums.pixel_size
     maps, a, b, chosen = (torch.stack(part) for part in zip(*found, strict=True))
     return KernelMaps(maps, a, b, chosen, counts, pixel_size)
 
 
-def cumulated(sums: ClassSums, centre: int, half: int, h: np.ndarray, J: int) -> Accumulator:
-    """The sums of one half set at bandwidth h_J around a centre."""
-    rings = len(h)
-    total = None
-    for j in range(J + 1):
-        first = (centre * rings + j) * 2
-        if sums.counts[first, half] <= 0:
-            continue
-        plain, squared = sums.load(first, half), sums.load(first + 1, half)
-        part = plain.data - squared.data / h[J] ** 2
-        total = part if total is None else total + part
-    if total is None:
-        total = torch.zeros_like(sums.load(centre * rings * 2, half).data)
-    total[..., 2].clamp_(min=0)
-    return Accumulator(total, sums.box_size, 2)
+def cumulated(sums: ClassSums, centre: int, half: int, h: np.ndarray) -> Iterator[Accumulator]:
+    """The sums of one half set around a centre at every bandwidth in turn; every ring is read once."""
+    plain = squared = None
+    for j in range(len(h)):
+        first = (centre * len(h) + j) * 2
+        if plain is None or sums.counts[first, half] > 0:
+            ring = [sums.load(first + moment, half).data for moment in (0, 1)]
+            plain, squared = ring if plain is None else (plain + ring[0], squared + ring[1])
+        total = plain - squared / float(h[j]) ** 2
+        total[..., 2].clamp_(min=0)
+        yield Accumulator(total, sums.box_size, 2)
 
 
-def _one(sums: ClassSums, centre: int, h: np.ndarray, window: float, fixed: int | None):
-    """Map, half maps and mean bandwidth per band of one centre."""
-    D = sums.box_size
-    halves = torch.stack(
-        [torch.stack([solve(cumulated(sums, centre, half, h, J)) for J in range(len(h))]) for half in (0, 1)]
-    )  # (2, J, D, D, D)
-    weights = bands(D, half_radius(D))
-    if fixed is not None:
-        maps = halves[:, fixed]
-        return maps.mean(0), maps[0], maps[1], torch.full((len(weights),), float(h[fixed]))
-    sphere = soft_sphere(D)
-    out, chosen = torch.zeros(2, D, D, D), torch.empty(len(weights))
-    reference = next(J for J in range(len(h)) if all(float(halves[half, J].abs().max()) > 0 for half in (0, 1)))
-    transforms = torch.fft.rfftn(halves, dim=(2, 3, 4))
+def ladder(sums: ClassSums, centre: int, h: np.ndarray) -> Tensor:
+    """Maps (3, J, D, D, D) of one centre at every bandwidth: half a, half b, and of both halves' particles together."""
+    steps = []
+    for a, b in zip(*(cumulated(sums, centre, half, h) for half in (0, 1)), strict=True):
+        steps.append(torch.stack([solve(acc) for acc in (a, b, a + b)]))
+    return torch.stack(steps, 1)
+
+
+def choose(steps: Tensor, h: np.ndarray, window: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Map, half maps and mean bandwidth per band of one centre, the bandwidth chosen for every window and band.
+
+    Args:
+        steps: (3, J, D, D, D) of `ladder`. h: (J,). window: standard deviation in voxels.
+    """
+    D, J = steps.shape[-1], len(h)
+    sphere, weights = soft_sphere(D), bands(D, half_radius(D))
+    out, chosen = torch.zeros(3, D, D, D), torch.empty(len(weights))
+    filled = [j for j in range(J) if all(float(steps[half, j].abs().max()) > 0 for half in (0, 1))]
+    if not filled:
+        raise InputError("polish --mode kernel: a centre whose half sets hold no data (empty or zero images?)")
+    reference = filled[0]
+    transforms = torch.fft.rfftn(steps, dim=(2, 3, 4))
     widths = torch.from_numpy(h).float()
     for b, band in enumerate(weights):
         x = torch.fft.irfftn(transforms * band, s=(D,) * 3, dim=(2, 3, 4))
         best = torch.full((D, D, D), torch.inf)
-        which = torch.zeros(D, D, D, dtype=torch.long)
-        for J in range(reference, len(h)):
-            square = (x[0, J] - x[1, reference]).square() + (x[1, J] - x[0, reference]).square()
+        which = torch.full((D, D, D), reference, dtype=torch.long)
+        for j in range(reference, J):
+            square = (x[0, j] - x[1, reference]).square() + (x[1, j] - x[0, reference]).square()
             error = gaussian_blur(square * sphere, window)
             better = error < best
-            best, which = torch.where(better, error, best), torch.where(better, J, which)
-        out += torch.gather(x, 1, which.expand(2, 1, D, D, D))[:, 0]
+            best, which = torch.where(better, error, best), torch.where(better, j, which)
+        out += torch.gather(x, 1, which.expand(3, 1, D, D, D))[:, 0]
         chosen[b] = (widths[which] * sphere).sum() / sphere.sum()
-    return out.mean(0), out[0], out[1], chosen
+    return out[2], out[0], out[1], chosen
+
+
+def _plain(steps: Tensor, h: np.ndarray, J: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same for one bandwidth everywhere."""
+    J = min(J, len(h) - 1)
+    bands_count = len(bands(steps.shape[-1], half_radius(steps.shape[-1])))
+    return steps[2, J], steps[0, J], steps[1, J], torch.full((bands_count,), float(h[J]))

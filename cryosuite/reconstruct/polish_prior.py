@@ -43,27 +43,31 @@ def prior_mean(sums: ClassSums, prior: Tensor, mask: Tensor | None = None) -> Pr
     """Maps of all classes from their sums and the network's maps.
 
     Args:
-        prior: (K, D, D, D) maps in any grey scale. mask: (D, D, D), default one found in the prior maps.
+        prior: (K, D, D, D) maps in any grey scale; or (2, K, D, D, D), those of half a and of half b, where the maps
+            come from the data themselves: then neither half ever sees the other's.
+        mask: (D, D, D), default one found in the prior maps.
 
     Raises:
         InputError: shapes that do not fit, or no class with particles in both half sets.
     """
     D, K = sums.box_size, sums.n_classes
-    if tuple(prior.shape) != (K, D, D, D):
+    if tuple(prior.shape) not in ((K, D, D, D), (2, K, D, D, D)):
         raise InputError(f"prior maps of shape {tuple(prior.shape)} for {K} classes of box {D}")
+    pair = prior if prior.ndim == 5 else prior.expand(2, K, D, D, D)
+    prior = pair.mean(0) if prior.ndim == 5 else prior
     used = np.nonzero((sums.counts > 0).all(1))[0]
     if not len(used):
         raise InputError("no class has particles in both half sets: the prior cannot be weighed against the data")
     sphere = soft_sphere(D)
     mask = auto_mask(prior * sphere) if mask is None else mask
     mask = mask if float(mask.sum()) > 0 else sphere
-    tau = _choose(sums, prior, mask, used.tolist())
+    tau = _choose(sums, pair, mask, used.tolist())
     out = torch.empty(3, K, D, D, D)
     for k in range(K):
         grids = [Sums(sums.load(k, 0)), Sums(sums.load(k, 1)), Sums(sums.joint(k))]
         # tau is an absolute precision: the joint map has twice the data and the same prior
-        for place, (grid, part) in enumerate(zip((grids[2], grids[0], grids[1]), (0.5, 1.0, 1.0), strict=True)):
-            out[place, k] = _map(grid, scaled_prior(grid, prior[k], sphere), tau * part)
+        for place, (which, P, part) in enumerate(((2, prior, 0.5), (0, pair[0], 1.0), (1, pair[1], 1.0))):
+            out[place, k] = _map(grids[which], scaled_prior(grids[which], P[k], sphere), tau * part)
     return PriorMaps(out[0] * sphere, out[1] * sphere, out[2] * sphere, tau, mask, sums.pixel_size)
 
 
@@ -88,7 +92,7 @@ def _map(grid: Sums, prior: Tensor, tau: Tensor | float) -> Tensor:
 
 
 def _choose(sums: ClassSums, prior: Tensor, mask: Tensor, used: list[int]) -> Tensor:
-    """(D/2 + 1,) the tau of each shell that predicts the other half set best."""
+    """(D/2 + 1,) the tau of each shell that predicts the other half set best; prior: (2, K, D, D, D)."""
     D = sums.box_size
     shell = half_radius(D).round().long().clamp(max=D // 2).reshape(-1)
     sphere, column = soft_sphere(D), torch.arange(D // 2 + 1)
@@ -96,7 +100,7 @@ def _choose(sums: ClassSums, prior: Tensor, mask: Tensor, used: list[int]) -> Te
     error = torch.zeros(len(TAUS), D // 2 + 1, dtype=torch.float64)
     for k in used:
         grids = [Sums(sums.load(k, half)) for half in (0, 1)]
-        priors = [scaled_prior(grid, prior[k], sphere) for grid in grids]
+        priors = [scaled_prior(grid, P[k], sphere) for grid, P in zip(grids, prior, strict=True)]
         plain = [_map(grid, torch.zeros_like(P), TAUS[0]) for grid, P in zip(grids, priors, strict=True)]
         for number, tau in enumerate(TAUS):
             for half in (0, 1):
