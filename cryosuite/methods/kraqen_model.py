@@ -176,21 +176,23 @@ class KraqenModel(nn.Module):
 
     @torch.no_grad()
     def start_from_means(self, step: int, rounds: int = 30) -> None:
-        """Codes from k-means of the own codes kept, distances in the metric mean G."""
-        kept = self.reservoir[: min(int(self.filled), RESERVOIR)].double()
+        """Codes from k-means of the own codes kept, distances in the metric mean G.
+
+        On the CPU, where sums have one order: the processes must come to the same codes bit for bit.
+        """
+        kept = self.reservoir[: min(int(self.filled), RESERVOIR)].double().cpu()
+        metric = self.metric.double().cpu()
         if not len(kept):
             return
         K, M = self.codes.shape
-        level = self.metric.diagonal().mean().double().clamp_min(1e-12)
-        eye = torch.eye(M, dtype=torch.float64, device=kept.device)
-        root = torch.linalg.cholesky(self.metric.double() / level + 1e-6 * eye)
+        level = metric.diagonal().mean().clamp_min(1e-12)
+        root = torch.linalg.cholesky(metric / level + 1e-6 * torch.eye(M, dtype=torch.float64))
         points = kept @ root  # |root^T d|^2 = d^T G d
         generator = torch.Generator().manual_seed(step)
         first = [int(torch.randint(len(kept), (), generator=generator))]
         distance = (points - points[first[0]]).square().sum(1)
         while len(first) < K:  # k-means++
-            chance = (distance + 1e-12).cpu()
-            first.append(int(torch.multinomial(chance, 1, generator=generator)))
+            first.append(int(torch.multinomial(distance + 1e-12, 1, generator=generator)))
             distance = torch.minimum(distance, (points - points[first[-1]]).square().sum(1))
         centres = points[first]
         for _ in range(rounds):
