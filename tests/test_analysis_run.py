@@ -275,3 +275,14 @@ def test_notice_names_the_row_left_out(tmp_path: Path) -> None:
     with pytest.warns(UserNotice, match="rows 4"):
         analyze(z, None, AnalysisDir(tmp_path), PIXEL, D, AnalyzeOptions(ksample=3, skip_umap=True))
     assert read_yaml(tmp_path / "analyze.yaml")["left_out"] == [4]
+
+
+def test_fewer_clusters_and_volumes_leave_no_files_of_earlier_ones(tmp_path):
+    z, _ = latents()
+    for clusters, steps in ((5, 4), (3, 2)):
+        options = AnalyzeOptions(ksample=clusters, gmm=2, components=1, per_component=steps, skip_umap=True)
+        analyze(z, decode, AnalysisDir(tmp_path), PIXEL, D, options, particles=particle_set(len(z)))
+    out = AnalysisDir(tmp_path)
+    assert len(list(out.cluster_indices(0).parent.glob("cluster_*.ind.pkl"))) == 3
+    assert len(list(out.pc(1).path.glob("vol_*.mrc"))) == 2
+    assert not list(out.pc(1).path.glob("vol_003*"))

@@ -27,7 +27,10 @@ def write_lists(out: AnalysisDir, particles: ParticleSet, labels: np.ndarray, co
     Args:
         labels: (N,) cluster of each particle of the set, -1 for none.
     """
-    out.cluster_indices(0).parent.mkdir(parents=True, exist_ok=True)
+    folder = out.cluster_indices(0).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in [*folder.glob("cluster_*.ind.pkl"), *folder.glob("cluster_*.star")]:
+        old.unlink()  # of an earlier analysis with more clusters
     tables = _tables(particles)
     names = None if tables is None else _moved_names(tables, out.cluster_star(0).parent)
     for label in range(count):
