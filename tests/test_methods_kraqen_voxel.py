@@ -1,4 +1,4 @@
-"""The voxel field of train-kraqen: finds the states, goes on exactly, does not depend on threads, speaks on bad days."""
+"""The voxel field of train-kraqen: finds the states, goes on exactly, same for any threads, speaks on bad days."""
 
 from __future__ import annotations
 
