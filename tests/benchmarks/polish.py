@@ -1,7 +1,7 @@
 """polish with the true labels and with the latents of every method, beside what there was before it.
 
-    CRYOSUITE_SHARED=../shared python tests/benchmarks/polish.py [--family polish|rough|d128|methods] [--seeds 0 1 2]
-        [--rows true,kraqen,hype,cryodrgn] [--work DIR]
+    CRYOSUITE_SHARED=../shared python tests/benchmarks/polish.py [--family polish|rough|d128|methods|try]
+        [--seeds 0 1 2] [--rows true,kraqen,hype,cryodrgn] [--work DIR]
 
 Families: "polish" (assembly of 16, loop of 24, mix of 16; SNR 0.01 and 0.1; 2,400 images of 64 pixels), "rough" (the
 same with coloured noise, with angles wrong by 1 or 3 degrees and shifts by half a pixel), "d128" (128 pixels), and
@@ -136,7 +136,9 @@ def run_set(recipe: Recipe, rows: list[str], work: Path, threads: int) -> None:
 def main() -> None:
     """Run the chosen families, seeds and rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", nargs="+", choices=("polish", "rough", "d128", "methods"), default=["polish"])
+    parser.add_argument(
+        "--family", nargs="+", choices=("polish", "rough", "d128", "methods", "try"), default=["polish"]
+    )
     parser.add_argument("--kinds", nargs="+", help="only these kinds of set, e.g. mix16")
     parser.add_argument("--snr", type=float, nargs="+", help="only these signal-to-noise ratios")
     parser.add_argument("--rows", default="true", help=f"of {','.join(ROWS)}")

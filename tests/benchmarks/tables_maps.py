@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
 
-KIND = {"ribo16": "assembly of 16", "igg24": "loop of 24", "mix16": "mix of 16"}
+KIND = {"ribo16": "assembly of 16", "igg24": "loop of 24", "mix16": "mix of 16", "phantom4": "four phantoms"}
 FLAW = {"": "", "coloured": "coloured noise", "poses1": "angles off by 1 degree", "poses3": "angles off by 3 degrees"}
 # AUC of IgG-1D in the paper (single seeds); rows as ablation.py names them
 PAPER = {
