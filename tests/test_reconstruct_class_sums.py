@@ -14,7 +14,8 @@ import reconstruct_toy as toy
 
 from cryosuite.errors import InputError
 from cryosuite.reconstruct.backproject import reconstruct
-from cryosuite.reconstruct.class_sums import accumulate, accumulator_bytes
+from cryosuite.reconstruct import class_sums
+from cryosuite.reconstruct.class_sums import accumulate, accumulator_bytes, class_order
 from cryosuite.reconstruct.solve import solve
 from cryosuite.reconstruct.weights import ClassWeights
 
@@ -81,6 +82,14 @@ def test_one_or_two_threads_give_the_same_sums(images):
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*found)
+
+
+def test_images_come_class_by_class_within_stretches_of_the_stack(monkeypatch):
+    labels = np.array([1, 0, -1, 1, 0, 1, 0, 0])
+    weights = ClassWeights.from_labels(labels)
+    np.testing.assert_array_equal(class_order(weights, BOX), [1, 4, 6, 7, 0, 3, 5])
+    monkeypatch.setattr(class_sums, "STRETCH_BYTES", 4 * 4 * BOX**2)  # four images
+    np.testing.assert_array_equal(class_order(weights, BOX), [1, 4, 0, 3, 6, 7, 5])
 
 
 def test_wrong_sizes_and_empty_shares_are_refused(images):

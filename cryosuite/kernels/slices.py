@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -162,7 +163,11 @@ def new_accumulator(
     if box_size % 2:
         raise ValueError(f"the box size must be even, not {box_size}")
     N = pad * box_size // 2 + 1
-    return Accumulator(torch.zeros(2 * N + 1, 2 * N + 1, N + 1, 3, device=device, dtype=dtype), box_size, pad)
+    shape = (2 * N + 1, 2 * N + 1, N + 1, 3)
+    if torch.device(device).type == "cpu" and dtype == torch.float32:
+        # numpy asks the system for large pages: slices touch all of the memory, in no order
+        return Accumulator(torch.from_numpy(np.zeros(shape, np.float32)), box_size, pad)
+    return Accumulator(torch.zeros(shape, device=device, dtype=dtype), box_size, pad)
 
 
 def insert_slices(

@@ -30,6 +30,7 @@ from cryosuite.reconstruct.backproject import POINTS_PER_CHUNK, Accumulator
 from cryosuite.reconstruct.weights import ClassWeights
 
 MEMORY_GIB = 4.0  # accumulators held at a time
+STRETCH_BYTES = 1 << 29  # of images within which they are taken in the order of classes
 
 
 @dataclass
@@ -158,14 +159,25 @@ def accumulate(
     return sums
 
 
+def class_order(weights: ClassWeights, box_size: int) -> np.ndarray:
+    """Rows with a share, in an order in which neighbours belong to the same class as far as reading allows.
+
+    Insertion is bound by memory: an accumulator stays in the processor's cache while image after image goes into it.
+    Rows are sorted by class within stretches of the stack, so that a disk is still read from front to back.
+    """
+    rows = np.nonzero(np.diff(weights.indptr) > 0)[0]
+    stretch = max(1, STRETCH_BYTES // (4 * box_size**2))
+    return rows[np.lexsort((rows, weights.labels()[rows], np.arange(len(rows)) // stretch))]
+
+
 def _run(
     engine: Accumulator, weights: ClassWeights, half: np.ndarray, bar: Progress | None
 ) -> dict[tuple[int, int], slices.Accumulator]:
     """Sums of one group of classes: reading, coefficients and the insertion into each half in threads of their own.
 
-    Every half set is inserted in the order of the stack, so the sums do not depend on timing.
+    Every half set is inserted in the same order, so the sums do not depend on timing.
     """
-    rows = np.nonzero(np.diff(weights.indptr) > 0)[0]
+    rows = class_order(weights, engine.particles.box_size)
     step = max(1, POINTS_PER_CHUNK // len(engine.disc))
     sums: dict[tuple[int, int], slices.Accumulator] = {}
     threads = torch.get_num_threads()
