@@ -53,8 +53,11 @@ def main(
     n_states: int = _option(None, help="How many different molecules you expect; 1.5 x as many codes.", panel=CODES),
     n_codes: int = _option(None, "-k", "--n-codes", help="Number of codes; nothing: 32.", panel=CODES),
     split: bool = _option(None, "--split/--no-split", help="Split the busiest code into unused ones.", panel=CODES),
-    merge: float = _option(
-        None, help="Join codes whose maps correlate above this (half-map corrected); 0: never.", panel=CODES
+    merge: str = _option(
+        None,
+        help="Joining of codes that show one state. likelihood: asked of images that had no part in their maps. "
+        "correlation: half-map corrected, above .97. none: never.",
+        panel=CODES,
     ),
     field: str = _option(
         None, help="voxel: maps, solved directly. triplane (as published) or fourier: a network.", panel=CODES

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cryosuite.methods.kraqen_options import KraqenOptions
     from cryosuite.methods.kraqen_voxel import VoxelEM, VoxelResult
 
+TWINS = 0.97  # corrected correlation above which codes are one state, with the rule "correlation"
 MERGE_RADIUS = 0.25  # of D: coarser detail decides which codes are twins
 AGREEMENT = 0.3  # correlation of a code's half maps below which nothing can be said about it
 AFTER_MERGE = 2  # iterations on all images once twins are one
@@ -27,16 +28,13 @@ COMPONENTS = 16  # of the embedding at most
 UNUSED = 0.5  # particles
 
 
-def merge(
-    result: VoxelResult, threshold: float = 0.97, rule: str = "likelihood"
-) -> tuple[VoxelResult, np.ndarray]:
+def merge(result: VoxelResult, rule: str = "likelihood") -> tuple[VoxelResult, np.ndarray]:
     """Make one code of twins, drop unused codes, number the rest by use, and let all images choose again.
 
     Args:
-        threshold: 0 merges nothing. With the rule "correlation": codes whose half maps correlate more than this once
-            corrected for noise, within D/4 (KRAQEN.md, section 5).
-        rule: "likelihood" merges where images of the other half set prefer the joint map (`kraqen_twins`); it needs no
-            threshold.
+        rule: "likelihood" merges where images of the other half set prefer the joint map (`kraqen_twins`),
+            "correlation" codes whose half maps correlate above .97 once corrected for noise, within D/4 (KRAQEN.md,
+            section 5; measured: it leaves twins apart and joins similar states), "none" nothing.
 
     Returns:
         The result of the remaining codes and (K,) int64 the new number of each code, -1 for dropped ones.
@@ -47,13 +45,13 @@ def merge(
     if not len(used):
         return result, np.zeros(p.n_classes, np.int64)
     groups[used] = np.arange(len(used))
-    if threshold > 0 and len(used) > 1:
+    if rule != "none" and len(used) > 1:
         part = p.columns(used)
         with engine.threads_of_torch():
             if rule == "likelihood":
                 groups[used] = twin_groups(engine, part, engine.seed)
             else:
-                groups[used] = correlation_groups(engine, part, threshold, MERGE_RADIUS, AGREEMENT)
+                groups[used] = correlation_groups(engine, part, TWINS, MERGE_RADIUS, AGREEMENT)
     p = _grouped(p, groups)
     order = np.argsort(-p.usage(), kind="stable")
     place = np.empty(len(order), np.int64)

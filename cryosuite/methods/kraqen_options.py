@@ -15,6 +15,7 @@ CHOICES = {
     "loss": ("l2", "l1", "huber"),
     "blend": ("blended", "em"),
     "anneal": ("geometric", "paper"),
+    "merge": ("likelihood", "correlation", "none"),
 }
 
 
@@ -37,7 +38,7 @@ class KraqenOptions:
     anneal_over: float = 0.8
     balance: float = 0.5
     split: bool = True
-    merge: float = 0.97  # half-map corrected correlation; 0: off
+    merge: str = "likelihood"  # what tells twins: held-out images, or the half-map corrected correlation above .97
     sparse: float = 1e-3  # responsibilities below are dropped
     # voxel field
     iterations: int = 16
@@ -112,7 +113,7 @@ PRESETS = {
             field="triplane", n_codes=100, rank=50, channels=64, levels=1, features=0, width=1024, layers=3,
             assign="kernel", kernel="epanechnikov", t_max=13.0, t_min=1.3, anneal="paper", anneal_over=1.0,
             balance=0.0, split=False, beta=0.05, margin=0.1, loss="l1", em_last=0.0, jitter=0.0, em_finish=0,
-            march_from=1.0, merge=0.0, fast=1.0,
+            march_from=1.0, merge="none", fast=1.0,
         ),
         {"lr": 1e-4, "epochs": 50, "batch_size": 32, "warmup": 0.0, "lr_final": 1.0, "grad_clip": 0.0, "ema": 0.0,
          "precision": "32"},

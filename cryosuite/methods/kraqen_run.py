@@ -109,7 +109,7 @@ def _finish(
 ) -> Trained:
     """Merge twins, make the maps of the codes at full box, write the run's files."""
     before = found.codes.shape[0]
-    merged, groups = merge(found, options.merge)
+    merged, groups = merge(found, rule=options.merge)
     warning = collapsed(merged.usage, merged.p)
     if latents is None:
         z, codes = embed(merged)

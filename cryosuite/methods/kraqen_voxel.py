@@ -275,15 +275,11 @@ class VoxelEM:
         return None if signals.received else maps
 
     def _sums(self, transforms: kernel.ClassTransforms, chunk: Chunk, disc: fourier.HalfDisc):
-        return kernel.class_sums(
-            transforms, chunk.values, chunk.weights, chunk.rotation, disc, self.pool, self.threads
-        )
+        return kernel.class_sums(transforms, chunk.values, chunk.weights, chunk.rotation, disc, self.pool, self.threads)
 
     def _insert(self, acc: kernel.ClassAccumulator, chunk: Chunk, table: ClassWeights, disc: fourier.HalfDisc) -> None:
         rows = tuple(torch.from_numpy(part) for part in (table.data, table.indices, table.indptr))
-        kernel.insert_classes(
-            acc, chunk.values, chunk.weights, rows, chunk.rotation, disc, self.pool, self.threads
-        )
+        kernel.insert_classes(acc, chunk.values, chunk.weights, rows, chunk.rotation, disc, self.pool, self.threads)
 
     def chunks(self, rows: np.ndarray, r_max: int) -> Iterator[Chunk]:
         """Coefficients of some rows, on the device of the grids."""

@@ -20,7 +20,7 @@ from common import RESULTS, save
 from judge import Judge, without_states
 from sets import FAMILIES, WORK, Recipe, make
 
-PUBLISHED = ["--assign", "kernel", "--anneal", "paper", "--beta", "0.05", "--em-finish", "0", "--merge", "0"]
+PUBLISHED = ["--assign", "kernel", "--anneal", "paper", "--beta", "0.05", "--em-finish", "0", "--merge", "none"]
 COLD, HOT, ANNEALED = (["--t-max", t, "--t-min", low] for t, low in (("1.3", "1.3"), ("13", "13"), ("13", "1.3")))
 NETWORK = ["--channels", "8", "--features", "32", "--width", "64", "--layers", "2", "-b", "100"]
 TRIPLANE, KERNEL = ["--field", "triplane"], ["--kernel", "epanechnikov"]
@@ -33,7 +33,7 @@ ROWS: dict[str, list[str]] = {
     "no annealing, low T": [*TRIPLANE, *PUBLISHED, *KERNEL, *COLD],
     "no annealing, high T": [*TRIPLANE, *PUBLISHED, *KERNEL, *HOT],
     "no triplet": [*TRIPLANE, *PUBLISHED, *KERNEL, *ANNEALED, "--beta", "0"],
-    "ours": [*TRIPLANE, "--merge", "0"],
+    "ours": [*TRIPLANE, "--merge", "none"],
 }
 SETS: dict[str, tuple[str, list[str]]] = {
     "loop": ("igg50", ["--n-codes", "32", "--rank", "8"]),
