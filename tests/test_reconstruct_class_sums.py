@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import reconstruct_toy as toy
 
 from cryosuite.errors import InputError
-from cryosuite.reconstruct.backproject import reconstruct
 from cryosuite.reconstruct import class_sums
+from cryosuite.reconstruct.backproject import reconstruct
 from cryosuite.reconstruct.class_sums import accumulate, accumulator_bytes, class_order
 from cryosuite.reconstruct.solve import solve
 from cryosuite.reconstruct.weights import ClassWeights

@@ -110,9 +110,34 @@ def test_without_noise_both_bases_give_the_maps_back():
     mask = soft_sphere(D)
     a, b = a * mask, b * mask
     for basis in polish_gain.bases(polish_gain.shell_covariance(a, b)).values():
-        found = polish_gain.apply_gains(a, b, mask, basis, 2.5)
+        found = polish_gain.apply_gains(torch.stack([a, b]), mask, basis, 2.5)
         wanted = (a + b) / 2
         assert float((found.maps - wanted).square().sum() / wanted.square().sum()) < 1e-3
+
+
+def test_score_alone_leaves_the_halves_as_they_are():
+    generator = torch.Generator().manual_seed(4)
+    signal = torch.randn(3, D, D, D, generator=generator)
+    halves = signal + torch.randn(2, 3, D, D, D, generator=generator)
+    basis = polish_gain.bases(polish_gain.shell_covariance(*halves))["modal"]
+    before, mask = halves.clone(), soft_sphere(D)
+    score = polish_gain.apply_gains(halves, mask, basis, 2.5, keep=False)
+    assert score.maps is None
+    torch.testing.assert_close(halves, before, rtol=1e-4, atol=1e-4)
+    kept = polish_gain.apply_gains(halves, mask, basis, 2.5)
+    assert kept.score == pytest.approx(score.score, rel=1e-3)
+    assert float(halves.square().sum()) < 0.9 * float(before.square().sum())
+
+
+def test_a_wrong_first_guess_of_the_basis_changes_nothing(noisy, monkeypatch):
+    particles, labels, _ = noisy
+    sums = accumulate(particles, ClassWeights.from_labels(labels))
+    maps = []
+    for guess in (True, False):
+        monkeypatch.setattr(polish_gain, "related", lambda covariance, guess=guess: guess)
+        maps.append(polish(sums, PolishOptions(passes=0)))
+    assert maps[0].basis == maps[1].basis
+    torch.testing.assert_close(maps[0].maps, maps[1].maps, rtol=1e-3, atol=1e-4)
 
 
 def test_shell_covariance_of_independent_noise_is_diagonal_and_right():
@@ -132,7 +157,7 @@ def test_gain_minimises_the_held_out_error():
     generator = torch.Generator().manual_seed(2)
     signal = torch.randn(1, D, D, D, generator=generator)
     a, b = (signal + 1.5 * torch.randn(1, D, D, D, generator=generator) for _ in range(2))
-    found = polish_gain.apply_gains(a, b, torch.ones(D, D, D), torch.eye(1), 3.0)
+    found = polish_gain.apply_gains(torch.stack([a, b]), torch.ones(D, D, D), torch.eye(1), 3.0)
     wiener = 1 / (1 + 1.5**2 / 2)
     assert float(found.mean_gain[5:].mean()) == pytest.approx(wiener, abs=0.05)
     error = float((found.maps - signal).square().mean())

@@ -42,6 +42,13 @@ def main(
         help="Groups that latents are split into; nothing: one per 100 particles, at most 64. Too many do little harm.",
         panel=CLASSES,
     ),  # fmt: skip
+    half_sets: bool = _option(
+        False,
+        "--half-sets",
+        panel=CLASSES,
+        help="For runs of train-kraqen: particles choose their codes again, each by maps of its own half set alone, so "
+        "that the plain half maps are independent.",
+    ),
     seed: int = _option(0, "--seed", help="Of the grouping.", panel=CLASSES),
     poses: Path = _option(None, "--poses", help="Poses as cryoDRGN writes them (poses.pkl).", panel=INPUT),
     ctf: Path = _option(None, "--ctf", help="CTF parameters as cryoDRGN writes them (ctf.pkl).", panel=INPUT),
@@ -117,14 +124,18 @@ def main(
     box = downsample or particles.box_size
     if not 16 <= box <= particles.box_size or box % 2:
         raise InputError(f"--downsample {box}: an even box from 16 to {particles.box_size} is needed")
+    if half_sets:
+        if labels is not None or z is not None:
+            raise InputError("--half-sets: is for a run of train-kraqen alone, without --labels or --z")
+        source.weights = _apart(path, source, seed)
     weights, more = _classes(source, classes, seed, mode, box)
     origin = "labels" if labels else "latents" if source.weights is None else "shares of the codes"
     say(f"{int((weights.labels() >= 0).sum()):,} particles in {weights.n_classes} classes, from {origin} -> {out.path}")
     rows = polish_to(
         out, particles, weights, options, box=box if box != particles.box_size else None, memory_gib=memory, mode=mode,
-        **more, source=str(path), classes_from=origin,
+        **more, source=str(path), classes_from=origin, half_sets_apart=half_sets,
     )  # fmt: skip
-    report(rows, out, latent_from_both=labels is None)
+    report(rows, out, latent_from_both=labels is None and not half_sets)
 
 
 @dataclass
@@ -190,6 +201,25 @@ def _open_ours(run: Any, epoch: int | None) -> Source:
     shares = run.shares(loaded.epoch)
     weights = ClassWeights.from_arrays(safe_load(shares)[0], str(shares)) if shares.is_file() else None
     return Source(loaded.particles, loaded.z, weights, loaded.epoch, loaded.decode)
+
+
+def _apart(path: Path, source: Source, seed: int) -> ClassWeights:
+    """Shares decided within each half set, where the method allows it."""
+    from cryosuite.console import say
+    from cryosuite.data.workdir import RunDir
+    from cryosuite.errors import InputError
+
+    config = RunDir(path).read_config() if RunDir(path).exists() else {}
+    if source.weights is None or config.get("method") != "kraqen":
+        raise InputError(
+            f"--half-sets: {path} is not a run of train-kraqen. Latents of other methods were learnt from both half "
+            "sets: train on each half alone (--ind) to hold them apart"
+        )
+    from cryosuite.methods.kraqen_halves import shares_apart
+    from cryosuite.methods.kraqen_options import KraqenOptions
+
+    say("particles choose their codes again within each half set")
+    return shares_apart(source.particles, source.weights, KraqenOptions.from_dict(config["options"]), seed)
 
 
 def _classes(

@@ -148,8 +148,8 @@ def accumulate(
             bar.__enter__()
         for group, part in zip(groups, parts, strict=True):
             found = _run(engine, part, half, bar)
-            for (k, h), acc in found.items():
-                sums.store(int(group[k]), h, acc, spill)
+            for k, h in list(found):  # popped, so that the next group does not have to share the memory
+                sums.store(int(group[k]), h, found.pop((k, h)), spill)
     except BaseException:
         sums.close()
         raise

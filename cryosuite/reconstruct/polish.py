@@ -7,6 +7,7 @@ band, what the halves agree on. Related states lend each other what they have in
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -95,25 +96,32 @@ def polish(
         )
     D, window = sums.box_size, options.window_A / sums.pixel_size
     mask = soft_sphere(D)
-    priors = None if prior is None else (prior[used], prior[used])
+    # one pair of half maps, overwritten by every step: 100 classes at D = 128 take 2.5 GB, the joint maps included
+    halves = torch.empty(2, len(used), D, D, D)
     gains, basis = [], options.basis
-    total = (options.passes + 1) * 2 * len(used)
-    bar = Progress(total, progress, "maps") if progress else None
+    bar = Progress((options.passes + 1) * 2 * len(used), progress, "maps") if progress else None
     try:
         if bar is not None:
             bar.__enter__()
-        for _ in range(options.passes + 1):
-            halves = half_maps(sums, used, priors, options.prior if priors else options.first_prior, mask, bar)
-            found, basis = _gained(halves, mask, window, basis)
+        for number in range(options.passes + 1):
+            foreign = None if prior is None or number else prior[used]
+            weight = options.first_prior if number == 0 and prior is None else options.prior
+
+            def fill(bar: Progress | None, foreign: Tensor | None = foreign, weight: float = weight) -> None:
+                if foreign is not None:
+                    halves[:] = foreign
+                fill_halves(halves, sums, used, weight, foreign is not None or number > 0, mask, bar)  # noqa: B023
+
+            fill(bar)
+            found, basis = _gained(halves, mask, window, basis, fill)
             mask = auto_mask(found.maps)
             mask = mask if float(mask.sum()) > 0 else soft_sphere(D)
-            priors = (found.half_a, found.half_b)
             gains.append(found.mean_gain)
     finally:
         if bar is not None:
             bar.__exit__(None, None, None)
     missing = sorted(set(range(sums.n_classes)) - set(used.tolist()))
-    whole = [_spread(maps, used, sums) for maps in (found.maps, found.half_a, found.half_b)]
+    whole = [_spread(maps, used, sums) for maps in (found.maps, *halves)]
     if missing:
         notice(
             f"classes {', '.join(map(str, missing))} have no particles in one of the half sets: their maps are the "
@@ -122,43 +130,51 @@ def polish(
     return Polished(*whole, mask, sums.pixel_size, sums.counts, basis, torch.stack(gains), missing)
 
 
-def half_maps(
+def fill_halves(
+    halves: Tensor,
     sums: ClassSums,
     classes: np.ndarray,
-    priors: tuple[Tensor, Tensor] | None,
     weight: float,
+    prior: bool,
     mask: Tensor,
     bar: Progress | None = None,
-) -> Tensor:
-    """Y = F^-1[(B + lam Wm P) / (W + lam Wm)] x mask for both halves: (2, K, D, D, D)."""
+) -> None:
+    """Y = F^-1[(B + lam Wm P) / (W + lam Wm)] x mask for both halves, P being what ``halves`` (2, K, D, D, D) holds.
+
+    Args:
+        weight: lam. prior: False for P = 0.
+    """
     D = sums.box_size
-    out = torch.empty(2, len(classes), D, D, D)
     correction = gridding(D)
     for place, k in enumerate(classes.tolist()):
         for h in (0, 1):
             grid = Sums(sums.load(k, h))
             level = grid.regulariser(weight)
             values = grid.B
-            if priors is not None:
+            if prior:
                 # a shell without data, and the mean, come from the prior alone
-                values = values + level * torch.fft.rfftn(pad_map(priors[h][place] * correction, grid.pad))
+                values = values + level * torch.fft.rfftn(pad_map(halves[h, place] * correction, grid.pad))
             padded = torch.fft.irfftn(values / (grid.W + level), s=(D * grid.pad,) * 3)
-            out[h, place] = crop_padded(padded, D) / correction * mask
+            halves[h, place] = crop_padded(padded, D) / correction * mask
             if bar is not None:
                 bar.advance()
-    return out
 
 
-def _gained(halves: Tensor, mask: Tensor, window: float, basis: str) -> tuple[polish_gain.Gained, str]:
-    """Apply the gains in the wanted basis, or in the better of the two."""
-    matrices = polish_gain.bases(polish_gain.shell_covariance(*halves))
-    names = [name for name in BASES[1:] if basis in ("auto", name)]
-    best: tuple[polish_gain.Gained, str] | None = None
-    for name in names:
-        found = polish_gain.apply_gains(halves[0], halves[1], mask, matrices[name], window)
-        if best is None or found.score < best[0].score:
-            best = (found, name)
-    return best
+def _gained(
+    halves: Tensor, mask: Tensor, window: float, basis: str, refill: Callable[[None], None]
+) -> tuple[polish_gain.Gained, str]:
+    """Filter the halves in the wanted basis, or in the one that leaves the smaller error by its own account."""
+    covariance = polish_gain.shell_covariance(*halves)
+    matrices = polish_gain.bases(covariance)
+    if basis != "auto":
+        return polish_gain.apply_gains(halves, mask, matrices[basis], window), basis
+    likely, other = ("modal", "class") if polish_gain.related(covariance) else ("class", "modal")
+    rival = polish_gain.apply_gains(halves, mask, matrices[other], window, keep=False).score
+    found = polish_gain.apply_gains(halves, mask, matrices[likely], window)
+    if found.score <= rival:
+        return found, likely
+    refill(None)  # the wrong guess has overwritten the halves
+    return polish_gain.apply_gains(halves, mask, matrices[other], window), other
 
 
 def _spread(maps: Tensor, used: np.ndarray, sums: ClassSums) -> Tensor:

@@ -14,20 +14,18 @@ import torch
 from torch import Tensor
 
 WINDOW_A = 12.5  # standard deviation of the window in space, Angstrom
-VOXELS_AT_ONCE = 1 << 18
+VALUES_AT_ONCE = 1 << 22
 
 
 @dataclass
 class Gained:
-    """What a basis gives: maps (K, D, D, D) of both halves joined and of each half, and how much was kept.
+    """What a basis gives: maps (K, D, D, D) of both halves joined (None where only asked for), and how much was kept.
 
-    mean_gain: (B,) mean gain per band over channels and mask; score: expected signal kept, in units of the noise;
+    mean_gain: (B,) mean gain per band over channels and mask; score: expected error left, in units of the noise;
     noise: (B,) variance of the joint map per voxel and band.
     """
 
-    maps: Tensor
-    half_a: Tensor
-    half_b: Tensor
+    maps: Tensor | None
     mean_gain: Tensor
     score: float
     noise: Tensor
@@ -125,59 +123,75 @@ def bases(covariance: Covariance) -> dict[str, Tensor]:
     return {"class": own, "modal": (modes.flip(1).T @ whiten).to(own.dtype)}
 
 
-def apply_gains(half_a: Tensor, half_b: Tensor, mask: Tensor, basis: Tensor, window: float) -> Gained:
+def related(covariance: Covariance) -> bool:
+    """Whether the classes look like states of one molecule: their signals correlate by more than a half on average.
+
+    Only a first guess of the better basis, to try that one last; `Gained.score` decides.
+    """
+    n = covariance.noise.clamp(min=1e-30)
+    signal = (covariance.signal * (covariance.count / n)[:, None, None])[covariance.noise > 1e-6 * n.max()].sum(0)
+    own = signal.diagonal().clamp(min=1e-30).rsqrt()
+    K = len(signal)
+    return K > 1 and float((signal * own[:, None] * own).sum() - K) > 0.5 * K * (K - 1)
+
+
+def apply_gains(halves: Tensor, mask: Tensor, basis: Tensor, window: float, keep: bool = True) -> Gained:
     """Filter both halves and their mean, channel by channel, band by band, voxel by voxel.
 
     c = G[x^a x^b] / G[mask^2], n = mean of (x^a - x^b)^2 / 4; gain c+/(c+ + n) on the mean of the halves, c+/(c+ + 2n)
     on each half: the gain that minimises the error against an independent measurement.
 
     Args:
-        half_a, half_b: (K, D, D, D) masked maps; mask: (D, D, D); basis: (K, K) of `bases`; window: voxels.
+        halves: (2, K, D, D, D) masked half maps; FILTERED IN PLACE, so that many classes of large maps fit the memory.
+        mask: (D, D, D); basis: (K, K) of `bases`; window: voxels.
+        keep: False leaves the halves as they are and makes no maps: only the score is asked for.
     """
-    K, D = half_a.shape[0], half_a.shape[-1]
+    K, D = halves.shape[1], halves.shape[-1]
     weights = bands(D, half_radius(D))
     column = torch.arange(D // 2 + 1)
     twice = torch.where((column > 0) & (column < D // 2), 2.0, 1.0)
-    modes = torch.stack([_mix(basis, half_a), _mix(basis, half_b)])  # (2, K, D, D, D)
+    for half in halves:
+        _mix(basis, half)
     area = float((mask**2).sum())
     noise = torch.zeros(len(weights))
     for m in range(K):
-        power = torch.fft.rfftn(modes[0, m] - modes[1, m]).abs().square() * twice
+        power = torch.fft.rfftn(halves[0, m] - halves[1, m]).abs().square() * twice
         noise += (weights.square() * power).sum((1, 2, 3)) / 4
     noise = noise / (D**3 * area * K)
     blur = _blur_window(D, window)
     support = torch.fft.irfftn(torch.fft.rfftn(mask**2) * blur, s=(D,) * 3).clamp(min=1e-3)
     count = (weights * twice).sum((1, 2, 3))
     kept = torch.zeros(len(weights))
-    joint = torch.empty(K, D, D, D)
+    joint = torch.empty(K, D, D, D) if keep else None
     for m in range(K):
-        halves = torch.fft.rfftn(modes[:, m], dim=(1, 2, 3))
+        transforms = torch.fft.rfftn(halves[:, m], dim=(1, 2, 3))
         whole, parts = torch.zeros(D, D, D), torch.zeros(2, D, D, D)
         for b, band in enumerate(weights):
-            x = torch.fft.irfftn(halves * band, s=(D,) * 3)
+            x = torch.fft.irfftn(transforms * band, s=(D,) * 3)
             shared = torch.fft.irfftn(torch.fft.rfftn(x[0] * x[1]) * blur, s=(D,) * 3).div_(support).clamp_(min=0)
             gain = shared / (shared + noise[b]).clamp_(min=1e-30)
-            whole += gain * (x[0] + x[1]) / 2
-            parts += shared / (shared + 2 * noise[b]).clamp_(min=1e-30) * x
-            kept[b] += float((gain * mask).sum()) / float(mask.sum())
-        joint[m], modes[:, m] = whole, parts
+            kept[b] += (gain * mask).sum() / mask.sum()
+            if joint is not None:
+                whole += gain * (x[0] + x[1]) / 2
+                parts += shared / (shared + 2 * noise[b]).clamp_(min=1e-30) * x
+        if joint is not None:
+            joint[m], halves[:, m] = whole, parts
     back = torch.linalg.inv(basis.double()).to(basis.dtype)
+    for maps in halves if joint is None else (*halves, joint):
+        _mix(back, maps)
     kept = kept / K
-    maps, a, b = _mix(back, joint), _mix(back, modes[0]), _mix(back, modes[1])
-    return Gained(maps, a, b, kept, float((count * kept).sum() / count.sum()), noise)
+    return Gained(joint, kept, float((count * kept).sum() / count.sum()), noise)
 
 
-def _mix(matrix: Tensor, maps: Tensor) -> Tensor:
-    """Linear combinations of maps: (M, K) x (K, D, D, D) -> (M, D, D, D), a slab of voxels at a time."""
-    flat = maps.reshape(len(maps), -1)
-    out = torch.empty(len(matrix), flat.shape[1])
-    for slab in _slabs(flat.shape[1]):
-        out[:, slab] = matrix @ flat[:, slab]
-    return out.reshape(len(matrix), *maps.shape[1:])
+def _mix(matrix: Tensor, maps: Tensor) -> None:
+    """Linear combinations of maps in their own place: (K, K) x (K, D, D, D), a slab of voxels at a time."""
+    flat = maps.view(len(maps), -1)
+    for slab in _slabs(flat.shape[1], max(1, VALUES_AT_ONCE // len(maps))):
+        flat[:, slab] = matrix @ flat[:, slab]
 
 
-def _slabs(size: int) -> Iterator[slice]:
-    return (slice(start, start + VOXELS_AT_ONCE) for start in range(0, size, VOXELS_AT_ONCE))
+def _slabs(size: int, step: int) -> Iterator[slice]:
+    return (slice(start, start + step) for start in range(0, size, step))
 
 
 def _blur_window(box_size: int, sigma: float) -> Tensor:
