@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from cryosuite.cli import app
 from cryosuite.commands import eval_run
-from cryosuite.data.workdir import find_truth
+from cryosuite.data.truth import find_truth
 from cryosuite.errors import InputError
 from cryosuite.formats.config import write_yaml
 from cryosuite.formats.mrc import read_map, write_map

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from cryosuite.data.workdir import WorkDir, find_truth
+from cryosuite.data.truth import find_truth
+from cryosuite.data.workdir import WorkDir
 from cryosuite.errors import InputError
 from cryosuite.formats.mrc import read_map, write_map
 from cryosuite.formats.pickles import read_ctf, read_labels, read_poses, safe_load

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cryosuite.data.particles import ParticleSet
-from cryosuite.data.workdir import RunDir, Truth, WorkDir
+from cryosuite.data.truth import Truth
+from cryosuite.data.workdir import RunDir, WorkDir
 from cryosuite.errors import InputError, notice
 from cryosuite.formats.pickles import read_labels, read_poses
 

@@ -14,7 +14,8 @@ from cryosuite.commands.eval_latents import extra_rows, finite_rows, latent_scor
 from cryosuite.console import say, table
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.results import PolishDir, ScoresDir, oracle_cache, run_polish, run_scores
-from cryosuite.data.workdir import RunDir, Truth, find_truth
+from cryosuite.data.truth import Truth, find_truth
+from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError, notice
 from cryosuite.formats.atomic import atomic_path, write_text
 from cryosuite.formats.mrc import read_map

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from cryosuite.data.open import open_particles
-from cryosuite.data.workdir import find_truth
+from cryosuite.data.truth import find_truth
 from cryosuite.formats.mrc import read_map
 from cryosuite.metrics.assigned import score_assigned, states_found
 from cryosuite.metrics.clustering import agreement
