@@ -39,7 +39,8 @@ def main(
         None,
         "--classes",
         "-k",
-        help="Groups that latents are split into; nothing: one per 100 particles, at most 64. Too many do little harm.",
+        help="Groups that latents are split into; nothing: one per 100 particles, at most 64. For mixtures give 1 to "
+        "1.5 times the number of molecules.",
         panel=CLASSES,
     ),  # fmt: skip
     half_sets: bool = _option(

@@ -162,6 +162,10 @@ class RunDir:
         """The map of code k of the last epoch, counted from 0."""
         return self.path / f"vol_{k:03d}.mrc"
 
+    def volumes(self) -> list[Path]:
+        """The maps of codes that are present, in order of their numbers."""
+        return VolumeDir(self.path).volumes()
+
     @property
     def index(self) -> Path:
         """Original index of each row of the latents, (N,) int64."""

@@ -26,8 +26,9 @@ def bins_of(
 ) -> tuple[ClassWeights, np.ndarray]:
     """Groups of particles with similar latents: arcs of a loop, pieces of a line, clusters of a mixture.
 
-    Splitting one shape into several bins costs little, because `polish` lends related bins what they share; putting two
-    shapes into one bin loses both. Rows of ``z`` that are not finite belong to no bin.
+    Splitting one shape into a few bins costs little, because `polish` lends related bins what they share (.002 to .003
+    AUC for 1.5 times as many as states, .02 for four times; a mixture of 16); two shapes in one bin lose both. Rows of
+    ``z`` that are not finite belong to no bin.
 
     Args:
         z: (N, zdim) latents. count: bins, default about one per 100 particles.

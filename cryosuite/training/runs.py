@@ -84,10 +84,13 @@ def start_run(
 
 def remove_run(run: RunDir) -> None:
     """Delete the files a training writes: checkpoint first, config last."""
-    stale = [run.checkpoint, run.metrics, run.log]
-    kinds = {"weights": run.weights, "z": run.z, "poses": run.poses, "latent": run.latent_space}
-    for kind, of in kinds.items():
-        for found in run.path.glob(f"{kind}.*.pkl"):
+    stale = [run.checkpoint, run.metrics, run.log, *run.volumes()]
+    kinds = {
+        "weights.*.pkl": run.weights, "z.*.pkl": run.z, "poses.*.pkl": run.poses, "latent.*.pkl": run.latent_space,
+        "p.*.pkl": run.shares, "codes.*.pkl": run.codes, "labels.*.pkl": run.labels, "occupancy.*.csv": run.occupancy,
+    }  # fmt: skip
+    for pattern, of in kinds.items():
+        for found in run.path.glob(pattern):
             number = found.name.split(".")[1]
             if number.isdigit() and of(int(number)) == found:
                 stale.append(found)
