@@ -24,6 +24,8 @@ TRAIN = {
     "precision": "precision", "accelerator": "accelerator", "devices": "devices", "num_nodes": "num_nodes",
     "checkpoint_minutes": "checkpoint_every_minutes", "requeue": "requeue",
 }  # fmt: skip
+# what the voxel field has no use for: it saves after every round and runs in one process
+OF_NETWORKS = ("num_epochs", "batch_size", "lr", "checkpoint_minutes", "precision", "devices", "num_nodes")
 WAYS_IN = ("poses", "ctf", "ind", "datadir", "pixel_size")
 
 
@@ -104,7 +106,7 @@ def main(
     batch_size: int = _option(None, "-b", "--batch-size", help="Images per step, over all GPUs.", panel=TRAINING),
     lr: float = _option(None, help="Learning rate of the network.", panel=TRAINING),
     max_minutes: float = _option(
-        None, help="Stop after so many minutes with a checkpoint; go on with --resume.", panel=TRAINING
+        None, help="Stop after so many minutes with a checkpoint; go on with --resume.", panel=MACHINE
     ),
     checkpoint_minutes: float = _option(10.0, help="Save what --resume needs this often.", panel=TRAINING),
     precision: str = _option(None, help="32 or bf16 of the network; nothing: bf16 on a GPU.", panel=MACHINE),
@@ -139,18 +141,17 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     import torch
 
     from cryosuite.data.workdir import RunDir
-    from cryosuite.errors import InputError
     from cryosuite.methods.kraqen_options import KraqenOptions, preset
-    from cryosuite.methods.kraqen_run import open_for, train
+    from cryosuite.methods.kraqen_run import open_for, prepare, train
     from cryosuite.training.launch import process_rank, resolve_accelerator
     from cryosuite.training.options import TrainOptions
     from cryosuite.training.runs import make_config, particles_path, start_run, train_options
 
-    run = RunDir(values["outdir"])
+    run, resume = RunDir(values["outdir"]), values["resume"]
     if values["threads"] > 0:
         torch.set_num_threads(values["threads"])
     how = {key: values[key] for key in WAYS_IN} | {"sign": -1 if values["invert_data"] else None}
-    particles = None if values["resume"] else open_for(values["particles"], how)
+    particles = None if resume else open_for(values["particles"], how)
     box = 0 if particles is None else particles.box_size
     gpu = resolve_accelerator(values["accelerator"]) == "cuda"
     changes = {RENAMED.get(name, name): values[name] for name in METHOD}
@@ -159,21 +160,47 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     merged = chosen.training | given
     merged.setdefault("save_every", merged["epochs"])
     training = TrainOptions(**merged)
-    if particles is not None and particles.rotation is None:
-        raise InputError(f"{particles.path}: train-kraqen needs poses; none are given (--poses poses.pkl)")
+    _say_what_counts_nothing(chosen.options, typed, resume)
+    # before the folder is touched; a run that is there already is refused by start_run, without waiting for this
+    fresh = particles is not None and (values["overwrite"] or not run.exists())
+    engine = prepare(particles, chosen.options, training) if fresh else None
     config = make_config("kraqen", values["particles"], run, chosen.options, training, preset=name, **how)
-    config = start_run(run, config, resume=values["resume"], overwrite=values["overwrite"])
+    config = start_run(run, config, resume=resume, overwrite=values["overwrite"])
     if particles is None:
         particles = open_for(particles_path(config, run), config)
-    again = {to: values[key] for key, to in TRAIN.items() if key in typed} if values["resume"] else {}
+    again = {to: values[key] for key, to in TRAIN.items() if key in typed} if resume else {}
     options = KraqenOptions.from_dict(config["options"])
-    result = train(particles, run, options, train_options(config, **again), values["resume"])
+    result = train(particles, run, options, train_options(config, **again), resume, engine)
     if process_rank() == 0:
-        _report(run, result)
+        _report(run, values["particles"], result)
     return result.exit_code
 
 
-def _report(run: Any, result: Any) -> None:
+def _say_what_counts_nothing(options: Any, typed: set[str], resume: bool) -> None:
+    """A notice for options that were typed and change nothing."""
+    from cryosuite.errors import InputError, notice
+
+    if "n_codes" in typed and options.n_codes < 1:
+        raise InputError(f"--n-codes {options.n_codes}: expected at least 1")
+    if "n_states" in typed and options.n_states < 1:
+        raise InputError(f"--n-states {options.n_states}: expected at least 1")
+
+    def flags(names: list[str]) -> str:
+        return ", ".join(f"--{name.replace('_', '-')}" for name in names)
+
+    kept = sorted(typed & {*METHOD, *WAYS_IN, "preset", "invert_data"})
+    if resume and kept:
+        notice(f"{flags(kept)}: not used, a run goes on with the options it began with")
+    if resume:
+        return
+    idle = options.without_effect([name for name in METHOD if name in typed])
+    if options.field == "voxel":
+        idle |= {name: "--field voxel" for name in OF_NETWORKS if name in typed}
+    for why in sorted(set(idle.values())):
+        notice(f"{flags([name for name in idle if idle[name] == why])}: no effect with {why}")
+
+
+def _report(run: Any, particles: Path, result: Any) -> None:
     """The occupancy table, warnings and what to do next."""
     import math
 
@@ -181,7 +208,7 @@ def _report(run: Any, result: Any) -> None:
     from cryosuite.errors import notice
 
     if result.stopped:
-        say(f"stopped by {result.stopped}; go on with: cryosuite train-kraqen {run.path} ... --resume")
+        say(f"stopped by {result.stopped}; go on with: cryosuite train-kraqen {particles} -o {run.path} --resume")
         return
     rows = [
         [code.number, f"{code.particles:.1f}", code.labelled, f"{100 * code.share:.1f} %",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -17,6 +18,28 @@ CHOICES = {
     "anneal": ("geometric", "paper"),
     "merge": ("likelihood", "correlation", "none"),
 }
+TYPED_AS = {"march_from": "march"}  # on the command line, where it differs
+# name -> (least, most); ABOVE_0: zero itself is refused
+RANGES = {
+    "n_codes": (0, None), "n_states": (0, None), "anneal_over": (0, 1), "balance": (0, None), "iterations": (1, None),
+    "prior": (0, None), "start_images": (1, None), "images_per_code": (1, None), "march_from": (0, 1),
+    "march_over": (0, 1), "sparse": (0, 0.5), "rank": (0, None), "channels": (0, None), "plane_size": (0, None),
+    "levels": (1, None), "features": (0, None), "feat_sigma": (0, None), "width": (1, None), "layers": (1, None),
+    "em_last": (0, 1), "beta": (0, None), "margin": (0, None), "alignment": (0, None), "jitter": (0, None),
+    "fast": (0, None), "em_finish": (0, None),
+}  # fmt: skip
+ABOVE_0 = ("anneal_over", "prior", "march_from", "feat_sigma", "fast")
+# what an option needs to have any effect: its values of another option
+ONLY_WITH: dict[str, dict[str, tuple[Any, ...]]] = {
+    "kernel": {"assign": ("kernel",)},
+    "channels": {"field": ("triplane",)}, "plane_size": {"field": ("triplane",)}, "levels": {"field": ("triplane",)},
+    "iterations": {"field": ("voxel",)},
+    **{
+        name: {"field": ("triplane", "fourier")}
+        for name in ("rank", "features", "feat_sigma", "width", "layers", "init", "loss", "blend", "em_last", "beta",
+                     "margin", "alignment", "jitter", "straight_through", "fast", "em_finish")
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,6 +98,19 @@ class KraqenOptions:
                 raise InputError(
                     f"--{name.replace('_', '-')} {getattr(self, name)}: expected one of {', '.join(allowed)}"
                 )
+        for name, (least, most) in RANGES.items():
+            value = getattr(self, name)
+            strict = name in ABOVE_0
+            good = (value > least if strict else value >= least) and (most is None or value <= most)
+            if not good:
+                expected = f"{'above' if strict else 'at least'} {least}" + (f", at most {most}" if most else "")
+                raise InputError(f"--{TYPED_AS.get(name, name).replace('_', '-')} {value}: expected {expected}")
+        if self.cluster_box and (self.cluster_box < 8 or self.cluster_box % 2):
+            raise InputError(f"--cluster-box {self.cluster_box}: an even number of pixels, at least 8, is needed")
+        if self.field == "fourier" and not self.features:
+            raise InputError("--features 0: a Fourier field has nothing else to see by")
+        if self.field == "triplane" and not self.channels:
+            raise InputError("--channels 0: planes without channels; a field without planes is --field fourier")
         if not 0 < self.t_min <= self.t_max:
             raise InputError(f"--t-min {self.t_min}, --t-max {self.t_max}: expected 0 < t-min <= t-max")
 
@@ -82,6 +118,19 @@ class KraqenOptions:
     def codes(self) -> int:
         """K: as given, else 1.5 x the expected states, else 32."""
         return self.n_codes or (round(1.5 * self.n_states) if self.n_states else 32)
+
+    def without_effect(self, names: Iterable[str]) -> dict[str, str]:
+        """Those of the named options that change nothing beside the others, and why: {"width": "--field voxel"}."""
+        out = {}
+        for name in names:
+            for other, values in ONLY_WITH.get(name, {}).items():
+                if getattr(self, other) not in values:
+                    out[name] = f"--{other} {getattr(self, other)}"
+        if not self.beta and self.field != "voxel":
+            out |= {name: "--beta 0" for name in ("margin", "alignment") if name in names}
+        if self.n_codes and "n_states" in names:
+            out["n_states"] = f"--n-codes {self.n_codes}"
+        return out
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> KraqenOptions:
@@ -137,6 +186,8 @@ def preset(name: str, box_size: int = 0, gpu: bool = False, **changes: Any) -> t
     given = {key: value for key, value in changes.items() if value is not None}
     if name == "paper":
         given = {"plane_size": box_size // 2} | given
+        if given.get("field") == "fourier":
+            given = {"features": 64} | given  # the preset has planes only
     elif not gpu:
         given = {"channels": 8, "features": 32, "width": 64, "layers": 2} | given
     return name, Preset(chosen.options.changed(**given), dict(chosen.training))

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,11 @@ from cryosuite.reconstruct.masks import half_map_mask
 from cryosuite.reconstruct.solve import solve
 from cryosuite.reconstruct.weights import ClassWeights
 from cryosuite.training.checkpoint import load_into, load_state
+from cryosuite.training.launch import process_rank, resolve_accelerator, was_restarted
 from cryosuite.training.loop import fit
 from cryosuite.training.options import TrainOptions
 from cryosuite.training.runs import particles_path
+from cryosuite.training.signals import requeue_job
 
 OPENED_WITH = ("poses", "ctf", "ind", "datadir", "pixel_size", "sign")
 NEIGHBOURS = 25  # whose codes are averaged where a continuous latent is turned into a volume
@@ -73,25 +76,58 @@ def open_for(path: Path, how: dict[str, Any]) -> ParticleSet:
     return open_particles(path, **{name: how.get(name) for name in OPENED_WITH})
 
 
-def train(
-    particles: ParticleSet, run: RunDir, options: KraqenOptions, training: TrainOptions, resume: bool = False
-) -> Trained:
-    """Train any field, finish in closed form, merge twins and write everything."""
+def prepare(particles: ParticleSet, options: KraqenOptions, training: TrainOptions) -> VoxelEM | None:
+    """Everything that can be refused is refused here, before a folder is touched; the engine of the voxel field.
+
+    Raises:
+        InputError: no poses, no images that say anything, options that do not fit the particles.
+    """
     if particles.rotation is None:
         raise InputError(f"{particles.path}: train-kraqen needs poses; none are given (--poses poses.pkl)")
+    if training.seed < 0:
+        raise InputError(f"--seed {training.seed}: expected 0 or more")
+    if options.field != "voxel":
+        common_pixel_size(particles.pixel_size)
+        return None
+    gpu = resolve_accelerator(training.accelerator) == "cuda"
+    return VoxelEM(particles, options, training.seed, "cuda" if gpu else "cpu")
+
+
+def train(
+    particles: ParticleSet,
+    run: RunDir,
+    options: KraqenOptions,
+    training: TrainOptions,
+    resume: bool | str = False,
+    engine: VoxelEM | None = None,
+) -> Trained:
+    """Train any field, finish in closed form, merge twins and write everything.
+
+    Args:
+        engine: what `prepare` gave; made here where there is none.
+
+    With several processes a network is trained by all of them; the rest, and all of the voxel field, is done by the
+    first one, and the others come back with nothing.
+    """
+    engine = prepare(particles, options, training) if engine is None else engine
+    resume = run.checkpoint.exists() and (bool(resume) or was_restarted())
     run.path.mkdir(parents=True, exist_ok=True)
-    device = "cuda" if torch.cuda.is_available() and training.accelerator != "cpu" else "cpu"
-    if options.field == "voxel":
-        em = VoxelEM(particles, options, training.seed, device)
-        found, epoch = em.run(run=run, resume=resume), options.iterations
+    if engine is not None:
+        if process_rank() != 0:
+            return Trained(0)
+        found = engine.run(run=run, resume=resume, max_minutes=training.max_minutes)
         if found.stopped:
+            if training.requeue:
+                requeue_job(found.stopped)
             return Trained(len(found.history), found.stopped, found.exit_code)
-        return _finish(particles, run, epoch, found, None, options)
+        return _finish(particles, run, options.iterations, found, None, options)
     method = Kraqen(options)
     fitted = fit(method, particles, run, training, resume=resume)
     if fitted.stopped:
         return Trained(fitted.epochs_done, fitted.stopped, fitted.exit_code)
     p, z = describe(fitted.model, particles)
+    if process_rank() != 0:
+        return Trained(training.epochs)
     found = finish(particles, p, options, training.seed)
     if found.stopped:
         return Trained(fitted.epochs_done, found.stopped, found.exit_code)
@@ -139,7 +175,7 @@ def write_maps(particles: ParticleSet, p: ClassWeights, run: RunDir) -> list[Cod
     """vol_k.mrc of every code at the particles' own box, from one pass over the images; the occupancy table."""
     labelled = np.bincount(p.labels()[p.labels() >= 0], minlength=p.n_classes)
     rows: list[Code] = []
-    for old in run.path.glob("vol_*.mrc"):
+    for old in run.volumes():
         old.unlink()
     with accumulate(particles, p, scratch=run.path, progress="maps of the codes") as sums:
         total = max(float(sums.counts.sum()), 1e-30)
@@ -201,18 +237,30 @@ def _near(z: np.ndarray, count: int) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _from_maps(run: RunDir, epoch: int, z: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Decoder of the voxel field; the maps are those of the last epoch that was finished."""
-    if epoch != run.last_epoch():
-        notice(f"the maps in {run.path} are those of epoch {run.last_epoch()}, not of epoch {epoch}")
-    p = ClassWeights.from_arrays(safe_load(run.shares(epoch))[0], str(run.shares(epoch)))
-    maps = np.stack([read_map(run.volume(k)).data for k in range(p.n_classes)])
+    """Decoder of the voxel field. The maps are read when first asked for; they are those of the last epoch."""
+    p = read_shares(run, epoch, len(z))
     near = _near(z, 1)
+
+    @cache
+    def maps() -> np.ndarray:
+        if epoch != run.last_epoch():
+            notice(f"the maps in {run.path} are those of epoch {run.last_epoch()}, not of epoch {epoch}")
+        return np.stack([read_map(run.volume(k)).data for k in range(p.n_classes)])
 
     def decode(points: np.ndarray) -> np.ndarray:
         shares = p.rows(near(points)[:, 0]).dense()
-        return np.tensordot(shares, maps, 1).astype(np.float32)
+        return np.tensordot(shares, maps(), 1).astype(np.float32)
 
     return decode
+
+
+def read_shares(run: RunDir, epoch: int, count: int) -> ClassWeights:
+    """p.N.pkl of a run; InputError where it is missing or holds another number of particles."""
+    path = run.shares(epoch)
+    p = ClassWeights.from_arrays(safe_load(path)[0], str(path))
+    if len(p) != count:
+        raise InputError(f"{path}: shares of {len(p)} particles, the run has {count}: did the set change?")
+    return p
 
 
 def _from_network(

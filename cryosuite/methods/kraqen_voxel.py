@@ -123,13 +123,14 @@ class VoxelEM:
         resume: bool = False,
         progress: bool = True,
         on_iteration: Any = None,
+        max_minutes: float | None = None,
     ) -> VoxelResult:
         """All iterations, from a random partition or from given shares.
 
         With ``start`` every iteration takes all images at full radius and no code is split (`finish`). With ``run`` a
         checkpoint and a line of metrics.jsonl are written after each iteration; ``resume`` goes on exactly after the
         last of them. SIGTERM, SIGUSR1 and Ctrl-C end it at the next chunk of images; the interrupted iteration is
-        done again on resume.
+        done again on resume. ``max_minutes`` ends it after the iteration in which they have passed.
         """
         total = self.options.em_finish if start is not None else self.options.iterations
         if total < 1:
@@ -137,7 +138,7 @@ class VoxelEM:
         state, history = self._resume(run) if resume and run is not None else (None, [])
         metrics = MetricsLog(run.metrics, state.iteration if state else 0) if run is not None else None
         log = RunLog(run.log) if run is not None else None
-        stopped = ""
+        stopped, began = "", time.monotonic()
         sizes = [len(self.rows(i, total, start is not None)) for i in range(total)]
         done = sum(sizes[: state.iteration]) if state else 0
         bar = Progress(sum(sizes), "train kraqen", "images", done) if progress else nullcontext()
@@ -155,6 +156,9 @@ class VoxelEM:
                     metrics.write(record)
                 if on_iteration is not None:
                     on_iteration(state, record)
+                late = max_minutes is not None and time.monotonic() - began > 60 * max_minutes
+                if late and state.iteration < total and not state.settled:
+                    stopped = "max_minutes"
         if self.images.bad.any():
             rows = np.flatnonzero(self.images.bad)
             notice(f"{len(rows)} of {self.count} images were left out. {describe_images(self.particles, rows[:100])}")
