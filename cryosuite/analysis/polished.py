@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,9 +69,55 @@ def polish_to(
         mode: "modal" (`polish`), "kernel" (`polish_kernel`; needs ``latents``), "prior" (`polish_prior`; ``prior``).
         latents: (N, d) latents and (K, d) the points of the classes. prior: (K, D, D, D) maps of a network.
         notes: whatever else polish.yaml is to say.
+
+    Raises:
+        InputError: classes that cannot be polished. A folder made for this call is gone again then.
     """
+    check_classes(particles, weights)
+    new = not folder.path.exists()
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.summary.unlink(missing_ok=True)  # until the end this folder is not complete
+    try:
+        return _polish_into(folder, particles, weights, options, box, memory_gib, mode, latents, prior, notes)
+    except BaseException:
+        if new:
+            shutil.rmtree(folder.path, ignore_errors=True)
+        raise
+
+
+def check_classes(particles: ParticleSet, weights: ClassWeights) -> None:
+    """InputError for classes that nothing can be learnt from, before anything is computed."""
+    if particles.rotation is None:
+        raise InputError(f"{particles.path}: polish needs poses; none are given (--poses poses.pkl)")
+    if len(weights) != len(particles):
+        raise InputError(f"classes of {len(weights)} particles, but there are {len(particles)}: one each is needed")
+    if weights.n_classes > len(particles):
+        raise InputError(
+            f"{weights.n_classes} classes for {len(particles)} particles: are these really labels, counted from 0?"
+        )
+    half = particles.half_sets()
+    in_half = [weights.rows(np.flatnonzero(half == h)).usage() > 0 for h in (0, 1)]
+    if not (in_half[0] | in_half[1]).any():
+        raise InputError("no particle has a share in any class: check the labels and --ind")
+    if not (in_half[0] & in_half[1]).any():
+        raise InputError(
+            "no class has particles in both half sets, so signal cannot be told from noise: give more particles or "
+            "fewer classes, or check the half sets (rlnRandomSubset)"
+        )
+
+
+def _polish_into(
+    folder: PolishDir,
+    particles: ParticleSet,
+    weights: ClassWeights,
+    options: PolishOptions,
+    box: int | None,
+    memory_gib: float,
+    mode: str,
+    latents: tuple[np.ndarray, np.ndarray] | None,
+    prior: torch.Tensor | None,
+    notes: dict[str, Any],
+) -> list[PolishedClass]:
     how: dict[str, Any] = {"box": box, "memory_gib": memory_gib, "scratch": folder.path}
     with accumulate(particles, weights, progress="backprojection", **how) as sums:
         if mode == "kernel" and latents is not None:
@@ -134,7 +181,9 @@ def read_polished(folder: PolishDir) -> tuple[ClassWeights, torch.Tensor]:
 def _write_classes(
     folder: PolishDir, sums: ClassSums, found: Polished
 ) -> tuple[list[PolishedClass], dict[int, np.ndarray]]:
-    """Maps of every class and what can be read from its raw halves."""
+    """Maps of every class and what can be read from its raw halves; those of an earlier polish are removed."""
+    for path in folder.maps():
+        path.unlink()
     for path in (folder.half(0, 0), folder.raw(0), folder.gain(0)):
         path.parent.mkdir(exist_ok=True)
     pixel, mask = found.pixel_size, found.mask

@@ -111,6 +111,10 @@ def main(
         torch.set_num_threads(threads)
     if z is not None and labels is not None:
         raise InputError("give either --z or --labels, not both")
+    if not memory > 0:
+        raise InputError(f"--memory {memory}: expected GiB above 0")
+    if seed < 0:
+        raise InputError(f"--seed {seed}: expected 0 or more")
     if mode not in MODES:
         raise InputError(f"--mode {mode}: expected one of {', '.join(MODES)}")
     options = PolishOptions(passes=passes, window_A=window, basis=basis)
@@ -201,7 +205,9 @@ def _open_ours(run: Any, epoch: int | None) -> Source:
     loaded = load_run(run.path, epoch)
     shares = run.shares(loaded.epoch)
     weights = ClassWeights.from_arrays(safe_load(shares)[0], str(shares)) if shares.is_file() else None
-    return Source(loaded.particles, loaded.z, weights, loaded.epoch, loaded.decode)
+    # the maps of a voxel field are backprojections of these very images, of both half sets: no prior for them
+    decode = None if loaded.config["options"].get("field") == "voxel" else loaded.decode
+    return Source(loaded.particles, loaded.z, weights, loaded.epoch, decode)
 
 
 def _apart(path: Path, source: Source, seed: int) -> ClassWeights:
@@ -246,7 +252,7 @@ def _classes(
     if mode == "kernel":
         return weights, {"latents": (source.z, means)}
     if source.decode is None:
-        raise InputError("--mode prior: needs a run of ours, whose network can make volumes")
+        raise InputError("--mode prior: needs a run of ours whose network makes volumes (a voxel field has none)")
     if box != source.particles.box_size:
         raise InputError("--mode prior: works at the box of the run only (leave out -d)")
     maps = [source.decode(point[None]) for point in means]

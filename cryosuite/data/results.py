@@ -103,6 +103,11 @@ class PolishDir:
         """One row per class: particles, resolution, how much was kept."""
         return self.path / "classes.csv"
 
+    def maps(self) -> list[Path]:
+        """All maps of classes that lie in the folder, whatever their number."""
+        parents = [self.path, *(of.parent for of in (self.half(0, 0), self.raw(0), self.gain(0)))]
+        return [path for parent in parents for path in sorted(parent.glob("vol_[0-9]*.mrc"))]
+
     @property
     def shares(self) -> Path:
         """Shares of every particle in the classes."""

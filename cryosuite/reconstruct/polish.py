@@ -47,7 +47,8 @@ class PolishOptions:
             raise InputError(f"--passes {self.passes}: expected 0 or more")
         for name in ("first_prior", "prior", "window_A"):
             if not getattr(self, name) > 0:
-                raise InputError(f"--{name.lower().replace('_', '-')} {getattr(self, name)}: expected more than 0")
+                flag = name.removesuffix("_A").replace("_", "-")
+                raise InputError(f"--{flag} {getattr(self, name)}: expected more than 0")
 
 
 @dataclass
