@@ -131,6 +131,7 @@ def _polish_into(
     write_map(folder.mask, found.mask.numpy(), found.pixel_size)
     write_pickle(folder.labels, weights.labels())
     write_pickle(folder.shares, weights.to_arrays())
+    write_pickle(folder.index, np.asarray(particles.index, np.int64))
     write_text(folder.fsc, _fsc_csv(curves, found.maps.shape[-1], found.pixel_size))
     write_text(folder.classes, _classes_csv(rows))
     _plot(folder, curves, found)

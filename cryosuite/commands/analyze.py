@@ -92,6 +92,8 @@ def main(
     _report(result, folder)
     if polish:
         _polish(result, loaded.particles)
+        if folder.shares(loaded.epoch).is_file():
+            say(f"These are clusters of the latents. This run's own codes: cryosuite polish {run}")
 
 
 def _polish(result: Any, particles: Any) -> None:

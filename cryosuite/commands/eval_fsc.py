@@ -86,6 +86,8 @@ def main(
         cryosuite eval-fsc map/            (a folder of backproject)
 
         cryosuite eval-fsc run/ --oracle
+
+        cryosuite eval-fsc maps/ --truth simulated/   (a folder of polish)
     """
 
     import torch
@@ -106,7 +108,14 @@ def main(
         own = str(folder.mask) if mask is None and folder.mask.exists() else mask
         _two_maps([folder.half_a, folder.half_b], own, outdir, bool(compat), True, apix, seed)
         return
-    from cryosuite.commands.eval_run import RunOptions, evaluate_run, evaluate_set, is_run
+    from cryosuite.commands.eval_run import (
+        RunOptions,
+        evaluate_polished,
+        evaluate_run,
+        evaluate_set,
+        is_polished,
+        is_run,
+    )
 
     options = RunOptions(
         truth, epoch, images, sampler, oracle, bool(compat), mask, not no_clustering, cluster_seeds, gmm_seeds, umap,
@@ -114,6 +123,10 @@ def main(
     )  # fmt: skip
     if is_run(inputs[0]):
         evaluate_run(inputs[0], options)
+    elif is_polished(inputs[0]):
+        evaluate_polished(inputs[0], options)
+    elif polished:
+        raise _error(f"--polished: {inputs[0]} is not a training run")
     else:
         evaluate_set(inputs[0], options)
 

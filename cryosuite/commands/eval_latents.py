@@ -30,7 +30,8 @@ def finite_rows(z: np.ndarray) -> np.ndarray:
 def latent_scores(
     run: Path, loaded: LoadedRun, truth: Truth, labels: np.ndarray, good: np.ndarray, seed: int
 ) -> dict[str, Any]:
-    """Neighbour scores where the truth is continuous, and the V-measure of the clusters that `analyze` found.
+    """Neighbour scores where the truth is continuous, agreement of the run's own labels (methods with a codebook) and
+    the V-measure of the clusters that `analyze` found.
 
     Args:
         labels: (M,) true states of the particles ``good`` (M,).
@@ -39,6 +40,11 @@ def latent_scores(
     landscape = truth.dataset["truth"].get("embedding")
     if landscape is not None and len(good) >= 20:
         out["landscape"] = _landscape(loaded, np.asarray(landscape, float)[labels], good, seed)
+    path = RunDir(run).labels(loaded.epoch)
+    if path.exists():
+        found = read_labels(path, n=len(loaded.z), unlabelled=True)[good]
+        if (found >= 0).any():
+            out["labels"] = label_scores(labels, found)
     path = RunDir(run).analysis(loaded.epoch).labels
     if path.exists():
         from cryosuite.metrics.clustering import v_measure
@@ -52,6 +58,22 @@ def latent_scores(
         else:
             notice(f"{path}: {len(found)} labels for {len(loaded.z)} latents: not judged")
     return out
+
+
+def label_scores(truth: np.ndarray, found: np.ndarray) -> dict[str, float]:
+    """ARI, AMI and V-measure of the labels (M,) that a run gives its particles itself; -1: none, not judged."""
+    from cryosuite.metrics.clustering import agreement, v_measure
+
+    known = found >= 0
+    ari, ami = agreement(truth[known], found[known])
+    value = v_measure(truth[known], found[known])
+    return {
+        "codes": len(np.unique(found[known])),
+        "judged": int(known.sum()),
+        "ari": ari,
+        "ami": ami,
+        "v_measure": value,
+    }
 
 
 def _landscape(loaded: LoadedRun, place: np.ndarray, good: np.ndarray, seed: int) -> dict[str, Any]:
@@ -103,6 +125,10 @@ def extra_rows(result: dict[str, Any]) -> list[list[str]]:
         rows.append(["local AUC, 25-A windows", f"{found['local_auc_median']:.3f}", f"share of its maximum; {text}"])
     if "landscape" in result:
         rows += _landscape_rows(result["landscape"])
+    if "labels" in result:
+        own, states = result["labels"], result["n_states"]
+        text = f"AMI {own['ami']:.4f}, V-measure {own['v_measure']:.4f}; {own['codes']} codes, {states} states"
+        rows.append(["ARI, its own labels", f"{own['ari']:.4f}", text])
     if "analysis" in result:
         text = f"{result['analysis']['clusters']} clusters of analyze, {result['n_states']} states"
         rows.append(["V-measure", f"{result['analysis']['v_measure']:.4f}", text])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cryosuite.commands.eval_latents import extra_rows, finite_rows, latent_scores, pose_scores
+from cryosuite.commands.eval_latents import extra_rows, finite_rows, label_scores, latent_scores, pose_scores
 from cryosuite.console import say, table
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.results import PolishDir, ScoresDir, oracle_cache, run_polish, run_scores
@@ -128,6 +128,13 @@ def evaluate_run(run: Path, options: RunOptions) -> None:
     folder = run_polish(run, loaded.epoch)
     if options.polished:
         decode, shares = _polished(folder, loaded.box_size)
+        if len(shares) != len(loaded.z):
+            raise InputError(
+                f"{folder.path}: maps of {len(shares)} particles, the run has {len(loaded.z)}: made of an earlier run? "
+                f"Run cryosuite polish {run} --overwrite."
+            )
+        if folder.summary.stat().st_mtime < RunDir(run).z(loaded.epoch).stat().st_mtime:
+            notice(f"{folder.path} is older than the latents of the run: if it was trained anew, polish it again")
         shared = (decode, shares[good], *shared[2:])
     say(f"decoding {len(rows)} volumes")
     extra = Extra(options.shapes, options.local, options.align)
@@ -153,9 +160,46 @@ def evaluate_run(run: Path, options: RunOptions) -> None:
     if inverted:
         result["per_image"]["inverted"] = inverted
         notice(f"{inverted} of {len(images.labels)} volumes have inverted contrast against the truth")
-    own = ScoresDir(folder.path / "scores") if options.polished else run_scores(run, loaded.epoch)
+    own = folder.scores if options.polished else run_scores(run, loaded.epoch)
     out = ScoresDir(options.outdir) if options.outdir else own
     _write(out, images, states, floor, result)
+    print_scores(result, out.path)
+
+
+def evaluate_polished(where: Path, options: RunOptions) -> None:
+    """Score a folder of `polish`, of any program's latents or labels, against the truth of the particles."""
+    from cryosuite.formats.config import read_yaml
+    from cryosuite.formats.pickles import read_indices
+
+    folder = PolishDir(where)
+    if options.oracle:
+        raise InputError(
+            "--oracle: floor and ceiling belong to the particle set: cryosuite eval-fsc PARTICLES; or judge the run: "
+            "cryosuite eval-fsc RUN --polished --oracle"
+        )
+    made = read_yaml(folder.summary)
+    box, pixel_size = int(made["box_size"]), float(made["pixel_size"])
+    decode, shares = _polished(folder, box)
+    maps = open_truth(Path(str(made.get("source", where))), options, box, pixel_size)
+    labels = maps.truth.labels_of(read_indices(folder.index))
+    good = np.flatnonzero(shares.sum(1) > 0)
+    sampler = options.sampler or ("compat" if options.compat else "random-per-class")
+    rows = sample_rows(labels[good], options.images, sampler, options.seed)
+    shared = (decode, shares[good], labels[good], maps.read, pixel_size)
+    images = per_image(
+        *shared, rows, maps.mask, options.compat, extra=Extra(options.shapes, options.local, options.align)
+    )
+    states = per_conformation(*shared, maps.mask, options.compat, extra=Extra(align=options.align))
+    images.rows, states.rows = good[images.rows], good[states.rows]
+    result: dict[str, Any] = {
+        "run": str(where), "epoch": None, "method": "polish", "n_particles": len(good),
+        "n_states": len(np.unique(labels[good])), "box_size": box, "pixel_size_A": pixel_size,
+        "shells": "cryobench" if options.compat else "ours", "sampler": sampler, "seed": options.seed,
+        "polished": True, "per_image": images.summary(), "per_conformation": states.summary(),
+        "labels": label_scores(labels[good], shares[good].argmax(1)),
+    }  # fmt: skip
+    out = ScoresDir(options.outdir) if options.outdir else folder.scores
+    _write(out, images, states, None, result)
     print_scores(result, out.path)
 
 
@@ -301,9 +345,8 @@ def print_scores(result: dict[str, Any], folder: Path) -> None:
         rows.append(["10-NN accuracy", f"{found['knn10_accuracy']:.4f}", "cosine, the particle itself left out"])
     rows += extra_rows(result)
     fraction = result["per_image"].get("mask_fraction")
-    title = (
-        f"{result['run']} epoch {result['epoch']}: D = {box}, {result['pixel_size_A']:.3g} A per pixel; AUC in cycles "
-    )
+    epoch = f" epoch {result['epoch']}" if result["epoch"] is not None else ""
+    title = f"{result['run']}{epoch}: D = {box}, {result['pixel_size_A']:.3g} A per pixel; AUC in cycles "
     title += f"per pixel, at most {(box / 2 - 1) / box:.3f}; {result['per_image']['volumes']} volumes"
     table(title + (f"; mask {fraction:.3f} of the box" if fraction else ""), ["score", "value", ""], rows)
     say(f"written to {folder}")
@@ -312,3 +355,8 @@ def print_scores(result: dict[str, Any], folder: Path) -> None:
 def is_run(path: Path) -> bool:
     """True for a folder that holds a training run."""
     return path.is_dir() and RunDir(path).exists()
+
+
+def is_polished(path: Path) -> bool:
+    """True for a folder that `polish` wrote to the end."""
+    return path.is_dir() and PolishDir(path).summary.is_file()

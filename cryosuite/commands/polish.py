@@ -138,7 +138,7 @@ def main(
     say(f"{int((weights.labels() >= 0).sum()):,} particles in {weights.n_classes} classes, from {origin} -> {out.path}")
     rows = polish_to(
         out, particles, weights, options, box=box if box != particles.box_size else None, memory_gib=memory, mode=mode,
-        **more, source=str(path), classes_from=origin, half_sets_apart=half_sets,
+        **more, source=str(path.absolute()), classes_from=origin, half_sets_apart=half_sets,
     )  # fmt: skip
     report(rows, out, latent_from_both=labels is None and not half_sets)
 

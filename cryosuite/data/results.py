@@ -119,6 +119,16 @@ class PolishDir:
         return self.path / "labels.pkl"
 
     @property
+    def index(self) -> Path:
+        """Original index of each particle, i.e. of each row of the shares and labels."""
+        return self.path / "index.pkl"
+
+    @property
+    def scores(self) -> ScoresDir:
+        """The folder of these maps' scores."""
+        return ScoresDir(self.path / "scores")
+
+    @property
     def summary(self) -> Path:
         """What was done, as YAML; written last, so its presence says that the folder is complete."""
         return self.path / "polish.yaml"
