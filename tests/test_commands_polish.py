@@ -118,16 +118,61 @@ def test_a_run_of_cryodrgn(shared: Path, tmp_path, capsys, monkeypatch):
         (["--labels", "labels.pkl", "-o", "OUT", "--mode", "kernel"], "needs latents"),
         (["--z", "z.pkl", "-o", "OUT", "--mode", "prior"], "needs a run of ours"),
         (["--z", "z.pkl", "-o", "OUT", "--mode", "magic"], "--mode magic"),
+        (["--labels", "nobody.pkl", "-o", "OUT"], "no particle has a share"),
+        (["--labels", "single.pkl", "-o", "OUT"], "both half sets"),
+        (["--labels", "huge.pkl", "-o", "OUT"], "10000001 classes for 120 particles"),
+        (["--labels", "labels.pkl", "-o", "OUT", "--window", "0"], "--window 0"),
+        (["--labels", "labels.pkl", "-o", "OUT", "--memory", "0"], "--memory 0"),
+        (["--z", "z.pkl", "-o", "OUT", "--seed", "-1"], "--seed -1"),
+        (["--labels", "labels.pkl", "-o", "OUT", "--half-sets"], "--half-sets"),
     ],
 )
 def test_bad_days(stack, tmp_path, capsys, monkeypatch, extra, message):
     write_pickle(stack / "short.pkl", np.zeros((100, 2), np.float32))
     write_pickle(stack / "nan.pkl", np.full((N, 2), np.nan, np.float32))
+    write_pickle(stack / "nobody.pkl", np.full(N, -1))
+    write_pickle(stack / "single.pkl", np.where(np.arange(N) == 7, 0, -1))
+    write_pickle(stack / "huge.pkl", np.where(np.arange(N) < 60, 0, 10**7))
     out = tmp_path / "maps"
     words = [out if word == "OUT" else stack / word if word.endswith(".pkl") else word for word in extra]
     assert run(monkeypatch, "polish", *given(stack), *words) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not out.exists()
+
+
+def test_polishing_again_leaves_no_map_of_before(stack, tmp_path, monkeypatch):
+    out = PolishDir(tmp_path / "maps")
+    words = [*given(stack), "--z", stack / "z.pkl", "-o", out.path, "--passes", 0, "-d", 16]
+    assert run(monkeypatch, "polish", *words, "-k", 4) == 0
+    assert len(out.maps()) == 8 * 4
+    (out.path / "vol_mine.mrc").write_bytes(b"")
+    assert run(monkeypatch, "polish", *words, "-k", 2, "--overwrite") == 0
+    assert len(out.maps()) == 8 * 2 and not out.map(2).exists() and (out.path / "vol_mine.mrc").exists()
+    np.testing.assert_array_equal(pickle.loads(out.index.read_bytes()), np.arange(N))
+
+
+def test_a_failure_on_the_way_leaves_no_folder(stack, tmp_path, capsys, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", "vol_000.mrc")
+
+    monkeypatch.setattr("cryosuite.analysis.polished.write_map", full)
+    words = ["--labels", stack / "labels.pkl", "-o", tmp_path / "maps", "--passes", 0, "-d", 16]
+    assert run(monkeypatch, "polish", *given(stack), *words) == 2
+    assert "disk is full" in capsys.readouterr().err
+    assert not (tmp_path / "maps").exists()
+
+
+def test_two_arrays_of_cryodrgn_in_one_file(stack, tmp_path, monkeypatch):
+    """train_vae writes mu and then logvar: the second says nothing about places."""
+    z = pickle.loads((stack / "z.pkl").read_bytes())
+    write_pickle(tmp_path / "z.19.pkl", z, np.full_like(z, -3))
+    labels = []
+    for file in (stack / "z.pkl", tmp_path / "z.19.pkl"):
+        out = PolishDir(tmp_path / file.stem)
+        words = ["--z", file, "-k", 3, "-o", out.path, "--passes", 0, "-d", 16]
+        assert run(monkeypatch, "polish", *given(stack), *words) == 0
+        labels.append(pickle.loads(out.labels.read_bytes()))
+    np.testing.assert_array_equal(*labels)
 
 
 def test_bins_follow_the_angle_of_a_noisy_circle():

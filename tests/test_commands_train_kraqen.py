@@ -90,6 +90,13 @@ def test_the_run_is_opened_like_any_other(mixture, tmp_path, monkeypatch):
     np.testing.assert_allclose(loaded.decode(loaded.z[:3]), np.tensordot(p.rows([0, 1, 2]).dense(), maps, 1), atol=1e-5)
     assert run(monkeypatch, "polish", out, "--passes", 0, "--threads", 1) == 0
     assert (out / "polish.8" / "vol_000.mrc").exists()
+    # its maps are backprojections of the same images: nothing for --mode prior
+    assert run(monkeypatch, "polish", out, "--mode", "prior", "-o", tmp_path / "prior") == 2
+    assert not (tmp_path / "prior").exists()
+    words = ["--labels", RunDir(out).labels(8), "--cluster", 0, "-o", tmp_path / "c.pkl"]
+    assert run(monkeypatch, "export", out, *words) == 0
+    labels = pickle.loads(RunDir(out).labels(8).read_bytes())
+    np.testing.assert_array_equal(pickle.loads((tmp_path / "c.pkl").read_bytes()), np.flatnonzero(labels == 0))
 
 
 def test_resume_gives_the_same_run_and_a_run_is_not_overwritten(mixture, tmp_path, capsys, monkeypatch):
@@ -130,13 +137,51 @@ def test_network_fields_end_in_maps_too(mixture, tmp_path, monkeypatch, field):
         (["--t-min", 2, "--t-max", 1], "--t-min 2"),
         (["--preset", "huge"], "--preset huge"),
         (["--ctf", "missing.pkl"], "missing.pkl"),
+        (["--n-codes", 0], "--n-codes 0"),
+        (["--n-states", -3], "--n-states -3"),
+        (["-i", 0], "--iterations 0"),
+        (["--cluster-box", 9], "--cluster-box 9"),
+        (["--seed", -1], "--seed -1"),
+        (["--field", "triplane", "--layers", 0], "--layers 0"),
+        (["--field", "triplane", "--lr", 0], "--lr 0"),
     ],
 )
 def test_bad_days(mixture, tmp_path, capsys, monkeypatch, extra, message):
     out = tmp_path / "run"
     assert run(monkeypatch, "train-kraqen", *given(mixture), "-o", out, *extra) == 2
     assert message in " ".join(capsys.readouterr().err.split())
-    assert not (out / "config.yaml").exists()
+    assert not out.exists()
+
+
+def test_a_refused_start_leaves_the_run_that_is_there(mixture, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "config.yaml").write_text("method: kraqen\n")
+    words = [*given(mixture), "-o", out, "--overwrite", "--cluster-box", 4]
+    assert run(monkeypatch, "train-kraqen", *words) == 2
+    assert "--cluster-box 4" in capsys.readouterr().err
+    assert (out / "config.yaml").read_text() == "method: kraqen\n"
+
+
+def test_options_that_change_nothing_are_named(mixture, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    idle = ["--lr", 1e-3, "--devices", 4, "--kernel", "gaussian", "--width", 64]
+    assert run(monkeypatch, "train-kraqen", *given(mixture), "-o", out, "-k", 2, "-i", 1, *idle) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "--kernel: no effect with --assign likelihood" in said
+    assert (
+        all(f"{name}" in said for name in ("--lr", "--devices", "--width")) and "no effect with --field voxel" in said
+    )
+    assert run(monkeypatch, "train-kraqen", mixture / "p.mrcs", "-o", out, "--resume", "-k", 9) == 0
+    assert "--n-codes: not used" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_run_that_was_stopped_says_how_to_go_on(mixture, tmp_path, capsys, monkeypatch):
+    words = [*given(mixture), "-o", tmp_path / "run", *QUICK, "--max-minutes", 1e-6]
+    assert run(monkeypatch, "train-kraqen", *words) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "max_minutes" in said and "--resume" in said
+    assert not list((tmp_path / "run").glob("z.*.pkl"))
 
 
 def test_missing_poses_are_named(mixture, tmp_path, capsys, monkeypatch):
