@@ -15,6 +15,7 @@ from cryosuite.data.truth import find_truth
 from cryosuite.errors import InputError
 from cryosuite.formats.config import write_yaml
 from cryosuite.formats.mrc import read_map, write_map
+from cryosuite.formats.pickles import safe_load, write_pickle
 
 RUNNER = CliRunner()
 
@@ -105,6 +106,26 @@ def test_a_run_against_its_truth(simulated, tmp_path, monkeypatch):
     assert (simulated / "oracle.json").exists()
     monkeypatch.setattr(eval_run, "oracle_scores", lambda *_: pytest.fail("the cached scores were not used"))
     run("eval-fsc", folder, *options, "--no-clustering", "-o", tmp_path / "again")
+
+
+def test_a_folder_of_polish_against_its_truth(simulated, tmp_path):
+    """Right labels score near the maximum, the same maps given to the wrong particles do not; -1 is not judged."""
+    labels = safe_load(find_truth(simulated).labels)[0]
+    labels[:9] = -1
+    scores = []
+    for name, found in (("right", labels), ("wrong", np.where(labels < 0, -1, (labels + np.arange(240) % 2) % 3))):
+        write_pickle(tmp_path / f"{name}.pkl", found)
+        run("polish", simulated, "--labels", tmp_path / f"{name}.pkl", "-o", tmp_path / name, "--passes", 0)
+        output = run("eval-fsc", tmp_path / name, "--images", 30)  # finds the truth by itself
+        assert "ARI, its own labels" in output and f"{tmp_path / name} epoch" not in output
+        scores.append(json.loads((tmp_path / name / "scores" / "scores.json").read_text()))
+    right, wrong = scores
+    assert right["labels"]["ari"] == 1.0 and right["n_particles"] == right["labels"]["judged"] == 231
+    assert right["per_image"]["auc_masked"] > wrong["per_image"]["auc_masked"] + 0.03
+    with pytest.raises(InputError, match="floor and ceiling"):
+        run("eval-fsc", tmp_path / "right", "--oracle")
+    with pytest.raises(InputError, match="not a training run"):
+        run("eval-fsc", simulated, "--polished")
 
 
 def fake_run(folder, simulated, z, volumes, monkeypatch, rotation=None):
