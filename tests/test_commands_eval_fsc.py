@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import cryosuite.methods
 from cryosuite.cli import app
 from cryosuite.commands import eval_run
+from cryosuite.data.results import run_polish
 from cryosuite.data.truth import find_truth
 from cryosuite.errors import InputError
 from cryosuite.formats.config import write_yaml
@@ -126,6 +128,28 @@ def test_a_folder_of_polish_against_its_truth(simulated, tmp_path):
         run("eval-fsc", tmp_path / "right", "--oracle")
     with pytest.raises(InputError, match="not a training run"):
         run("eval-fsc", simulated, "--polished")
+
+
+def test_polished_maps_of_a_run(simulated, tmp_path, monkeypatch):
+    """--polished judges the maps of polish in place of the run's own; those of another set of particles are refused."""
+    truth = find_truth(simulated)
+    labels, volumes = safe_load(truth.labels)[0], np.zeros((3, 32, 32, 32), np.float32)
+    z = np.eye(3, dtype=np.float32)[labels]
+    fake_run(tmp_path / "run", simulated, z, volumes, monkeypatch)
+    words = ("eval-fsc", tmp_path / "run", "--no-clustering", "--images", 6, "--polished")
+    with pytest.raises(InputError, match="no polished maps"):
+        run(*words)
+    loaded = cryosuite.methods.load_run(tmp_path / "run")
+    out = run_polish(tmp_path / "run", loaded.epoch)
+    run("polish", simulated, "--labels", truth.labels, "-o", out.path, "--passes", 0)
+    run(*words)
+    scores = json.loads(out.scores.summary.read_text())
+    assert scores["polished"] and scores["per_image"]["auc_masked_normalised"] > 0.8
+    write_pickle(tmp_path / "few.pkl", np.arange(200))
+    few = ("--ind", tmp_path / "few.pkl", "--labels", truth.labels)
+    run("polish", simulated, *few, "-o", out.path, "--passes", 0, "--overwrite")
+    with pytest.raises(InputError, match="maps of 200 particles, the run has 240"):
+        run(*words)
 
 
 def fake_run(folder, simulated, z, volumes, monkeypatch, rotation=None):

@@ -80,7 +80,7 @@ def test_a_mixture_is_sorted_and_written(mixture, tmp_path, capsys, monkeypatch)
         assert np.corrcoef(read_map(out.volume(k)).data.ravel(), true.ravel())[0, 1] > 0.9
 
 
-def test_the_run_is_opened_like_any_other(mixture, tmp_path, monkeypatch):
+def test_the_run_is_opened_like_any_other(mixture, tmp_path, capsys, monkeypatch):
     out = tmp_path / "run"
     assert run(monkeypatch, "train-kraqen", *given(mixture), "-o", out, *QUICK) == 0
     loaded = load_run(out)
@@ -90,6 +90,11 @@ def test_the_run_is_opened_like_any_other(mixture, tmp_path, monkeypatch):
     np.testing.assert_allclose(loaded.decode(loaded.z[:3]), np.tensordot(p.rows([0, 1, 2]).dense(), maps, 1), atol=1e-5)
     assert run(monkeypatch, "polish", out, "--passes", 0, "--threads", 1) == 0
     assert (out / "polish.8" / "vol_000.mrc").exists()
+    quick = ["--skip-umap", "--skip-vol", "--ksample", 3, "--pc", 1, "--gmm", 3, "--polish", "--flip"]
+    assert run(monkeypatch, "analyze", out, *quick) == 0
+    assert RunDir(out).analysis(8).path.joinpath("polish", "vol_002.mrc").exists()
+    said = " ".join(capsys.readouterr().err.split())
+    assert "not the polished maps" in said and f"cryosuite polish {out}" in said
     # its maps are backprojections of the same images: nothing for --mode prior
     assert run(monkeypatch, "polish", out, "--mode", "prior", "-o", tmp_path / "prior") == 2
     assert not (tmp_path / "prior").exists()
