@@ -63,7 +63,7 @@ def main(
 
         cryosuite analyze run/ --epoch 5 --skip-umap -o quick_look/
     """
-    from cryosuite.errors import InputError
+    from cryosuite.errors import InputError, notice
 
     if epoch is not None and epoch_number is not None and epoch != epoch_number:
         raise InputError(f"two epochs were given, {epoch_number} and --epoch {epoch}: give one.")
@@ -91,6 +91,8 @@ def main(
     )  # fmt: skip
     _report(result, folder)
     if polish:
+        if flip or invert or downsample or low_pass:
+            notice("--flip, --invert, --downsample and --low-pass change the decoded volumes, not the polished maps")
         _polish(result, loaded.particles)
         if folder.shares(loaded.epoch).is_file():
             say(f"These are clusters of the latents. This run's own codes: cryosuite polish {run}")

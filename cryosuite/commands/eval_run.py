@@ -133,7 +133,7 @@ def evaluate_run(run: Path, options: RunOptions) -> None:
                 f"{folder.path}: maps of {len(shares)} particles, the run has {len(loaded.z)}: made of an earlier run? "
                 f"Run cryosuite polish {run} --overwrite."
             )
-        if folder.summary.stat().st_mtime < RunDir(run).z(loaded.epoch).stat().st_mtime:
+        if folder.summary.stat().st_mtime_ns < _stamp(RunDir(run).z(loaded.epoch)):
             notice(f"{folder.path} is older than the latents of the run: if it was trained anew, polish it again")
         shared = (decode, shares[good], *shared[2:])
     say(f"decoding {len(rows)} volumes")
