@@ -76,7 +76,7 @@ class ClassSums:
             need = sums.data.numel() * 4 * 2 * self.n_classes / 2**30
             raise InputError(
                 f"{path.parent}: cannot write the sums of {self.n_classes} classes, about {need:.1f} GiB in all "
-                f"({error.strerror or error}): make room there, or give a folder on another disk with --scratch"
+                f"({error.strerror or error}): make room there, or write to a folder on another disk (-o)"
             ) from None
 
     def close(self) -> None:
