@@ -31,7 +31,8 @@ class PolishOptions:
 
     passes: after the first one, each with the maps of the one before as prior. first_prior, prior: weight of the
     regulariser and of the prior, in units of the shell mean of W. window_A: standard deviation of the window, Angstrom.
-    basis: "modal", "class", or "auto": whichever is expected to keep more.
+    basis: "modal", "class", or "auto": whichever is expected to leave the smaller error. chance: agreement of the
+    halves is doubted below this many standard deviations of what noise alone would show.
     """
 
     passes: int = 2
@@ -39,12 +40,15 @@ class PolishOptions:
     prior: float = 0.5
     window_A: float = polish_gain.WINDOW_A  # noqa: N815 -- the unit
     basis: str = "auto"
+    chance: float = polish_gain.CHANCE
 
     def __post_init__(self) -> None:
         if self.basis not in BASES:
             raise InputError(f"--basis {self.basis}: expected one of {', '.join(BASES)}")
         if self.passes < 0:
             raise InputError(f"--passes {self.passes}: expected 0 or more")
+        if not self.chance >= 0:
+            raise InputError(f"chance {self.chance}: expected 0 or more")
         for name in ("first_prior", "prior", "window_A"):
             if not getattr(self, name) > 0:
                 flag = name.removesuffix("_A").replace("_", "-")
@@ -114,7 +118,7 @@ def polish(
                 fill_halves(halves, sums, used, weight, foreign is not None or number > 0, mask, bar)  # noqa: B023
 
             fill(bar)
-            found, basis = _gained(halves, mask, window, basis, fill)
+            found, basis = _gained(halves, mask, window, basis, fill, options.chance)
             mask = auto_mask(found.maps)
             mask = mask if float(mask.sum()) > 0 else soft_sphere(D)
             gains.append(found.mean_gain)
@@ -162,20 +166,20 @@ def fill_halves(
 
 
 def _gained(
-    halves: Tensor, mask: Tensor, window: float, basis: str, refill: Callable[[None], None]
+    halves: Tensor, mask: Tensor, window: float, basis: str, refill: Callable[[None], None], chance: float
 ) -> tuple[polish_gain.Gained, str]:
     """Filter the halves in the wanted basis, or in the one that leaves the smaller error by its own account."""
     covariance = polish_gain.shell_covariance(*halves)
     matrices = polish_gain.bases(covariance)
     if basis != "auto":
-        return polish_gain.apply_gains(halves, mask, matrices[basis], window), basis
+        return polish_gain.apply_gains(halves, mask, matrices[basis], window, chance=chance), basis
     likely, other = ("modal", "class") if polish_gain.related(covariance) else ("class", "modal")
-    rival = polish_gain.apply_gains(halves, mask, matrices[other], window, keep=False).score
-    found = polish_gain.apply_gains(halves, mask, matrices[likely], window)
+    rival = polish_gain.apply_gains(halves, mask, matrices[other], window, False, chance).score
+    found = polish_gain.apply_gains(halves, mask, matrices[likely], window, chance=chance)
     if found.score <= rival:
         return found, likely
     refill(None)  # the wrong guess has overwritten the halves
-    return polish_gain.apply_gains(halves, mask, matrices[other], window), other
+    return polish_gain.apply_gains(halves, mask, matrices[other], window, chance=chance), other
 
 
 def _spread(maps: Tensor, used: np.ndarray, sums: ClassSums) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 WINDOW_A = 12.5  # standard deviation of the window in space, Angstrom
+CHANCE = 2.0  # cross-power is doubted below this many standard deviations of what noise alone would show
 VALUES_AT_ONCE = 1 << 22
 
 
@@ -135,16 +136,38 @@ def related(covariance: Covariance) -> bool:
     return K > 1 and float((signal * own[:, None] * own).sum() - K) > 0.5 * K * (K - 1)
 
 
-def apply_gains(halves: Tensor, mask: Tensor, basis: Tensor, window: float, keep: bool = True) -> Gained:
+def chance_level(weights: Tensor, blur: Tensor) -> Tensor:
+    """(B,) standard deviation of G[x^a x^b] for two independent white noises in a band, in units of their variance.
+
+    The variance is sum_x R(x)^2 (g * g)(x): R the correlation of the band's noise, g the window. It is large where a
+    window holds few waves of a band: there chance alone looks like signal.
+
+    Args:
+        weights: (B, D, D, D/2 + 1) of the bands; blur: transform of the window (same grid).
+    """
+    D = weights.shape[1]
+    window = torch.fft.irfftn(blur.square(), s=(D,) * 3)
+    out = torch.empty(len(weights))
+    for b, band in enumerate(weights):
+        correlation = torch.fft.irfftn(band.square(), s=(D,) * 3)
+        out[b] = ((correlation / correlation[0, 0, 0]).square() * window).sum()
+    return out.clamp(min=0).sqrt()
+
+
+def apply_gains(
+    halves: Tensor, mask: Tensor, basis: Tensor, window: float, keep: bool = True, chance: float = CHANCE
+) -> Gained:
     """Filter both halves and their mean, channel by channel, band by band, voxel by voxel.
 
     c = G[x^a x^b] / G[mask^2], n = mean of (x^a - x^b)^2 / 4; gain c+/(c+ + n) on the mean of the halves, c+/(c+ + 2n)
-    on each half: the gain that minimises the error against an independent measurement.
+    on each half: the gain that minimises the error against an independent measurement. c is itself an estimate: with
+    s = ``chance`` times the standard deviation that noise alone gives it, c^3 / (c^2 + s^2) takes its place.
 
     Args:
         halves: (2, K, D, D, D) masked half maps; FILTERED IN PLACE, so that many classes of large maps fit the memory.
         mask: (D, D, D); basis: (K, K) of `bases`; window: voxels.
         keep: False leaves the halves as they are and makes no maps: only the score is asked for.
+        chance: 0 takes every cross-power at its word (the filter of BENCHMARKS section 5 as written).
     """
     K, D = halves.shape[1], halves.shape[-1]
     weights = bands(D, half_radius(D))
@@ -160,6 +183,8 @@ def apply_gains(halves: Tensor, mask: Tensor, basis: Tensor, window: float, keep
     noise = noise / (D**3 * area * K)
     blur = _blur_window(D, window)
     support = torch.fft.irfftn(torch.fft.rfftn(mask**2) * blur, s=(D,) * 3).clamp(min=1e-3)
+    # both halves have twice the variance of their mean
+    doubt = (chance * 2 * noise * chance_level(weights, blur)).square()
     count = (weights * twice).sum((1, 2, 3))
     kept = torch.zeros(len(weights))
     joint = torch.empty(K, D, D, D) if keep else None
@@ -169,6 +194,9 @@ def apply_gains(halves: Tensor, mask: Tensor, basis: Tensor, window: float, keep
         for b, band in enumerate(weights):
             x = torch.fft.irfftn(transforms * band, s=(D,) * 3)
             shared = torch.fft.irfftn(torch.fft.rfftn(x[0] * x[1]) * blur, s=(D,) * 3).div_(support).clamp_(min=0)
+            if chance > 0:
+                square = shared.square()
+                shared.mul_(square.div_((square + doubt[b]).clamp_(min=1e-30)))
             gain = shared / (shared + noise[b]).clamp_(min=1e-30)
             kept[b] += (gain * mask).sum() / mask.sum()
             if joint is not None:
