@@ -17,7 +17,7 @@ from pathlib import Path
 from common import CRYOSUITE, RESULTS, Timing, best, peer, save, timed
 
 SEED = 7
-ALL = "help,fsc,preprocess,backproject64,backproject128"
+ALL = "help,fsc,preprocess,backproject64,backproject64x4,backproject128"
 
 
 def cryodrgn(name: str = "cryodrgn") -> str | None:
@@ -60,11 +60,12 @@ def repeat(source: Path, times: int) -> Path:
     """A set several times over: a stack as long as real ones are, without simulating it."""
     import numpy as np
 
+    from cryosuite.formats.pickles import read_ctf, read_poses, write_pickle
     from cryosuite.formats.stacks import StackReader, StackWriter
     from cryosuite.formats.star import read_star, write_star
 
     out = source.with_name(f"{source.name}x{times}")
-    if (out / "particles.star").exists():
+    if (out / "ctf.pkl").exists():
         return out
     out.mkdir(exist_ok=True)
     blocks = read_star(source / "particles.star")
@@ -77,6 +78,9 @@ def repeat(source: Path, times: int) -> Path:
     blocks["particles"] = rows.loc[rows.index.repeat(times)].reset_index(drop=True)
     blocks["particles"]["rlnImageName"] = [f"{n + 1:06d}@particles.mrcs" for n in range(reader.count * times)]
     write_star(out / "particles.star", blocks)
+    rotation, shift = read_poses(source / "poses.pkl")
+    write_pickle(out / "poses.pkl", (np.tile(rotation, (times, 1, 1)), np.tile(shift, (times, 1))))
+    write_pickle(out / "ctf.pkl", np.tile(read_ctf(source / "ctf.pkl"), (times, 1)))
     return out
 
 
@@ -96,11 +100,17 @@ def bench_preprocess(work: Path, images: int, runs: int) -> dict:
     return entry(ours, images, cryodrgn=theirs)
 
 
-def bench_backproject(work: Path, images: int, box: int, runs: int) -> dict:
-    """All images into map, half maps and FSC. RELION runs three times (map, two halves), without FSC."""
+def bench_backproject(work: Path, images: int, box: int, runs: int, times: int = 1) -> dict:
+    """All images into map, half maps and FSC. RELION runs three times (map, two halves), without FSC.
+
+    ``times``: so many times the same images, from the star file alone.
+    """
     source = simulate(work, box, images, 320 / box)
+    if times > 1:
+        source, images = repeat(source, times), images * times
     star, stack = source / "particles.star", source / "particles.mrcs"
-    ours = best([*CRYOSUITE, "backproject", str(source), "-o", str(work / f"bp{box}"), "--overwrite"], runs)
+    given = str(star if times > 1 else source)
+    ours = best([*CRYOSUITE, "backproject", given, "-o", str(work / f"bp{box}"), "--overwrite"], runs)
     theirs = relion = None
     if program := cryodrgn():
         pickles = ["--poses", str(source / "poses.pkl"), "--ctf", str(source / "ctf.pkl"), "--uninvert-data"]
@@ -153,6 +163,7 @@ def main() -> None:
         "fsc": lambda: bench_fsc(work, 256, runs),
         "preprocess": lambda: bench_preprocess(work, images, runs),
         "backproject64": lambda: bench_backproject(work, images, 64, runs),
+        "backproject64x4": lambda: bench_backproject(work, images, 64, runs, 4),
         "backproject128": lambda: bench_backproject(work, images, 128, runs),
     }
     earlier = RESULTS / "speed.json"  # rows that are not measured again are kept

@@ -23,6 +23,7 @@ README = Path(__file__).resolve().parents[2] / "README.md"
 SPEED = {
     "preprocess": "`preprocess` 128 -> 64, four times the images",
     "backproject64": "`backproject` with half maps and FSC, D = 64",
+    "backproject64x4": "the same, four times the images",
     "backproject128": "`backproject` with half maps and FSC, D = 128",
     "fsc": "`eval-fsc`, two maps of 256^3",
     "help": "`cryosuite --help`",
