@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -105,7 +106,8 @@ def test_a_killed_process_is_restarted_from_the_checkpoint(tmp_path: Path) -> No
     code, text = finish(process)
     assert code == 0, text
     log = RunDir(tmp_path / "two").log.read_text()
-    assert "starting at step 0" in log and "going on at step 1" in log and "finished 4 epochs" in log
+    assert "starting at step 0" in log and "finished 4 epochs" in log
+    assert re.search(r"going on at step [1-9]", log), log
     np.testing.assert_allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=1e-4)
 
 

@@ -18,6 +18,8 @@ from lightning_fabric.strategies import DDPStrategy
 from cryosuite.errors import InputError
 from cryosuite.training.options import TrainOptions
 
+TIMEOUT = timedelta(minutes=30)  # of messages between processes
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -101,7 +103,7 @@ def start_fabric(options: TrainOptions, unused_parameters: bool = False) -> Fabr
         raise InputError(f"--devices {shape.devices}: this machine has {torch.cuda.device_count()} GPUs")
     strategy: DDPStrategy | str = "auto"
     if shape.world_size > 1:
-        strategy = DDPStrategy(find_unused_parameters=unused_parameters, timeout=timedelta(minutes=30))
+        strategy = DDPStrategy(find_unused_parameters=unused_parameters, timeout=TIMEOUT)
     # its remarks on precision and rank are in run.log in our own words
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     plugins = {"self": [LightningEnvironment()], "srun": [SLURMEnvironment()], "torchrun": None}[shape.launcher]
@@ -113,10 +115,26 @@ def start_fabric(options: TrainOptions, unused_parameters: bool = False) -> Fabr
         precision=resolve_precision(options.precision, accelerator),
         plugins=plugins,
     )
+    if shape.launcher == "torchrun" and shape.world_size > 1 and was_restarted():
+        _join_anew(accelerator)
     fabric.launch()
     if accelerator == "cuda":
         torch.set_float32_matmul_precision("high")
     return fabric
+
+
+def _join_anew(accelerator: str) -> None:
+    """Join the processes of a torchrun that restarted them, under keys of this attempt.
+
+    With a fixed --master-port the agent's store outlives a restart and still holds the addresses of the dead; a
+    process that reads them before they are overwritten calls a port where nobody listens.
+    """
+    if accelerator == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, rank, size = next(torch.distributed.rendezvous("env://", timeout=TIMEOUT))
+    store = torch.distributed.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    backend = "nccl" if accelerator == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
 
 
 def seed_all(seed: int) -> None:
