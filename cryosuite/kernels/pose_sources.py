@@ -1,0 +1,132 @@
+"""Where pose search takes its slices from: anything that gives the Fourier values of a volume on the half disc.
+
+Slices follow the conventions of `slices.extract_slices`: rotation R samples the transform at `(kx, ky, 0) @ R`, values
+are unnormalised like `fourier.to_half_disc`, points are in the order of `fourier.half_disc`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from .fourier import half_disc
+from .slices import extract_slices, volume_transform
+
+__all__ = ["SliceSource", "VolumeSource", "PointSource", "polar_points"]
+
+
+@runtime_checkable
+class SliceSource(Protocol):
+    """What pose search asks of a volume representation. `box_size` is the D of its half disc."""
+
+    box_size: int
+
+    def slices(
+        self,
+        rotation: Tensor,  # (b, q, 3, 3)
+        radius: int,
+        index: Tensor,  # (b,) int64, particle numbers
+    ) -> Tensor:  # (b, q, P) complex
+        """Slices of each particle's volume on the half disc of this radius."""
+        ...
+
+    def groups(self, index: Tensor) -> Tensor | None:
+        """(b,) int64: particles of equal group share one volume; None: all particles share one."""
+        ...
+
+
+def polar_points(radii: Tensor, n_theta: int) -> Tensor:  # (n_r * n_theta, 2)
+    """Points (kx, ky) of half rings: theta = i pi / n_theta in [0, pi), the other half being the conjugate."""
+    theta = torch.arange(n_theta, device=radii.device, dtype=radii.dtype) * (torch.pi / n_theta)
+    ring = torch.stack([torch.cos(theta), torch.sin(theta)], -1)
+    return (radii[:, None, None] * ring).flatten(0, 1)
+
+
+class PointSource:
+    """A source made of a function for values at arbitrary frequencies, such as a coordinate network.
+
+    `values(q, index)` takes q (b, n, 3) in cycles per pixel and particle numbers (b,) and returns (b, n) complex. It
+    serves half discs and, for `base="polar"`, rings.
+    """
+
+    def __init__(
+        self,
+        values: Callable[[Tensor, Tensor], Tensor],
+        box_size: int,
+        groups: Callable[[Tensor], Tensor | None] | None = None,
+    ) -> None:
+        self.values, self.box_size, self._groups = values, box_size, groups
+
+    def slices(self, rotation: Tensor, radius: int, index: Tensor) -> Tensor:
+        """(b, q, 3, 3) -> (b, q, P) complex."""
+        plane = half_disc(self.box_size, radius, rotation.device).xy.to(rotation.dtype)
+        return self._plane(rotation, plane, index)
+
+    def rings(self, rotation: Tensor, radii: Tensor, n_theta: int, index: Tensor) -> Tensor:
+        """(b, q, 3, 3) -> (b, q, n_r, n_theta) complex at `polar_points`, radii (n_r,) in Fourier pixels."""
+        values = self._plane(rotation, polar_points(radii.to(rotation.dtype), n_theta), index)
+        return values.unflatten(-1, (len(radii), n_theta))
+
+    def _plane(self, rotation: Tensor, plane: Tensor, index: Tensor) -> Tensor:
+        q = (plane / self.box_size) @ rotation[..., :2, :]
+        return self.values(q.flatten(1, 2), index).unflatten(1, rotation.shape[1:2])
+
+    def groups(self, index: Tensor) -> Tensor | None:
+        """As the function given says; by default every particle has a volume of its own."""
+        return index if self._groups is None else self._groups(index)
+
+
+class VolumeSource:
+    """K voxel volumes, 2x padded, trilinear, with the gridding of the interpolation divided out.
+
+    Args:
+        volumes: (D, D, D) or (K, D, D, D) real.
+        volume_index: (N,) int64, the volume of every particle; None: particle numbers are volume numbers when there
+            are several volumes.
+        r_max: Fourier pixels up to which slices will be asked for (D/2 by default): a smaller transform stays in
+            the processor's cache.
+        pad: oversampling of the transform.
+    """
+
+    def __init__(
+        self, volumes: Tensor, volume_index: Tensor | None = None, r_max: int | None = None, pad: int = 2
+    ) -> None:
+        D = volumes.shape[-1]
+        stack = volumes.reshape(-1, D, D, D)
+        radius = D // 2 if r_max is None else min(int(r_max), D // 2)
+        self.box_size, self.pad, self.r_max = D, pad, radius
+        self.volume_index = volume_index
+        # one volume at a time: the padded box is eight times larger than what is kept
+        self.transform = torch.stack([_crop(volume_transform(v, pad), pad * radius + 1) for v in stack])
+
+    def __len__(self) -> int:
+        return self.transform.shape[0]
+
+    def slices(self, rotation: Tensor, radius: int, index: Tensor) -> Tensor:
+        """(b, q, 3, 3) -> (b, q, P) complex."""
+        if radius > self.r_max:
+            raise ValueError(f"these volumes were transformed up to radius {self.r_max}, not {radius}")
+        b, q = rotation.shape[:2]
+        which = None if len(self) == 1 else self.which(index).repeat_interleave(q)
+        disc = half_disc(self.box_size, radius, rotation.device)
+        return extract_slices(self.transform, rotation.flatten(0, 1), disc, self.pad, which).unflatten(0, (b, q))
+
+    def which(self, index: Tensor) -> Tensor:
+        """(b,) int64, the number of each particle's volume."""
+        if len(self) == 1:
+            return torch.zeros_like(index)
+        return index if self.volume_index is None else self.volume_index[index]
+
+    def groups(self, index: Tensor) -> Tensor | None:
+        """The volume of each particle, None when there is one."""
+        return None if len(self) == 1 else self.which(index)
+
+
+def _crop(transform: Tensor, N: int) -> Tensor:
+    """(2M+1, 2M+1, M+1, 2) -> (2N+1, 2N+1, N+1, 2), the frequencies up to N padded pixels."""
+    M = transform.shape[-2] - 1
+    cut = slice(M - N, M + N + 1)
+    return transform[..., cut, cut, : N + 1, :].contiguous()
