@@ -1,0 +1,108 @@
+"""Particles on their way into an encoder: contrast, eight-bit images, a cache of them on disk, features out.
+
+Contrast. A particle set hands out white particles whatever its files hold. The published encoder (prep "ief") was
+trained on images as stored in their files, so for it the sign is put back to that of the SOURCE file, through a work
+directory too (its dataset.yaml records the sign of the input). Prep "robust", of our own weights, takes white
+particles: features then do not depend on which program wrote the stack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cryosuite.console import Progress
+from cryosuite.data.encoder_cache import EncoderCache
+from cryosuite.data.encoder_pixels import PREPS, circle_mask, encoder_images
+from cryosuite.data.encoder_read import read_encoder_images, stored_sign
+from cryosuite.data.loader import read_ahead
+from cryosuite.errors import notice
+from cryosuite.formats.checks import name_rows
+
+if TYPE_CHECKING:
+    from cryosuite.data.encoder_weights import LoadedEncoder
+    from cryosuite.data.particles import ParticleSet
+
+__all__ = [
+    "PREPS",
+    "EncoderCache",
+    "circle_mask",
+    "encoder_images",
+    "features",
+    "normalise",
+    "read_encoder_images",
+    "stored_sign",
+]
+
+
+def normalise(images: Tensor, mean: float, std: float) -> Tensor:
+    """Images (b, s, s) uint8 -> (b, 1, s, s) float32 on the same device: (x / 255 - mean) / std."""
+    return images.to(torch.float32).div_(255).sub_(mean).div_(std)[:, None]
+
+
+def features(
+    particles: ParticleSet,
+    loaded: LoadedEncoder,
+    batch: int = 64,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+    *,
+    cache: EncoderCache | None = None,
+    circle: bool = True,
+    half: bool | None = None,
+) -> np.ndarray:
+    """Features of all particles, (N, C) float32 in their order, not normalised; memory holds no images but a batch.
+
+    Args:
+        particles: any set; images are resized to the encoder's size.
+        loaded: the encoder with its preparation; it is moved to ``device`` and left in eval mode.
+        cache: take the images from here instead of reading and preparing them.
+        circle: hide what lies outside the circle (CryoDECO does, Cryo-IEF itself does not).
+        half: bf16; default: on a GPU, not on a CPU.
+
+    Rows of images that are not finite are those of an empty image; a notice names them.
+    """
+    device = torch.device(device)
+    encoder = loaded.encoder.to(device).eval()
+    half = device.type == "cuda" if half is None else half
+    out = np.empty((len(particles), loaded.spec.dim), np.float32)
+    bad: list[np.ndarray] = []
+    with Progress(len(particles), "encode") if progress else nullcontext() as shown, torch.inference_mode():
+        for rows, images, finite in read_ahead(_batches(particles, loaded, batch, cache, circle, device), 2):
+            x = normalise(images.to(device, non_blocking=True), loaded.mean, loaded.std)
+            with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
+                out[rows] = encoder(x).float().cpu().numpy()
+            bad.append(rows[~finite])
+            if shown is not None:
+                shown.advance(len(rows))
+    missing = np.concatenate(bad) if bad else np.zeros(0, np.int64)
+    if len(missing):
+        notice(
+            f"{particles.path or 'the particle set'}: {name_rows(missing, 'image')} (0-based) hold NaN or infinite "
+            "pixels: their features are those of an empty image"
+        )
+    return out
+
+
+def _batches(
+    particles: ParticleSet,
+    loaded: LoadedEncoder,
+    batch: int,
+    cache: EncoderCache | None,
+    circle: bool,
+    device: torch.device,
+) -> Iterator[tuple[np.ndarray, Tensor, np.ndarray]]:
+    """Rows, their images (b, s, s) uint8 and whether they are finite, in order."""
+    for begin in range(0, len(particles), batch):
+        rows = np.arange(begin, min(begin + batch, len(particles)))
+        if cache is not None:
+            images, finite = cache.batch(rows), ~cache.bad[rows]
+        else:
+            array, finite = read_encoder_images(particles, rows, loaded.spec.image_size, loaded.prep, circle)
+            images = torch.from_numpy(array)
+        yield rows, images.pin_memory() if device.type == "cuda" else images, finite
