@@ -25,8 +25,8 @@ from cryosuite.errors import notice
 from cryosuite.formats.checks import name_rows
 
 if TYPE_CHECKING:
-    from cryosuite.data.encoder_weights import LoadedEncoder
     from cryosuite.data.particles import ParticleSet
+    from cryosuite.nets.ief_weights import LoadedEncoder
 
 __all__ = [
     "PREPS",
