@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from . import so3_grid
-from .fourier import HalfDisc, half_disc
-from .pose_scores import base_power, best_base, correlations, gain, shift_grid, shift_phases
+from .fourier import half_disc
+from .pose_scores import base_power, best_base, gain, local_shifts, score_shifts, shift_grid, shift_phases
 from .pose_sources import SliceSource
 
 __all__ = ["SearchOptions", "Candidates", "Prepared", "State", "base_level", "next_level", "select", "CARRY_LEVEL"]
@@ -90,6 +90,14 @@ class Candidates:
         rows = torch.arange(place.shape[0], device=place.device)[:, None]
         return Candidates(self.rotation[rows, place], self.shift[rows, place], self.score[rows, place])
 
+    def put(self, place: Tensor, other: Candidates) -> Candidates:
+        """With candidates number `place` (b, k) of every image replaced by the k of `other`."""
+        rows = torch.arange(place.shape[0], device=place.device)[:, None]
+        pairs = [(getattr(self, name).clone(), getattr(other, name)) for name in ("rotation", "shift", "score")]
+        for mine, theirs in pairs:
+            mine[rows, place] = theirs.to(mine.dtype)
+        return Candidates(*(mine for mine, _ in pairs))
+
     def rows(self, index: Tensor | slice) -> Candidates:
         """The candidates of some images."""
         return Candidates(self.rotation[index], self.shift[index], self.score[index])
@@ -161,27 +169,21 @@ def next_level(
     carried: Candidates | None,
 ) -> State:
     """Children of the poses kept, and carried poses as they are, scored at this level's radius; the best are kept."""
-    order = options.base_order + level
-    disc = half_disc(source.box_size, options.radius(level), g.device)
-    g, w = g[:, : len(disc)], w[:, : len(disc)]
+    order, radius = options.base_order + level, options.radius(level)
     spacing = 2 * options.shift_extent * source.box_size / options.shift_grid / 2**level
-    local = _local_shifts(spacing, 5 if level == 1 else 3, w)
+    local = local_shifts(spacing, 5 if level == 1 else 3, w)
     pool = []
     if state is not None:
         node = so3_grid.children_at(state.node, order - 1).flatten(1)
         frame = state.frame.repeat_interleave(8, 1)
         rotation = so3_grid.rotations_at(node, order, w.dtype) @ frame
-        pool.append(State(_score(source, g, w, index, disc, rotation, state.poses.shift, local, options), node, frame))
+        pool.append(
+            State(_score(source, g, w, index, radius, rotation, state.poses.shift, local, options), node, frame)
+        )
     if carried is not None:
-        pool.append(_adopt(source, g, w, index, disc, carried, local, options, order))
+        pool.append(_adopt(source, g, w, index, radius, carried, local, options, order))
     whole = pool[0] if len(pool) == 1 else _join(*pool)
     return whole.take(select(whole.poses, options, order))
-
-
-def _local_shifts(spacing: float, n: int, like: Tensor) -> Tensor:
-    """(n * n, 2) shifts around zero, zero included, in pixels."""
-    axis = (torch.arange(n, device=like.device, dtype=like.dtype) - n // 2) * spacing
-    return torch.cartesian_prod(axis, axis)
 
 
 def _score(
@@ -189,17 +191,14 @@ def _score(
     g: Tensor,
     w: Tensor,
     index: Tensor,
-    disc: HalfDisc,
+    radius: int,
     rotation: Tensor,  # (b, q, 3, 3)
     shift: Tensor,  # (b, k, 2), q / k rotations for each
     local: Tensor,  # (T, 2)
     options: SearchOptions,
 ) -> Candidates:
     """Score rotations at small shifts around those of their parents and take the best shift of each."""
-    moved = g[:, None] * shift_phases(shift, disc)
-    slices = source.slices(rotation, disc.r_max, index)
-    corr, power = correlations(slices, moved, w, shift_phases(local, disc))
-    corr, best = corr.max(-1)
+    corr, power, best = score_shifts(source, g, w, index, radius, rotation, shift, local)
     shift = shift.repeat_interleave(rotation.shape[1] // shift.shape[1], 1) + local[best]
     return Candidates(rotation, shift, gain(corr, power, options.fit_scale))
 
@@ -209,7 +208,7 @@ def _adopt(
     g: Tensor,
     w: Tensor,
     index: Tensor,
-    disc: HalfDisc,
+    radius: int,
     carried: Candidates,
     local: Tensor,
     options: SearchOptions,
@@ -220,7 +219,7 @@ def _adopt(
     rotation, shift = carried.rotation.to(w.dtype), carried.shift.to(w.dtype)
     node = torch.full(rotation.shape[:2], anchor, device=g.device)
     frame = so3_grid.rotations_at(node, order, w.dtype).transpose(-1, -2) @ rotation
-    return State(_score(source, g, w, index, disc, rotation, shift, local, options), node, frame)
+    return State(_score(source, g, w, index, radius, rotation, shift, local, options), node, frame)
 
 
 def _join(a: State, b: State) -> State:

@@ -11,14 +11,29 @@ With `fit_scale` the gain at the best positive scale of the slice, max(0, sum Re
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from .fourier import HalfDisc
+from .fourier import HalfDisc, half_disc
+from .pose_sources import SliceSource, VolumeSource
 
-__all__ = ["fold_ctf", "shift_phases", "shift_grid", "gain", "correlations", "best_base", "base_power"]
+__all__ = [
+    "fold_ctf",
+    "shift_phases",
+    "shift_grid",
+    "local_shifts",
+    "gain",
+    "correlations",
+    "score_shifts",
+    "best_base",
+    "base_power",
+    "loops",
+]
 
 _CHUNK = 1 << 27  # numbers held at once in the larger temporaries
+_ROWS = 256  # images times shifts multiplied at once on the CPU
 
 
 def fold_ctf(images: Tensor, ctf_over_sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,6 +51,15 @@ def shift_grid(half_width: float, n: int, device: torch.device | str = "cpu") ->
     """Cell-centred square grid of shifts within +- half_width, in the unit given."""
     axis = ((torch.arange(n, device=device, dtype=torch.float64) + 0.5) * (2 / n) - 1) * half_width
     return torch.cartesian_prod(axis, axis).float().reshape(-1, 2)
+
+
+def local_shifts(spacing: float, n: int, like: Tensor) -> Tensor:  # (n * n, 2)
+    """Shifts around zero on an n x n grid, n odd, in pixels: zero, then +t_1, -t_1, +t_2, -t_2 and so on."""
+    axis = (torch.arange(n, device=like.device, dtype=like.dtype) - n // 2) * spacing
+    grid = torch.cartesian_prod(axis, axis)
+    middle = n * n // 2
+    pairs = torch.stack([grid[middle + 1 :], grid[:middle].flip(0)], 1)
+    return torch.cat([grid[middle : middle + 1], pairs.flatten(0, 1)])
 
 
 def gain(corr: Tensor, power: Tensor, fit_scale: bool) -> Tensor:
@@ -59,6 +83,70 @@ def correlations(
     return corr, power
 
 
+def score_shifts(
+    source: SliceSource,
+    g: Tensor,  # (b, P) complex
+    w: Tensor,  # (b, P)
+    index: Tensor,  # (b,)
+    radius: int,
+    rotation: Tensor,  # (b, q, 3, 3)
+    shift: Tensor,  # (b, k, 2) px, q / k rotations for each
+    local: Tensor,  # (T, 2) px, of `local_shifts`
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Best small shift of every rotation: corr, power and its number, (b, q) each, of the points up to `radius`.
+
+    Voxel volumes on the CPU take the compiled loops.
+    """
+    disc = half_disc(source.box_size, radius, g.device)
+    g, w = g[:, : len(disc)], w[:, : len(disc)]
+    if use_loops(source, g):
+        return _score_by_loops(source, g, w, index, disc, rotation, shift, local)
+    slices = source.slices(rotation, radius, index)
+    moved = g[:, None] * shift_phases(shift, disc)
+    corr, power = correlations(slices, moved, w, shift_phases(local, disc))
+    corr, best = corr.max(-1)
+    return corr, power, best
+
+
+@functools.cache
+def loops():
+    """The compiled loops, or None where numba cannot be imported."""
+    try:
+        from . import pose_search_cpu
+    except ImportError:
+        return None
+    return pose_search_cpu
+
+
+def use_loops(source: SliceSource, g: Tensor) -> bool:
+    """Whether the compiled loops serve this source and these images."""
+    plain = g.device.type == "cpu" and g.dtype == torch.complex64 and isinstance(source, VolumeSource)
+    return plain and source.transform.dtype == torch.float32 and loops() is not None
+
+
+def loop_arrays(source: VolumeSource, g: Tensor, w: Tensor, index: Tensor, disc: HalfDisc) -> list:
+    """What the loops take first: the transforms and their shape, volumes, images, weights, points."""
+    if disc.r_max > source.r_max:
+        raise ValueError(f"these volumes were transformed up to radius {source.r_max}, not {disc.r_max}")
+    volume = source.which(index)
+    if volume.numel() and not (int(volume.min()) >= 0 and int(volume.max()) < len(source)):
+        raise ValueError(f"volume numbers must lie between 0 and {len(source) - 1}")
+    n, nx = source.transform.shape[-4], source.transform.shape[-2]
+    arrays = [v.numpy() for v in (torch.view_as_real(g.resolve_conj()), w, disc.xy.T.float().contiguous())]
+    return [source.transform.view(-1).numpy(), n, nx, source.pad, volume.numpy(), *arrays, disc.r_max]
+
+
+def _score_by_loops(source, g, w, index, disc, rotation, shift, local) -> tuple[Tensor, Tensor, Tensor]:
+    angle = (local[1::2] / disc.box_size) @ disc.xy.to(w.dtype).T * (2 * torch.pi)
+    angle = torch.cat([torch.zeros(1, len(disc)), angle])
+    corr, power = torch.empty(rotation.shape[:2]), torch.empty(rotation.shape[:2])
+    best = torch.empty(rotation.shape[:2], dtype=torch.int64)
+    rest = [rotation.float().contiguous(), (shift.float() / disc.box_size).contiguous(), angle.cos(), angle.sin()]
+    arrays = [v.numpy() for v in (*rest, corr, power, best)]
+    loops().score(*loop_arrays(source, g, w, index, disc), *arrays)
+    return corr, power, best
+
+
 def base_power(slices: Tensor, w: Tensor, slot: Tensor | None) -> Tensor:
     """sum w |S|^2 of the half grid: slices (G, H, P) complex, w (b, P), slot (b,) or None for one group -> (b, H)."""
     squares = torch.view_as_real(slices).square().sum(-1)
@@ -79,6 +167,8 @@ def best_base(
     """
     G, H, _ = slices.shape
     T = phases.shape[0]
+    if g.device.type == "cpu" and g.dtype == torch.complex64 and loops() is not None:
+        return _best_base_by_loops(slices, g, phases, slot)
     step = max(1, _CHUNK // (T * H * 2 + (0 if slot is None else 2 * slices[0].numel())))
     corr, which = [], []
     for start in range(0, g.shape[0], step):
@@ -96,3 +186,27 @@ def best_base(
             which.append(place)
     pairs = [torch.cat([torch.stack(two[i : i + 2], 1) for i in range(0, len(two), 2)]) for two in (corr, which)]
     return pairs[0], pairs[1]
+
+
+def _best_base_by_loops(slices: Tensor, g: Tensor, phases: Tensor, slot: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As `best_base`: products of a few images at a time, whose best shift is taken while they are in the cache."""
+    b, H, T = g.shape[0], slices.shape[1], phases.shape[0]
+    corr, which = torch.empty(b, 2, H), torch.empty(b, 2, H, dtype=torch.int32)
+    order = torch.arange(b) if slot is None else slot.argsort(stable=True)
+    step = max(1, _ROWS // T)
+    parts = [slices.real.contiguous(), slices.imag.contiguous()]
+    begin = 0
+    while begin < b:
+        kind = 0 if slot is None else int(slot[order[begin]])
+        rows = order[begin : begin + step]
+        if slot is not None:
+            rows = rows[slot[rows] == kind]
+        moved = (g[rows, None] * phases).flatten(0, 1)
+        real, imag = (
+            (part @ own[kind].T).view(-1, T, H) for part, own in zip((moved.real, moved.imag), parts, strict=True)
+        )
+        own_corr, own_which = torch.empty(len(rows), 2, H), torch.empty(len(rows), 2, H, dtype=torch.int32)
+        loops().best_of_shifts(*(v.numpy() for v in (real, imag, own_corr, own_which)))
+        corr[rows], which[rows] = own_corr, own_which
+        begin += len(rows)
+    return corr, which.long()

@@ -10,13 +10,14 @@ leaves the device inside a batch.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from . import so3_grid
 from .fourier import half_disc
-from .pose_levels import CARRY_LEVEL, Candidates, Prepared, SearchOptions, State, base_level, next_level
+from .pose_levels import CARRY_LEVEL, Candidates, Prepared, SearchOptions, State, base_level, next_level, select
 from .pose_refine import gauss_newton
 from .pose_scores import fold_ctf
 from .pose_sources import PointSource, SliceSource, VolumeSource
@@ -61,6 +62,10 @@ def prepare(
     return Prepared(torch.stack(rows), kinds, frame)
 
 
+_REFINED = 3  # poses per image that Gauss-Newton steps improve: the best, its best rival, and the best of the others
+_APART = 8.0  # grid steps that make a rival
+
+
 @torch.no_grad()
 def search(
     source: SliceSource,
@@ -102,7 +107,9 @@ def search(
         raise ValueError("a search without a base level needs at least one level")
     found = state.poses
     if options.refine:
-        found = gauss_newton(source, g, w, disc, index, found, options.refine, options.fit_scale)
+        few = select(found, replace(options, keep=_REFINED, diversity=_APART), options.base_order + options.levels)
+        better = gauss_newton(source, g, w, index, options.r_max, found.take(few), options.refine, options.fit_scale)
+        found = found.put(few, better)
     return found.take(found.score.argsort(1, descending=True))
 
 
