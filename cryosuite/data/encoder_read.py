@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 
 
 def stored_sign(particles: ParticleSet, rows: np.ndarray | None = None) -> np.ndarray:
-    """(b,) int8 of the rows (all when None): +1 where the SOURCE file of a particle shows it white, -1 where dark, as far as is known.
+    """(b,) int8 of the rows (all when None): +1 where the SOURCE file shows the particle white, -1 where dark.
 
-    ``particles.read`` gives white particles; times this they have the contrast of the file they come from. For a work
-    directory that is the file it was made of, as dataset.yaml says.
+    It is what the set was told or found, not a look at the images. ``particles.read`` gives white particles; times this
+    they have the contrast of the file they come from. For a work directory that is the file it was made of, as
+    dataset.yaml says.
     """
     signs = getattr(particles.images, "signs", None)
     if signs is not None:

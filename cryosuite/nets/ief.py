@@ -118,13 +118,6 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class TokenBatchNorm(nn.BatchNorm1d):
-    """BatchNorm over all tokens of the batch, per channel."""
-
-    def forward(self, x: Tensor) -> Tensor:  # (b, t, dim) -> (b, t, dim)
-        return super().forward(x.flatten(0, 1)).view_as(x)
-
-
 class Block(nn.Module):
     """x + attention(norm1 x), then x + mlp(norm2 x)."""
 
@@ -132,13 +125,13 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
-        self.norm2 = TokenBatchNorm(dim) if norm2 == "bn" else nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.BatchNorm1d(dim) if norm2 == "bn" else nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, 4 * dim)
         self.checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:  # (b, t, dim) -> (b, t, dim)
         x = x + self._run(self._attend, x)
-        return x + self._run(self.mlp, self.norm2(x))
+        return x + self._run(self.mlp, self._second_norm(x))
 
     def first_token(self, x: Tensor) -> Tensor:
         """What ``forward`` gives for the first token, (b, dim), without the work that only the others need.
@@ -147,9 +140,16 @@ class Block(nn.Module):
         """
         if self.training and isinstance(self.norm2, nn.modules.batchnorm._BatchNorm):
             x = x + self._run(self._attend, x)
-            return x[:, 0] + self._run(self.mlp, self.norm2(x)[:, 0])
+            return x[:, 0] + self._run(self.mlp, self._second_norm(x)[:, 0])
         x = x[:, :1] + self.attn(self.norm1(x), first_only=True)
-        return (x + self._run(self.mlp, self.norm2(x)))[:, 0]
+        return (x + self._run(self.mlp, self._second_norm(x)))[:, 0]
+
+    def _second_norm(self, x: Tensor) -> Tensor:
+        """The norm before the mlp; a batch norm counts every token of every image as one sample.
+
+        The flattening is done here: torch's conversion to synchronised batch norm puts a plain module in its place.
+        """
+        return self.norm2(x.flatten(0, 1)).view_as(x)
 
     def _attend(self, x: Tensor) -> Tensor:
         return self.attn(self.norm1(x))
