@@ -154,7 +154,7 @@ class EncoderCache:
             with open(self.path, "r+b" if done else "wb") as file:
                 file.truncate(done * self.size**2)
                 file.seek(0, os.SEEK_END)
-                self._note(0 if done == 0 else done)
+                self._note(done)
                 saved = time.monotonic()
 
                 def keep(begin: int, images: np.ndarray) -> None:

@@ -194,7 +194,8 @@ def _require_match(found: Shapes, wanted: Shapes, path: Path | str) -> None:
 
 
 def _few(names: list[str], shown: int, between: str = ", ") -> str:
-    text = between.join(name[:120] for name in names[:shown]) or "nothing"
+    text = "".join(c if c.isprintable() else "?" for c in between.join(name[:120] for name in names[:shown]))
+    text = text or "nothing"
     return text if len(names) <= shown else f"{text} and {len(names) - shown} more"
 
 
