@@ -194,7 +194,7 @@ def _best_base_by_loops(slices: Tensor, g: Tensor, phases: Tensor, slot: Tensor 
     corr, which = torch.empty(b, 2, H), torch.empty(b, 2, H, dtype=torch.int32)
     order = torch.arange(b) if slot is None else slot.argsort(stable=True)
     step = max(1, _ROWS // T)
-    parts = [slices.real.contiguous(), slices.imag.contiguous()]
+    halves = [slices.real.contiguous(), slices.imag.contiguous()]
     begin = 0
     while begin < b:
         kind = 0 if slot is None else int(slot[order[begin]])
@@ -202,11 +202,24 @@ def _best_base_by_loops(slices: Tensor, g: Tensor, phases: Tensor, slot: Tensor 
         if slot is not None:
             rows = rows[slot[rows] == kind]
         moved = (g[rows, None] * phases).flatten(0, 1)
-        real, imag = (
-            (part @ own[kind].T).view(-1, T, H) for part, own in zip((moved.real, moved.imag), parts, strict=True)
-        )
+        parts = zip((moved.real, moved.imag), halves, strict=True)
+        real, imag = (_product(part.contiguous(), half[kind]).view(-1, T, H) for part, half in parts)
         own_corr, own_which = torch.empty(len(rows), 2, H), torch.empty(len(rows), 2, H, dtype=torch.int32)
         loops().best_of_shifts(*(v.numpy() for v in (real, imag, own_corr, own_which)))
         corr[rows], which[rows] = own_corr, own_which
         begin += len(rows)
     return corr, which.long()
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b.T of float32 matrices on the CPU, by oneDNN where torch has it: twice MKL's speed on AMD (measured)."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "") if _has_onednn() else a @ b.T
+
+
+@functools.cache
+def _has_onednn() -> bool:
+    a = torch.arange(6.0).view(2, 3)
+    try:
+        return bool((torch.ops.mkldnn._linear_pointwise(a, a, None, "none", [], "") == a @ a.T).all())
+    except (AttributeError, RuntimeError):
+        return False

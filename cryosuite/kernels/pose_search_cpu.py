@@ -25,6 +25,16 @@ def _compiled(function):
 
 
 @_compiled
+def _raise(real, imag, sign, number, best, which):
+    """best = max(best, real + sign imag), `which` the number of the last that raised it; all (H,)."""
+    for h in range(real.shape[0]):
+        value = real[h] + sign * imag[h]
+        better = value > best[h]
+        which[h] = number if better else which[h]
+        best[h] = value if better else best[h]
+
+
+@_compiled
 def best_of_shifts(
     real,  # (B, T, H) float32, products of the real parts
     imag,  # (B, T, H) float32, of the imaginary parts
@@ -32,22 +42,13 @@ def best_of_shifts(
     which,  # (B, 2, H) int32, written: its T
 ):
     """Best shift of every rotation and of the rotation turned by 180 degrees."""
-    B, T, H = real.shape
-    for b in range(B):
-        for h in range(H):
-            corr[b, 0, h] = real[b, 0, h] + imag[b, 0, h]
-            corr[b, 1, h] = real[b, 0, h] - imag[b, 0, h]
-            which[b, 0, h] = 0
-            which[b, 1, h] = 0
-        for t in range(1, T):
-            number = np.int32(t)
-            for h in range(H):
-                plus, minus = real[b, t, h] + imag[b, t, h], real[b, t, h] - imag[b, t, h]
-                old, other = corr[b, 0, h], corr[b, 1, h]
-                corr[b, 0, h] = plus if plus > old else old
-                which[b, 0, h] = number if plus > old else which[b, 0, h]
-                corr[b, 1, h] = minus if minus > other else other
-                which[b, 1, h] = number if minus > other else which[b, 1, h]
+    for b in range(real.shape[0]):
+        corr[b] = -np.inf
+        which[b] = 0
+        for t in range(real.shape[1]):
+            for turned in range(2):
+                sign = np.float32(1 - 2 * turned)
+                _raise(real[b, t], imag[b, t], sign, np.int32(t), corr[b, turned], which[b, turned])
 
 
 @_compiled
@@ -121,6 +122,26 @@ def _move(g, xy, reach, tx, ty, table, real, imag):
 
 
 @_compiled
+def _dot(a, b):
+    total = np.float32(0)
+    for p in range(a.shape[0]):
+        total += a[p] * b[p]
+    return total
+
+
+@_compiled
+def _weigh(re, im, moved_re, moved_im, w, z_re, z_im):
+    """z = conj(moved) S; returns sum Re z and sum w |S|^2."""
+    total, size = np.float32(0), np.float32(0)
+    for p in range(re.shape[0]):
+        z_re[p] = moved_re[p] * re[p] + moved_im[p] * im[p]
+        z_im[p] = moved_re[p] * im[p] - moved_im[p] * re[p]
+        total += moved_re[p] * re[p] + moved_im[p] * im[p]
+        size += w[p] * (re[p] * re[p] + im[p] * im[p])
+    return total, size
+
+
+@_compiled
 def score(
     flat,  # all transforms (k, 2N+1, 2N+1, N+1, 2), flattened
     n,
@@ -155,22 +176,12 @@ def score(
             for i in range(j * each, (j + 1) * each):
                 R = rotation[b, i]
                 _gather(flat, volume[b] * step_v, n, nx, pad, xy, R, place, part, values[0], values[1])
-                total = np.float32(0)
-                size = np.float32(0)
-                for p in range(P):
-                    re, im = values[0, p], values[1, p]
-                    z[0, p] = moved[0, p] * re + moved[1, p] * im
-                    z[1, p] = moved[0, p] * im - moved[1, p] * re
-                    total += z[0, p]
-                    size += w[b, p] * (re * re + im * im)
+                total, size = _weigh(values[0], values[1], moved[0], moved[1], w[b], z[0], z[1])
                 power[b, i] = size
                 corr[b, i] = total
                 best[b, i] = 0
                 for t in range(1, T):
-                    even, odd = np.float32(0), np.float32(0)
-                    for p in range(P):
-                        even += z[0, p] * cosine[t, p]
-                        odd += z[1, p] * sine[t, p]
+                    even, odd = _dot(z[0], cosine[t]), _dot(z[1], sine[t])
                     if even - odd > corr[b, i]:
                         corr[b, i] = even - odd
                         best[b, i] = 2 * t - 1
