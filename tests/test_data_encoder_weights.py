@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,20 +14,21 @@ from cryosuite.data import encoder_weights
 from cryosuite.data.encoder_weights import load_encoder, save_encoder, shipped_encoder
 from cryosuite.errors import InputError
 from cryosuite.formats.safetensors import read_safetensors, write_safetensors
-from cryosuite.nets.ief import SPECS, IefEncoder, make_spec
+from cryosuite.nets.ief import SPECS, IefEncoder, IefSpec
 
 State = dict[str, np.ndarray]
+SPEC = IefSpec("vit_64x3", dim=64, depth=3, heads=2, image_size=112)
 
 
 def bare(seed: int = 0) -> State:
     """A small encoder as the released files hold it, with its head (head.*)."""
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
-    state = {name: value.numpy() for name, value in IefEncoder(make_spec("vit_tiny")).state_dict().items()}
+    state = {name: value.numpy() for name, value in IefEncoder(SPEC).state_dict().items()}
     for name, value in state.items():
         if "norm" in name and value.ndim:
             value[:] = rng.uniform(0.5, 1.5, value.shape)
-    return state | {"head.weight": np.zeros((16, 192), np.float32), "head.bias": np.zeros(16, np.float32)}
+    return state | {"head.weight": np.zeros((16, 64), np.float32), "head.bias": np.zeros(16, np.float32)}
 
 
 def written(tmp_path: Path, state: State, metadata: dict[str, str] | None = None) -> Path:
@@ -59,7 +61,7 @@ def test_every_known_prefix_gives_the_same_encoder(prefix: str, tmp_path: Path) 
     state = bare()
     loaded = load_encoder(written(tmp_path, prefixed(state, prefix)))
     found = loaded.encoder.state_dict()
-    assert loaded.spec == SPECS["vit_tiny"]
+    assert loaded.spec == SPEC
     assert found.keys() == state.keys() - {"head.weight", "head.bias"}
     assert all(np.array_equal(found[name].numpy(), state[name]) for name in found)
     assert sorted(loaded.dropped) == sorted([prefix + "head.weight", prefix + "head.bias"])
@@ -68,7 +70,7 @@ def test_every_known_prefix_gives_the_same_encoder(prefix: str, tmp_path: Path) 
 def test_a_whole_moco_wrapper_gives_its_base_encoder(tmp_path: Path) -> None:
     base, momentum = bare(0), bare(1)
     base = {name: value for name, value in base.items() if not name.startswith("head")}
-    base["head.0.weight"] = np.zeros((8, 192), np.float32)
+    base["head.0.weight"] = np.zeros((8, 64), np.float32)
     everything = prefixed(base, "base_encoder.") | prefixed(momentum, "momentum_encoder.")
     everything["predictor.0.weight"] = np.zeros((8, 8), np.float32)
     loaded = load_encoder(written(tmp_path, everything))
@@ -80,7 +82,7 @@ def test_a_fine_tuned_cryodeco_encoder_brings_its_head(tmp_path: Path) -> None:
     state = {name: value for name, value in bare().items() if not name.startswith("head")}
     state["head.norm.weight"], state["head.norm.bias"] = state.pop("norm.weight"), state.pop("norm.bias")
     rng = np.random.default_rng(0)
-    head = rng.standard_normal((8, 192)).astype(np.float32), rng.standard_normal(8).astype(np.float32)
+    head = rng.standard_normal((8, 64)).astype(np.float32), rng.standard_normal(8).astype(np.float32)
     state["head.mlp_classifier.0.weight"], state["head.mlp_classifier.0.bias"] = head
     loaded = load_encoder(written(tmp_path, prefixed(state, "vit_backbone.")))
     assert np.array_equal(loaded.encoder.norm.weight.detach().numpy(), state["head.norm.weight"])
@@ -124,22 +126,22 @@ BROKEN: dict[str, tuple[Callable[[State], State], str]] = {
     "nothing in it": (lambda state: {"x": np.zeros(3, np.float32)}, "no Cryo-IEF encoder.*begins with .*x"),
     "no tensor at all": (lambda state: {}, "begins with nothing"),
     "one running mean missing": (
-        without("blocks.3.norm2.running_mean"),
-        "95 of 96 tensors match; missing blocks.3.norm2.running_mean",
+        without("blocks.1.norm2.running_mean"),
+        "50 of 51 tensors match; missing blocks.1.norm2.running_mean",
     ),
     "one counter missing": (without("blocks.0.norm2.num_batches_tracked"), "missing blocks.0.norm2.num_batches"),
     "the final norm missing": (without("norm.weight", "norm.bias"), "missing norm.weight; missing norm.bias"),
     "a block in the middle missing": (
-        lambda state: {name: value for name, value in state.items() if ".2." not in name},
-        "81 of 96 tensors match; missing blocks.2.* and 10 more",
+        lambda state: {name: value for name, value in state.items() if ".1." not in name},
+        "36 of 51 tensors match; missing blocks.1.* and 10 more",
     ),
     "qkv transposed": (
         changed("blocks.1.attn.qkv.weight", lambda a: a.T.copy()),
-        r"\(192, 576\), expected \(576, 192\)",
+        r"\(64, 192\), expected \(192, 64\)",
     ),
-    "qkv without bias": (without(*(f"blocks.{i}.attn.qkv.bias" for i in range(6))), "missing blocks.0.attn.qkv.bias"),
+    "qkv without bias": (without(*(f"blocks.{i}.attn.qkv.bias" for i in range(3))), "missing blocks.0.attn.qkv.bias"),
     "a LayerNorm ViT": (layer_norm, "this is a LayerNorm ViT, not Cryo-IEF"),
-    "an unknown tensor": (lambda state: state | {"blocks.0.ls1.gamma": np.zeros(192)}, "unknown blocks.0.ls1.gamma"),
+    "an unknown tensor": (lambda state: state | {"blocks.0.ls1.gamma": np.zeros(64)}, "unknown blocks.0.ls1.gamma"),
     "colour images": (changed("patch_embed.proj.weight", lambda a: a.repeat(3, 1)), "3 channels"),
     "positions of no square": (changed("pos_embed", lambda a: a[:, :-1]), "64 positions"),
     "positions of another width": (changed("pos_embed", lambda a: a[..., :-1]), "expected"),
@@ -148,11 +150,11 @@ BROKEN: dict[str, tuple[Callable[[State], State], str]] = {
     "an empty class token": (lambda s: s | {"cls_token": np.zeros((0, 1, 1 << 40), np.float32)}, "no encoder"),
     "no width at all": (lambda s: s | {"cls_token": np.zeros((1, 1, 0), np.float32)}, "no encoder|no known size"),
     "a patch of nothing": (
-        lambda s: s | {"patch_embed.proj.weight": np.zeros((192, 1, 0, 0), np.float32)},
+        lambda s: s | {"patch_embed.proj.weight": np.zeros((64, 1, 0, 0), np.float32)},
         "no known size|no encoder",
     ),
     "a block of a far number": (lambda s: s | {"blocks.9999.norm1.weight": np.zeros(1)}, "10000 blocks"),
-    "NaN weights": (changed("blocks.5.mlp.fc1.weight", set_value(np.nan)), "blocks.5.mlp.fc1.weight holds NaN"),
+    "NaN weights": (changed("blocks.2.mlp.fc1.weight", set_value(np.nan)), "blocks.2.mlp.fc1.weight holds NaN"),
     "infinite bias": (changed("norm.bias", set_value(np.inf)), "norm.bias holds NaN or infinite"),
     "negative variance": (changed("blocks.0.norm2.running_var", set_value(-1)), "negative variances"),
     "whole numbers as weights": (changed("norm.bias", lambda a: a.astype(np.int32)), "norm.bias holds int32"),
@@ -176,27 +178,27 @@ def test_what_does_not_fit_is_refused_in_words(name: str, prefix: str, tmp_path:
 
 def test_ours_comes_back_with_what_was_said_of_it(tmp_path: Path) -> None:
     torch.manual_seed(3)
-    encoder = IefEncoder(make_spec("vit_tiny")).eval()
+    encoder = IefEncoder(SPEC).eval()
     save_encoder(tmp_path / "a.safetensors", encoder, "robust", 0.51, 0.123, {"command": "cryosuite ...", "seed": 3})
     loaded = load_encoder(tmp_path)
     assert (loaded.prep, loaded.mean, loaded.std, loaded.spec) == ("robust", 0.51, 0.123, encoder.spec)
     assert loaded.notes["command"] == "cryosuite ..." and loaded.notes["seed"] == "3" and loaded.dropped == []
     assert torch.equal(feature(loaded.encoder), feature(encoder))
-    assert len(read_safetensors(tmp_path / "a.safetensors")) == 96
+    assert len(read_safetensors(tmp_path / "a.safetensors")) == 51
     with pytest.raises(InputError, match="prepared as 'robust', not 'ief'"):
         load_encoder(tmp_path, prep="ief")
     assert load_encoder(tmp_path, prep="robust").prep == "robust"
 
 
 def test_layer_norm_of_our_own_is_known_by_its_metadata(tmp_path: Path) -> None:
-    encoder = IefEncoder(make_spec("vit_tiny", "ln")).eval()
+    encoder = IefEncoder(replace(SPEC, norm2="ln")).eval()
     save_encoder(tmp_path / "a.safetensors", encoder, "ief", 0.5, 0.1)
     loaded = load_encoder(tmp_path)
-    assert loaded.spec == make_spec("vit_tiny", "ln") and torch.equal(feature(loaded.encoder), feature(encoder))
+    assert loaded.spec == replace(SPEC, norm2="ln") and torch.equal(feature(loaded.encoder), feature(encoder))
 
 
 def test_weights_that_failed_are_not_written(tmp_path: Path) -> None:
-    encoder = IefEncoder(make_spec("vit_tiny"))
+    encoder = IefEncoder(SPEC)
     encoder.norm.bias.data[0] = torch.nan
     with pytest.raises(InputError, match="norm.bias holds NaN"):
         save_encoder(tmp_path / "a.safetensors", encoder, "ief", 0.5, 0.1)
@@ -236,7 +238,7 @@ def test_an_encoder_that_is_not_installed_says_how_to_get_it(tmp_path: Path, mon
     for name in ("iev-tiny", "", "../w"):
         with pytest.raises(InputError, match="none is installed.*Give the path"):
             shipped_encoder(name)
-    save_encoder(tmp_path / "iev-tiny.safetensors", IefEncoder(make_spec("vit_tiny")), "robust", 0.5, 0.1)
+    save_encoder(tmp_path / "iev-tiny.safetensors", IefEncoder(SPEC), "robust", 0.5, 0.1)
     assert shipped_encoder().prep == "robust"
     with pytest.raises(InputError, match="installed: iev-tiny"):
         shipped_encoder("iev-small")
