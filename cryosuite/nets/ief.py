@@ -223,6 +223,8 @@ class IefEncoder(nn.Module):
 
     def _initialise(self) -> None:
         """MoCo v3: qkv uniform as three separate matrices, xavier-uniform elsewhere, zero biases."""
+        if self.cls_token.is_meta:  # only the shapes are wanted; torch would load its compiler to draw nothing
+            return
         for name, layer in self.named_modules():
             if isinstance(layer, nn.Linear):
                 if name.endswith("qkv"):
