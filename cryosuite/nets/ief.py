@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -245,8 +246,7 @@ def sincos_positions(grid: int, dim: int, dtype: torch.dtype = torch.float32) ->
     Patch (row y, column x) has [sin(y w), cos(y w), sin(x w), cos(x w)] with w_j = 10000^(-j / P), P = dim / 4.
     """
     quarter = dim // 4
-    omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
-    angles = [axis.reshape(-1, 1) * omega for axis in (y, x)]
-    code = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)
-    return torch.cat([torch.zeros(1, dim, dtype=torch.float64), code])[None].to(dtype)
+    omega = 10000.0 ** (-np.arange(quarter) / quarter)
+    y, x = np.divmod(np.arange(grid**2), grid)
+    code = np.concatenate([f(axis[:, None] * omega) for axis in (y, x) for f in (np.sin, np.cos)], axis=1)
+    return torch.from_numpy(np.concatenate([np.zeros((1, dim)), code]))[None].to(dtype)
