@@ -65,8 +65,12 @@ def features(
         circle: hide what lies outside the circle (CryoDECO does, Cryo-IEF itself does not).
         half: bf16; default: on a GPU, not on a CPU.
 
-    Rows of images that are not finite are those of an empty image; a notice names them.
+    Rows of images that are not finite are those of an empty image; a notice names them. Raises ValueError for a cache
+    of another size or preparation.
     """
+    wanted = (loaded.spec.image_size, loaded.prep, len(particles))
+    if cache is not None and (cache.size, cache.prep, len(cache)) != wanted:
+        raise ValueError("the cache holds images of another size, preparation or number than the encoder is to see")
     device = torch.device(device)
     encoder = loaded.encoder.to(device).eval()
     half = device.type == "cuda" if half is None else half
