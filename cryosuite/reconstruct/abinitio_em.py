@@ -1,0 +1,153 @@
+"""A first map from nothing: annealed expectation maximisation over a whole grid of orientations, shifts and classes.
+
+Every image is compared with K maps at all orientations of a grid (15 degrees) and all shifts of a grid, at low
+frequencies only. The posterior
+
+    p(k, q, t | y) ~ exp( [ 2 Re <T_t y, C S_kq> - |C S_kq|^2 ] / (sigma^2 T) )
+
+weighs each image into all of them, and the maps are the Wiener solution of the weighted sums (expectation maximisation,
+Scheres 2012, in mini-batches with a running sum). At a high temperature T all orientations are equally likely and the
+map is round; as T falls to 1 the strongest asymmetry appears first and the rest follows, which is why random starts
+hardly ever end in a bad map (deterministic annealing, Rose 1998). K maps start alike and part in the same way.
+
+Both steps are matrix products: a grid has for every in-plane angle also the opposite one, whose slice is the complex
+conjugate, so real and imaginary parts are multiplied apart and both angles come from the same two products.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cryosuite.kernels import fourier
+from cryosuite.kernels.rotations import healpix_rotations
+from cryosuite.kernels.slices import Accumulator, extract_slices, insert_slices, new_accumulator, volume_transform
+from cryosuite.reconstruct.solve import Sums, solve
+
+LOGITS = 1 << 24  # values of the posterior held at once
+
+
+@dataclass
+class Grid:
+    """Orientations and shifts that are tried.
+
+    rotation: (Q, 3, 3), of each pair of opposite in-plane angles one. opposite: (Q, 3, 3), the other one.
+    shift: (S, 2) fraction of the box. log_prior: (S,) of the shifts.
+    """
+
+    rotation: Tensor
+    opposite: Tensor
+    shift: Tensor
+    log_prior: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rotation)
+
+
+def make_grid(order: int, extent: float, steps: int, device: torch.device | str = "cpu") -> Grid:
+    """The grid of HEALPix ``order`` with ``steps`` x ``steps`` shifts up to ``extent`` (fraction of the box).
+
+    The shifts' prior is a Gaussian whose standard deviation is 0.7 of the extent.
+    """
+    whole = healpix_rotations(order).to(device)
+    turns = 6 * 2**order
+    pairs = whole.view(-1, 2, turns // 2, 3, 3)  # psi and psi + 180 degrees
+    axis = torch.linspace(-extent, extent, steps, device=device) if steps > 1 else torch.zeros(1, device=device)
+    shift = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).view(-1, 2)
+    prior = -shift.square().sum(1) / (2 * max(0.7 * extent, 1e-6) ** 2)
+    rotation, opposite = (pairs[:, side].reshape(-1, 3, 3) for side in (0, 1))
+    return Grid(rotation, opposite, shift, prior)
+
+
+@dataclass
+class Expected:
+    """What a batch of images says: sums of the M-step and the best candidate of each image.
+
+    data: (K, Q, P) complex. weight: (K, Q, P). evidence: (b,) log of the summed likelihood. label, best, shift: (b,)
+    class, orientation (index into rotation then opposite) and shift of the largest posterior.
+    """
+
+    data: Tensor
+    weight: Tensor
+    evidence: Tensor
+    share: Tensor
+    label: Tensor
+    best: Tensor
+    shift: Tensor
+
+
+@torch.no_grad()
+def expect(
+    slices: Tensor,  # (K, Q, P) complex
+    values: Tensor,  # (b, P) complex, divided by the noise
+    transfer: Tensor,  # (b, P) CTF, divided by the noise
+    grid: Grid,
+    disc: fourier.HalfDisc,
+    temperature: float,
+    log_usage: Tensor,  # (K,)
+) -> Expected:
+    """E-step of some images and their share of the M-step's sums."""
+    K, Q, P = slices.shape
+    S = len(grid.shift)
+    data = torch.zeros(2, K, Q, P, device=values.device)
+    weight = torch.zeros(K, Q, P, device=values.device)
+    real, imag, power = slices.real.contiguous(), slices.imag.contiguous(), slices.abs().square()
+    found: list[tuple[Tensor, ...]] = []
+    size = max(1, LOGITS // (2 * K * Q * S))
+    for begin in range(0, len(values), size):
+        y, c = values[begin : begin + size], transfer[begin : begin + size]
+        b = len(y)
+        moved = fourier.phase_shift(
+            (y * c).repeat_interleave(S, 0), disc, grid.shift.repeat(b, 1).to(y.real.dtype)
+        )  # (b S, P)
+        yr, yi, c2 = moved.real.contiguous(), moved.imag.contiguous(), c.square()
+        logits = torch.empty(b, S, K, 2, Q, device=values.device)
+        for k in range(K):
+            even = (yr @ real[k].T).view(b, S, Q)
+            odd = (yi @ imag[k].T).view(b, S, Q)
+            offset = log_usage[k] * temperature - (c2 @ power[k].T)[:, None] + grid.log_prior[:, None] * temperature
+            torch.add(offset, even + odd, alpha=2, out=logits[:, :, k, 0])
+            torch.add(offset, even - odd, alpha=2, out=logits[:, :, k, 1])
+        flat = logits.view(b, -1).div_(temperature)
+        top, at = flat.max(1)
+        flat.sub_(top[:, None]).exp_()
+        total = flat.sum(1, keepdim=True)
+        flat.div_(total)
+        p = logits
+        for k in range(K):
+            same, apart = p[:, :, k, 0] + p[:, :, k, 1], p[:, :, k, 0] - p[:, :, k, 1]
+            data[0, k].addmm_(same.reshape(b * S, Q).T, yr)
+            data[1, k].addmm_(apart.reshape(b * S, Q).T, yi)
+            weight[k].addmm_(same.sum(1).T, c2)
+        place = at
+        q = place % Q
+        side = place // Q % 2
+        k = place // (2 * Q) % K
+        s = place // (2 * Q * K)
+        found.append((top * 1 + total[:, 0].log(), p.sum((1, 3, 4)), k, q + side * Q, s))
+    evidence, share, label, best, shift = (torch.cat(part) for part in zip(*found, strict=True))
+    return Expected(torch.complex(data[0], data[1]), weight, evidence, share, label, best, shift)
+
+
+def wiener(acc: Accumulator, power: Tensor) -> Tensor:
+    """The map (d, d, d) of an accumulator under a prior of slice power per shell (d//2 + 1,)."""
+    sums = Sums(acc)
+    level = sums.mean[:: acc.pad][: len(power)].clamp_min(1e-20)
+    return solve(sums, (1 / (power.clamp_min(1e-12) * level)).float(), passes=0)
+
+
+def grid_slices(volumes: Tensor, grid: Grid, disc: fourier.HalfDisc) -> Tensor:
+    """Slices (K, Q, P) of volumes (K, d, d, d) at all orientations of a grid."""
+    return torch.stack([extract_slices(volume_transform(volume), grid.rotation, disc) for volume in volumes])
+
+
+def add_sums(acc: Accumulator, data: Tensor, weight: Tensor, grid: Grid, disc: fourier.HalfDisc) -> None:
+    """Insert the sums (Q, P) of one class into its accumulator."""
+    insert_slices(acc, data, weight, grid.rotation, disc)
+
+
+def empty(box_size: int) -> Accumulator:
+    """An accumulator of the box."""
+    return new_accumulator(box_size)
