@@ -7,115 +7,18 @@ and a pose carried over from an earlier search brings a frame of its own, so tha
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from . import so3_grid
-from .fourier import half_disc
-from .pose_scores import base_power, best_base, gain, local_shifts, score_shifts, shift_grid, shift_phases
+from .pose_base import Prepared, base_scores
+from .pose_options import Candidates, SearchOptions
+from .pose_scores import gain, local_shifts, score_shifts, shift_grid
 from .pose_sources import SliceSource
 
-__all__ = ["SearchOptions", "Candidates", "Prepared", "State", "base_level", "next_level", "select", "CARRY_LEVEL"]
-
-CARRY_LEVEL = 2  # the level at which poses of an earlier search join
-
-
-@dataclass(frozen=True)
-class SearchOptions:
-    """How a search proceeds. Radii are in Fourier pixels and clipped to the box, so D does not change the search.
-
-    Args:
-        r_min, r_max: radius of the base level and of the last; levels in between rise linearly.
-        levels: refinements after the base level; each halves the angular and the shift step.
-        base_order: order of the Hopf grid of the base level (2: 15 degrees, 4,608 rotations).
-        keep: poses kept per image.
-        shift_extent: half width of the shifts searched, as a fraction of the box.
-        shift_grid: shifts per axis of the base level over that width (cell-centred).
-        diversity: smallest distance of kept poses in grid steps of the level; 0 switches it off.
-        fit_scale: score at the best positive scale of the volume instead of its own.
-        base: "gemm", "polar" (for a volume per image), "exact" (plain, for tests) or "none" (carried poses only).
-        refine: Gauss-Newton steps on rotation and shift at the end.
-    """
-
-    r_min: int = 12
-    r_max: int = 32
-    levels: int = 4
-    base_order: int = 2
-    keep: int = 8
-    shift_extent: float = 20 / 128
-    shift_grid: int = 14
-    diversity: float = 1.5
-    fit_scale: bool = False
-    base: str = "gemm"
-    refine: int = 2
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.r_min <= self.r_max:
-            raise ValueError(f"radii must satisfy 1 <= r_min <= r_max, not {self.r_min} and {self.r_max}")
-        if self.levels < 0 or self.keep < 1 or self.shift_grid < 1 or self.refine < 0:
-            raise ValueError("levels and refine must be at least 0, keep and shift_grid at least 1")
-        if self.base not in ("gemm", "polar", "exact", "none"):
-            raise ValueError(f'base must be "gemm", "polar", "exact" or "none", not "{self.base}"')
-        so3_grid.n_directions(self.base_order + self.levels)
-
-    def clipped(self, box_size: int) -> SearchOptions:
-        """The same with radii that fit a box."""
-        return replace(self, r_min=min(self.r_min, box_size // 2), r_max=min(self.r_max, box_size // 2))
-
-    def radius(self, level: int) -> int:
-        """Radius of a level, 0 being the base."""
-        if self.levels == 0:
-            return self.r_max
-        return int(self.r_min + (self.r_max - self.r_min) * level / self.levels)
-
-
-@dataclass
-class Candidates:
-    """Poses found, best first: rotation (b, keep, 3, 3), shift (b, keep, 2) px, score (b, keep).
-
-    The shift is what is added to the content to centre it; the score is the gain in log-likelihood over an empty image.
-    """
-
-    rotation: Tensor
-    shift: Tensor
-    score: Tensor
-
-    def __len__(self) -> int:
-        return self.score.shape[0]
-
-    def take(self, place: Tensor) -> Candidates:
-        """Candidates number `place` (b, k) of every image."""
-        rows = torch.arange(place.shape[0], device=place.device)[:, None]
-        return Candidates(self.rotation[rows, place], self.shift[rows, place], self.score[rows, place])
-
-    def put(self, place: Tensor, other: Candidates) -> Candidates:
-        """With candidates number `place` (b, k) of every image replaced by the k of `other`."""
-        rows = torch.arange(place.shape[0], device=place.device)[:, None]
-        pairs = [(getattr(self, name).clone(), getattr(other, name)) for name in ("rotation", "shift", "score")]
-        for mine, theirs in pairs:
-            mine[rows, place] = theirs.to(mine.dtype)
-        return Candidates(*(mine for mine, _ in pairs))
-
-    def rows(self, index: Tensor | slice) -> Candidates:
-        """The candidates of some images."""
-        return Candidates(self.rotation[index], self.shift[index], self.score[index])
-
-
-@dataclass
-class Prepared:
-    """Base slices, computed once and used by many batches: slices (G, H, P) complex of half of the grid."""
-
-    slices: Tensor
-    groups: Tensor | None  # (G,) ascending, None for one shared volume
-    frame: Tensor  # (3, 3), grid rotations are multiplied by it from the right
-
-    def slot(self, groups: Tensor | None) -> Tensor | None:
-        """Which of the G sets of slices each image takes."""
-        if self.groups is None or groups is None:
-            return None
-        return torch.searchsorted(self.groups, groups)
+__all__ = ["State", "base_level", "next_level", "select"]
 
 
 @dataclass
@@ -138,23 +41,19 @@ def base_level(
     w: Tensor,  # (b, P)
     index: Tensor,  # (b,)
     options: SearchOptions,
-    prepared: Prepared,
+    prepared: Prepared | None,
 ) -> State:
     """The best poses of the whole grid at every shift."""
-    disc = half_disc(source.box_size, options.radius(0), g.device)
-    g, w = g[:, : len(disc)], w[:, : len(disc)]
     shifts = shift_grid(options.shift_extent * source.box_size, options.shift_grid, g.device).to(w.dtype)
-    slot = prepared.slot(source.groups(index))
-    corr, which = best_base(prepared.slices, g, shift_phases(shifts, disc), slot)
-    power = base_power(prepared.slices, w, slot)
-    score = gain(corr, power[:, None], options.fit_scale)
-    # from (turned, direction, half angle) to the order of the grid
-    n_half = so3_grid.n_in_plane(options.base_order) // 2
-    score, which = (v.unflatten(2, (-1, n_half)).transpose(1, 2).flatten(1) for v in (score, which))
+    corr, power, which = base_scores(source, g, w, index, options, shifts, prepared)
+    score = gain(corr, power, options.fit_scale)
     score, node = score.topk(min(8 * options.keep, score.shape[1]), 1)
-    rotation = so3_grid.rotations_at(node, options.base_order, w.dtype) @ prepared.frame
+    rotation = so3_grid.rotations_at(node, options.base_order, w.dtype)
+    if prepared is not None:
+        rotation = rotation @ prepared.frame
     poses = Candidates(rotation, shifts[which.gather(1, node)], score)
-    state = State(poses, node, prepared.frame.expand_as(rotation))
+    frame = torch.eye(3, dtype=w.dtype, device=w.device) if prepared is None else prepared.frame
+    state = State(poses, node, frame.expand_as(rotation))
     return state.take(select(poses, options, options.base_order))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .fourier import HalfDisc, half_disc
-from .pose_levels import Candidates
+from .pose_options import Candidates
 from .pose_scores import gain, loop_arrays, loops, score_shifts, shift_phases, use_loops
 from .pose_sources import SliceSource
 from .rotations import expmap

@@ -27,13 +27,8 @@ __all__ = [
     "gain",
     "correlations",
     "score_shifts",
-    "best_base",
-    "base_power",
     "loops",
 ]
-
-_CHUNK = 1 << 27  # numbers held at once in the larger temporaries
-_ROWS = 256  # images times shifts multiplied at once on the CPU
 
 
 def fold_ctf(images: Tensor, ctf_over_sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,81 +140,3 @@ def _score_by_loops(source, g, w, index, disc, rotation, shift, local) -> tuple[
     arrays = [v.numpy() for v in (*rest, corr, power, best)]
     loops().score(*loop_arrays(source, g, w, index, disc), *arrays)
     return corr, power, best
-
-
-def base_power(slices: Tensor, w: Tensor, slot: Tensor | None) -> Tensor:
-    """sum w |S|^2 of the half grid: slices (G, H, P) complex, w (b, P), slot (b,) or None for one group -> (b, H)."""
-    squares = torch.view_as_real(slices).square().sum(-1)
-    if slot is None:
-        return w @ squares[0].T
-    return torch.bmm(squares[slot], w[..., None]).squeeze(-1)
-
-
-def best_base(
-    slices: Tensor,  # (G, H, P) complex, in-plane angles of half a turn
-    g: Tensor,  # (b, P) complex
-    phases: Tensor,  # (T, P) complex
-    slot: Tensor | None,  # (b,) group of each image
-) -> tuple[Tensor, Tensor]:
-    """Best shift of every rotation: corr (b, 2, H) and its number (b, 2, H); entry 1 is the slice turned by 180 deg.
-
-    A turn by 180 degrees conjugates the slice, so two real products serve both: sum of Re parts +- sum of Im parts.
-    """
-    G, H, _ = slices.shape
-    T = phases.shape[0]
-    if g.device.type == "cpu" and g.dtype == torch.complex64 and loops() is not None:
-        return _best_base_by_loops(slices, g, phases, slot)
-    step = max(1, _CHUNK // (T * H * 2 + (0 if slot is None else 2 * slices[0].numel())))
-    corr, which = [], []
-    for start in range(0, g.shape[0], step):
-        moved = g[start : start + step, None] * phases
-        if slot is None:
-            real = (moved.real.flatten(0, 1) @ slices[0].real.T).unflatten(0, (-1, T))
-            imag = (moved.imag.flatten(0, 1) @ slices[0].imag.T).unflatten(0, (-1, T))
-        else:
-            own = slices[slot[start : start + step]]
-            real = torch.bmm(moved.real, own.real.transpose(1, 2))
-            imag = torch.bmm(moved.imag, own.imag.transpose(1, 2))
-        for sign in (1, -1):
-            best, place = (real + sign * imag).max(1)
-            corr.append(best)
-            which.append(place)
-    pairs = [torch.cat([torch.stack(two[i : i + 2], 1) for i in range(0, len(two), 2)]) for two in (corr, which)]
-    return pairs[0], pairs[1]
-
-
-def _best_base_by_loops(slices: Tensor, g: Tensor, phases: Tensor, slot: Tensor | None) -> tuple[Tensor, Tensor]:
-    """As `best_base`: products of a few images at a time, whose best shift is taken while they are in the cache."""
-    b, H, T = g.shape[0], slices.shape[1], phases.shape[0]
-    corr, which = torch.empty(b, 2, H), torch.empty(b, 2, H, dtype=torch.int32)
-    order = torch.arange(b) if slot is None else slot.argsort(stable=True)
-    step = max(1, _ROWS // T)
-    halves = [slices.real.contiguous(), slices.imag.contiguous()]
-    begin = 0
-    while begin < b:
-        kind = 0 if slot is None else int(slot[order[begin]])
-        rows = order[begin : begin + step]
-        if slot is not None:
-            rows = rows[slot[rows] == kind]
-        moved = (g[rows, None] * phases).flatten(0, 1)
-        parts = zip((moved.real, moved.imag), halves, strict=True)
-        real, imag = (_product(part.contiguous(), half[kind]).view(-1, T, H) for part, half in parts)
-        own_corr, own_which = torch.empty(len(rows), 2, H), torch.empty(len(rows), 2, H, dtype=torch.int32)
-        loops().best_of_shifts(*(v.numpy() for v in (real, imag, own_corr, own_which)))
-        corr[rows], which[rows] = own_corr, own_which
-        begin += len(rows)
-    return corr, which.long()
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b.T of float32 matrices on the CPU, by oneDNN where torch has it: twice MKL's speed on AMD (measured)."""
-    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "") if _has_onednn() else a @ b.T
-
-
-@functools.cache
-def _has_onednn() -> bool:
-    a = torch.arange(6.0).view(2, 3)
-    try:
-        return bool((torch.ops.mkldnn._linear_pointwise(a, a, None, "none", [], "") == a @ a.T).all())
-    except (AttributeError, RuntimeError):
-        return False

@@ -15,9 +15,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from . import so3_grid
 from .fourier import half_disc
-from .pose_levels import CARRY_LEVEL, Candidates, Prepared, SearchOptions, State, base_level, next_level, select
+from .pose_base import Prepared, prepare
+from .pose_levels import State, base_level, next_level, select
+from .pose_options import CARRY_LEVEL, Candidates, SearchOptions
 from .pose_refine import gauss_newton
 from .pose_scores import fold_ctf
 from .pose_sources import PointSource, SliceSource, VolumeSource
@@ -33,33 +34,6 @@ __all__ = [
     "search",
     "margin",
 ]
-
-
-def prepare(
-    source: SliceSource,
-    options: SearchOptions,
-    index: Tensor | None = None,  # (n,) int64, all particles that will be searched; not needed for one shared volume
-    frame: Tensor | None = None,  # (3, 3) rotation of the whole grid
-    device: torch.device | str = "cpu",
-) -> Prepared:
-    """Slices of every group of particles at the base level. A turn by 180 degrees conjugates: half the grid is kept."""
-    options = options.clipped(source.box_size)
-    index = torch.zeros(1, dtype=torch.int64, device=device) if index is None else index
-    groups = source.groups(index)
-    if groups is None:
-        kinds, first = None, index[:1]
-    else:
-        kinds, back = torch.unique(groups, return_inverse=True)
-        first = torch.full_like(kinds, index.numel()).scatter_reduce_(
-            0, back, torch.arange(index.numel(), device=index.device), "amin"
-        )
-        first = index[first]
-    frame = torch.eye(3, device=index.device) if frame is None else frame
-    n_psi = so3_grid.n_in_plane(options.base_order)
-    grid = so3_grid.grid_rotations(options.base_order, frame.dtype, index.device) @ frame
-    half = grid.unflatten(0, (-1, n_psi))[:, : n_psi // 2].flatten(0, 1)
-    rows = [source.slices(half[None], options.radius(0), one[None])[0] for one in first]
-    return Prepared(torch.stack(rows), kinds, frame)
 
 
 _REFINED = 3  # poses per image that Gauss-Newton steps improve: the best, its best rival, and the best of the others
@@ -97,7 +71,8 @@ def search(
     g, w = fold_ctf(images[:, : len(disc)], ctf_over_sigma[:, : len(disc)])
     state: State | None = None
     if options.base != "none":
-        prepared = prepared or prepare(source, options, index)
+        if options.base == "gemm" and prepared is None:
+            prepared = prepare(source, options, index)
         state = base_level(source, g, w, index, options, prepared)
     first = 1 if state is not None else min(CARRY_LEVEL, options.levels)
     for level in range(first, options.levels + 1):

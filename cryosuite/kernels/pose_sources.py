@@ -15,7 +15,7 @@ from torch import Tensor
 from .fourier import half_disc
 from .slices import extract_slices, volume_transform
 
-__all__ = ["SliceSource", "VolumeSource", "PointSource", "polar_points"]
+__all__ = ["SliceSource", "VolumeSource", "PointSource"]
 
 
 @runtime_checkable
@@ -38,18 +38,10 @@ class SliceSource(Protocol):
         ...
 
 
-def polar_points(radii: Tensor, n_theta: int) -> Tensor:  # (n_r * n_theta, 2)
-    """Points (kx, ky) of half rings: theta = i pi / n_theta in [0, pi), the other half being the conjugate."""
-    theta = torch.arange(n_theta, device=radii.device, dtype=radii.dtype) * (torch.pi / n_theta)
-    ring = torch.stack([torch.cos(theta), torch.sin(theta)], -1)
-    return (radii[:, None, None] * ring).flatten(0, 1)
-
-
 class PointSource:
     """A source made of a function for values at arbitrary frequencies, such as a coordinate network.
 
-    `values(q, index)` takes q (b, n, 3) in cycles per pixel and particle numbers (b,) and returns (b, n) complex. It
-    serves half discs and, for `base="polar"`, rings.
+    `values(q, index)` takes q (b, n, 3) in cycles per pixel and particle numbers (b,) and returns (b, n) complex.
     """
 
     def __init__(
@@ -62,16 +54,8 @@ class PointSource:
 
     def slices(self, rotation: Tensor, radius: int, index: Tensor) -> Tensor:
         """(b, q, 3, 3) -> (b, q, P) complex."""
-        plane = half_disc(self.box_size, radius, rotation.device).xy.to(rotation.dtype)
-        return self._plane(rotation, plane, index)
-
-    def rings(self, rotation: Tensor, radii: Tensor, n_theta: int, index: Tensor) -> Tensor:
-        """(b, q, 3, 3) -> (b, q, n_r, n_theta) complex at `polar_points`, radii (n_r,) in Fourier pixels."""
-        values = self._plane(rotation, polar_points(radii.to(rotation.dtype), n_theta), index)
-        return values.unflatten(-1, (len(radii), n_theta))
-
-    def _plane(self, rotation: Tensor, plane: Tensor, index: Tensor) -> Tensor:
-        q = (plane / self.box_size) @ rotation[..., :2, :]
+        plane = half_disc(self.box_size, radius, rotation.device).frequency_as(rotation.dtype)
+        q = plane @ rotation[..., :2, :]
         return self.values(q.flatten(1, 2), index).unflatten(1, rotation.shape[1:2])
 
     def groups(self, index: Tensor) -> Tensor | None:
