@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from cryosuite.errors import InputError
-from cryosuite.nets.inr import FIELDS, FourierFeatures, autocast_dtype, half_space
+from cryosuite.kernels.layers import fourier_features, norm_relu, product
+from cryosuite.nets.inr import FIELDS, FourierFeatures, half_space
 
 NORM_EPS = 1e-5
 CPU_BLOCK = 1 << 18  # values of one activation in a block without gradients: 1 MB, a core's own cache
@@ -38,27 +39,6 @@ class PointFeatures(NamedTuple):
 
     inner: Tensor
     sign: Tensor | None
-
-
-class _NormLayer(torch.autograd.Function):
-    """relu(LN(x W^T + b) + h) for the CPU; keeps h, W x + b and the result."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, residual: Tensor | None, gain: Tensor, offset: Tensor) -> Tensor:  # (b, P, w)
-        out, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], gain, offset, NORM_EPS)
-        out = (out if residual is None else out.add_(residual)).relu_()
-        ctx.save_for_backward(x, mean, rstd, gain, offset, out)
-        ctx.residual = residual is not None
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        x, mean, rstd, gain, offset, out = ctx.saved_tensors
-        grad = out.sign().mul_(grad)  # out >= 0; threshold_backward is slower on a CPU
-        d_x, d_gain, d_offset = torch.ops.aten.native_layer_norm_backward(
-            grad, x, x.shape[-1:], mean, rstd, gain, offset, [True, True, True]
-        )
-        return d_x, grad if ctx.residual else None, d_gain, d_offset
 
 
 class DecoField(nn.Module):
@@ -139,33 +119,24 @@ class DecoField(nn.Module):
         return F.linear(z.to(bias.dtype), weight, bias)[:, None]
 
     def _inner(self, q: Tensor) -> Tensor:  # (..., 3) -> (..., width)
-        return F.linear(self.features(q), self.first.weight[:, : self.features.size])
+        gamma = fourier_features(q, self.features.frequencies)
+        return product(gamma, self.first.weight[:, : self.features.size])
 
     def _from_points(self, q: Tensor, shift: Tensor) -> Tensor:
-        gamma = self.features(q)
-        dtype = autocast_dtype(gamma)
-        weight = self.first.weight[:, : self.features.size].to(dtype)
-        first = torch.baddbmm(shift.to(dtype), gamma.to(dtype), weight.T.expand(len(q), -1, -1))
-        return self._layers(first)
+        return self._from_inner(self._inner(q), shift)
 
-    def _from_inner(self, inner: Tensor, shift: Tensor) -> Tensor:
-        return self._layers(inner + shift)
-
-    def _layers(self, x: Tensor) -> Tensor:  # (b, P, width) before the first norm -> (b, P, outputs)
-        h = self._normed(x, None, 0)
+    def _from_inner(self, inner: Tensor, shift: Tensor) -> Tensor:  # (b, P, width), (b, 1, width) -> (b, P, outputs)
+        h = self._normed(inner + shift.to(inner.dtype), None, 0)
         for number, layer in enumerate(self.hidden, start=1):
-            h = self._normed(layer(h), h, number)
-        return self.last(h)
+            h = self._normed(product(h, layer.weight, layer.bias), h, number)
+        return product(h, self.last.weight, self.last.bias)
 
     def _normed(self, x: Tensor, residual: Tensor | None, number: int) -> Tensor:
         """relu(LN(x) + residual); ``x`` is a fresh product and may be written over."""
         if self.norms is None:
             return torch.relu_(x if residual is None else x.add_(residual))
         norm = self.norms[number]
-        if x.device.type == "cpu":
-            return _NormLayer.apply(x, residual, norm.weight.to(x.dtype), norm.bias.to(x.dtype))
-        out = norm(x).to(x.dtype)
-        return torch.relu(out if residual is None else out + residual)
+        return norm_relu(x, residual, norm.weight, norm.bias, NORM_EPS)
 
     # blocks -----------------------------------------------------------------------------------------------------------
 
