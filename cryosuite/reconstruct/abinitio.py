@@ -265,7 +265,7 @@ class AbInitio:
         base = {"shift_extent": o.shift_extent, "keep": o.keep, "r_max": radius}
         if everywhere:
             return SearchOptions(r_min=min(8, max(4, radius - 2)), levels=2 if radius < 16 else 3, shift_grid=8, **base)
-        return SearchOptions(r_min=max(8, radius // 2), levels=4, base="none", **base)
+        return SearchOptions(r_min=min(radius, max(8, radius // 2)), levels=4, base="none", **base)
 
     def _sources(self, options: SearchOptions) -> tuple[VolumeSource, list[pose_search.Prepared | None]]:
         """The maps of this round as sources of slices, made once per round."""

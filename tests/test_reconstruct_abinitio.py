@@ -1,0 +1,152 @@
+"""Poses, classes and maps from nothing: the E-step against brute force, and whole searches on small sets."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hype_toy import blob_particles, blobs
+
+from cryosuite.errors import InputError
+from cryosuite.kernels import fourier
+from cryosuite.kernels.rotations import geodesic_deg, random_rotations
+from cryosuite.kernels.slices import extract_slices, volume_transform
+from cryosuite.metrics.clustering import agreement
+from cryosuite.metrics.poses import pose_errors
+from cryosuite.reconstruct import abinitio_em as em
+from cryosuite.reconstruct.abinitio import AbInitio, AbInitioOptions
+
+BOX = 24
+QUICK = AbInitioOptions(
+    starts=1, iterations=16, batch=150, radius=(3, 5), shift_extent=0.06, rounds=((5, True), (8, True), (12, False))
+)
+
+
+def test_opposite_in_plane_angles_give_the_conjugate_slice() -> None:
+    """The grid's second half is the first one turned by 180 degrees about the view."""
+    grid = em.make_grid(1, 0.1, 3)
+    angle = geodesic_deg(grid.rotation, grid.opposite)
+    assert torch.allclose(angle, torch.full_like(angle, 180.0), atol=0.05)
+    assert torch.allclose(grid.rotation[:, 2], grid.opposite[:, 2], atol=1e-5)
+    assert len(torch.unique(torch.cat([grid.rotation, grid.opposite]).round(decimals=4), dim=0)) == 4608 // 8
+    disc, transform = fourier.half_disc(BOX, 6), volume_transform(blobs(BOX, 0))
+    there, back = (extract_slices(transform, part[:50], disc) for part in (grid.rotation, grid.opposite))
+    assert torch.allclose(there, back.conj(), atol=1e-3 * float(there.abs().max()))
+
+
+def test_expectation_equals_brute_force() -> None:
+    """Posterior, evidence and both sums of the M-step, against a loop over every candidate in float64."""
+    generator = torch.Generator().manual_seed(0)
+    disc = fourier.half_disc(16, 3)
+    P, K, b, T = len(disc), 2, 3, 2.5
+    grid = em.make_grid(0, 0.08, 2)
+    Q = len(grid)
+    complex_ = lambda *shape: torch.complex(*(torch.randn(*shape, generator=generator) for _ in range(2)))  # noqa: E731
+    slices, y = complex_(K, Q, P), complex_(b, P)
+    c = torch.randn(b, P, generator=generator)
+    bias = torch.tensor([0.2, -0.2])
+    got = em.expect(slices, y, c, grid, disc, T, bias)
+
+    both = torch.cat([slices, slices.conj()], 1).to(torch.complex128)  # (K, 2Q, P)
+    moved = torch.stack([fourier.phase_shift(y, disc, t.expand(b, 2)) for t in grid.shift], 1).to(torch.complex128)
+    c64 = c.double()
+    cross = 2 * torch.einsum("bp,bsp,kqp->bskq", c64.to(moved.dtype), moved, both.conj()).real
+    norm = torch.einsum("bp,kqp->bkq", c64.square(), both.abs().square())
+    logits = (cross - norm[:, None]) / T + bias.double()[:, None] + grid.log_prior.double()[:, None, None]
+    p = logits.flatten(1).softmax(1).view_as(logits)
+    assert torch.allclose(got.evidence.double(), logits.flatten(1).logsumexp(1), rtol=1e-5)
+    assert torch.allclose(got.share.double(), p.sum((1, 3)), atol=1e-5)
+    folded = p[..., :Q], p[..., Q:]
+    data = torch.einsum("bskq,bp,bsp->kqp", folded[0].to(moved.dtype), c64.to(moved.dtype), moved)
+    data = data + torch.einsum("bskq,bp,bsp->kqp", folded[1].to(moved.dtype), c64.to(moved.dtype), moved.conj())
+    assert torch.allclose(got.data.to(data.dtype), data, atol=1e-4)
+    weight = torch.einsum("bskq,bp->kqp", folded[0] + folded[1], c64.square())
+    assert torch.allclose(got.weight.double(), weight, atol=1e-4)
+    place = logits.flatten(1).argmax(1)
+    s, k, q = torch.unravel_index(place, (len(grid.shift), K, 2 * Q))
+    assert torch.equal(got.label, k) and torch.equal(got.best, q) and torch.equal(got.shift, s)
+
+
+def test_expectation_does_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images handled one at a time or together give the same sums."""
+    generator = torch.Generator().manual_seed(1)
+    disc, grid = fourier.half_disc(16, 3), em.make_grid(0, 0.08, 2)
+    slices = torch.randn(1, len(grid), len(disc), dtype=torch.complex64, generator=generator)
+    y = torch.randn(7, len(disc), dtype=torch.complex64, generator=generator)
+    c = torch.randn(7, len(disc), generator=generator)
+    whole = em.expect(slices, y, c, grid, disc, 1.0, torch.zeros(1))
+    monkeypatch.setattr(em, "LOGITS", 1)
+    parts = em.expect(slices, y, c, grid, disc, 1.0, torch.zeros(1))
+    assert torch.allclose(whole.data, parts.data, atol=1e-4) and torch.allclose(whole.weight, parts.weight, atol=1e-4)
+    assert torch.allclose(whole.evidence, parts.evidence, atol=1e-4)
+
+
+def _run(engine: AbInitio) -> AbInitio:
+    while not engine.done:
+        engine.advance()
+    return engine
+
+
+@pytest.mark.slow
+def test_poses_of_one_molecule_are_found() -> None:
+    """Median rotation error after alignment and hand below 3 degrees, shifts below half a pixel."""
+    particles, _ = blob_particles([blobs(BOX, 3, 8)], 600, noise=1.0)
+    options = AbInitioOptions(starts=2, iterations=40, shift_extent=0.06, rounds=QUICK.rounds)
+    engine = _run(AbInitio(particles, options))
+    found = engine.found
+    errors = pose_errors(found.rotation, particles.rotation, found.shift * BOX, particles.shift * BOX).summary()
+    assert errors["rotation_median_deg"] < 3 and errors["shift_median"] < 0.5, errors
+    assert engine.position == engine.total
+    assert (found.margin >= 0).all() and (found.score > 0).mean() > 0.9
+
+
+@pytest.mark.slow
+def test_two_molecules_are_told_apart() -> None:
+    """Classes of a mixture of two agree with the truth."""
+    particles, labels = blob_particles([blobs(BOX, 3, 8), blobs(BOX, 11, 4)], 800, noise=0.7)
+    options = AbInitioOptions(classes=2, starts=2, iterations=40, shift_extent=0.06, rounds=QUICK.rounds)
+    found = _run(AbInitio(particles, options)).found
+    assert agreement(labels, found.label)[0] > 0.9
+
+
+def test_goes_on_exactly_from_any_unit() -> None:
+    """A state saved after any unit leads to the same poses, bit by bit."""
+    particles, _ = blob_particles([blobs(BOX, 3, 8)], 520, noise=1.0)
+    options = AbInitioOptions(starts=2, iterations=3, batch=40, radius=(2, 3), rounds=((4, True), (6, False)))
+    straight = AbInitio(particles, options)
+    states = []
+    while not straight.done:
+        states.append(torch.load(_stored(straight.state_dict()), weights_only=True))
+        straight.advance()
+    for at in (0, 2, 3, 5, 6, 7, len(states) - 1):
+        again = AbInitio(particles, options)
+        again.load_state_dict(states[at])
+        _run(again)
+        assert np.array_equal(again.found.rotation, straight.found.rotation), at
+        assert np.array_equal(again.found.shift, straight.found.shift), at
+
+
+def _stored(state: dict):
+    import io
+
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return file
+
+
+def test_wrong_poses_of_the_set_are_not_looked_at() -> None:
+    """The search sees images and CTF only."""
+    particles, _ = blob_particles([blobs(BOX, 3, 8)], 300, noise=1.0)
+    options = AbInitioOptions(starts=1, iterations=2, batch=30, radius=(2, 3), rounds=((4, True),))
+    first = _run(AbInitio(particles, options)).found
+    particles.rotation = random_rotations(300).numpy()
+    particles.shift = np.full((300, 2), 0.3, np.float32)
+    assert np.array_equal(_run(AbInitio(particles, options)).found.rotation, first.rotation)
+
+
+def test_too_few_particles_are_refused() -> None:
+    """Before anything is computed."""
+    particles, _ = blob_particles([blobs(BOX, 3)], 60)
+    with pytest.raises(InputError, match="too few"):
+        AbInitio(particles, AbInitioOptions(classes=4))
