@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,23 @@ def open_run_particles(run: RunDir, **options: Any) -> ParticleSet:
     links = {
         key: resolve_link(str(config[key]), run.path) for key in ("poses", "ctf", "ind", "datadir") if config.get(key)
     }
-    return open_particles(resolve_link(str(config["particles"]), run.path), **links, **options)
+    path = resolve_link(str(config["particles"]), run.path)
+    if not config.get("poses_found"):
+        return open_particles(path, **links, **options)
+    found = open_particles(path, **links, **{**options, "need_poses": False})
+    return _with_found_poses(found, run)
+
+
+def _with_found_poses(particles: ParticleSet, run: RunDir) -> ParticleSet:
+    """The particles with the poses that the run itself found, of its last epoch; joined by original index."""
+    path = run.poses(run.last_epoch())
+    rotation, shift = safe_load(path)[0]
+    known = np.asarray(safe_load(run.index)[0])
+    order = np.argsort(known)
+    place = order[np.searchsorted(known, particles.index, sorter=order).clip(max=len(known) - 1)]
+    if len(rotation) != len(known) or not np.array_equal(known[place], particles.index):
+        raise InputError(f"{path}: holds no poses for some of the particles of {particles.path}: did the set change?")
+    return replace(particles, rotation=rotation[place], shift=shift[place], poses_from=path)
 
 
 def _rows_of(path: Path, sources: Sources) -> Rows:

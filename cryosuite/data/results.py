@@ -135,6 +135,44 @@ class PolishDir:
 
 
 @dataclass(frozen=True)
+class ClustersDir:
+    """A folder with the classes a run's particles fall into, counted from 0."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
+
+    @property
+    def labels(self) -> Path:
+        """Class of every particle, counted from 0."""
+        return self.path / "labels.pkl"
+
+    @property
+    def centers(self) -> Path:
+        """Latent of the particle nearest to the centre of each class, one row each."""
+        return self.path / "centers.txt"
+
+    @property
+    def centers_index(self) -> Path:
+        """Rows of these particles."""
+        return self.path / "centers_ind.txt"
+
+    @property
+    def table(self) -> Path:
+        """One row per class: particles, certainty of their poses, resolution."""
+        return self.path / "classes.csv"
+
+    def volume(self, k: int) -> Path:
+        """The network's map of a class."""
+        return self.path / f"vol_{k:03d}.mrc"
+
+    def plot(self, name: str) -> Path:
+        """A picture, e.g. ``plot("poses")`` -> poses.png."""
+        return self.path / f"{name}.png"
+
+
+@dataclass(frozen=True)
 class ScoresDir:
     """A folder with the scores of two maps or of a run against its truth."""
 
@@ -187,3 +225,8 @@ def run_polish(run: Path, epoch: int) -> PolishDir:
 def oracle_cache(folder: Path) -> Path:
     """Floor and ceiling of a simulated set, kept so that they are computed once per setting."""
     return Path(folder) / "oracle.json"
+
+
+def run_clusters(run: Path, epoch: int) -> ClustersDir:
+    """The folder of the classes of a run of deco-classify after an epoch."""
+    return ClustersDir(Path(run) / f"clusters.{epoch}")

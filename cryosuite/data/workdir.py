@@ -126,6 +126,25 @@ class RunDir:
         """Everything needed to go on exactly where the run stopped."""
         return self.path / "checkpoint.pt"
 
+    @property
+    def start(self) -> Path:
+        """The first poses of particles without poses, or how far the search for them is."""
+        return self.path / "start.pt"
+
+    @property
+    def zdim(self) -> Path:
+        """What `--zdim auto` tried and what came of it."""
+        return self.path / "zdim.json"
+
+    @property
+    def encoder_images(self) -> Path:
+        """The particles as an encoder sees them; kept while the run trains."""
+        return self.path / "encoder_images.u8"
+
+    def margins(self, epoch: int) -> Path:
+        """How certain the pose of each particle is, after an epoch."""
+        return self.path / f"margins.{epoch}.npz"
+
     def weights(self, epoch: int) -> Path:
         """Averaged model weights after an epoch, counted from 1."""
         return self.path / f"weights.{epoch}.pkl"

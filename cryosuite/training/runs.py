@@ -84,12 +84,14 @@ def start_run(
 
 def remove_run(run: RunDir) -> None:
     """Delete the files a training writes: checkpoint first, config last."""
-    stale = [run.checkpoint, run.metrics, run.log]
+    images = run.encoder_images
+    stale = [run.checkpoint, run.metrics, run.log, run.start, run.zdim, images, images.with_name(images.name + ".json")]
     if any(run.path.glob("occupancy.*.csv")):  # else the maps in the folder are somebody's own
         stale += run.volumes()
     kinds = {
         "weights.*.pkl": run.weights, "z.*.pkl": run.z, "poses.*.pkl": run.poses, "latent.*.pkl": run.latent_space,
         "p.*.pkl": run.shares, "codes.*.pkl": run.codes, "labels.*.pkl": run.labels, "occupancy.*.csv": run.occupancy,
+        "margins.*.npz": run.margins,
     }  # fmt: skip
     for pattern, of in kinds.items():
         for found in run.path.glob(pattern):

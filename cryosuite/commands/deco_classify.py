@@ -1,0 +1,268 @@
+"""``cryosuite deco-classify``: poses and classes of particles, from a pre-trained encoder and one decoder for all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+INPUT, POSES, CLASSES, TRAINING, MODEL, MACHINE = (
+    "Particles", "Poses", "Classes", "Training", "Model (the preset decides unless given)", "Machine",
+)  # fmt: skip
+
+RENAMED = {"dim": "width", "features": "n_frequencies", "march": "march_from", "hps_epochs": "search_epochs",
+           "re_search": "research_every"}  # fmt: skip
+METHOD = (
+    "encoder", "encoder_size", "encoder_input", "finetune", "bn", "dim", "layers", "features", "feat_sigma", "field",
+    "loss", "window", "march", "march_over", "lr_encoder", "lr_poses", "refine_poses", "start", "classes", "starts",
+    "warmup_images", "hps_epochs", "search", "cached_volumes", "re_search", "shift_extent", "cluster", "hand",
+    "low_memory",
+)  # fmt: skip
+TRAIN = {
+    "num_epochs": "epochs", "batch_size": "batch_size", "lr": "lr", "warmup": "warmup", "wd": "weight_decay",
+    "ema": "ema", "seed": "seed", "max_minutes": "max_minutes", "checkpoint": "save_every",
+    "checkpoint_minutes": "checkpoint_every_minutes", "precision": "precision", "accelerator": "accelerator",
+    "devices": "devices", "num_nodes": "num_nodes", "log_interval": "log_every", "requeue": "requeue",
+}  # fmt: skip
+WAYS_IN = ("poses", "ctf", "ind", "datadir", "pixel_size")
+
+
+def _option(default: Any, *names: str, help: str, panel: str, **more: Any) -> Any:
+    return typer.Option(default, *names, help=help, rich_help_panel=panel, show_default=default is not None, **more)
+
+
+def main(
+    context: typer.Context,
+    particles: Path = typer.Argument(
+        ..., help="Work folder of preprocess or simulate; or a .star, .cs or .mrcs file.", metavar="PARTICLES"
+    ),
+    outdir: Path = typer.Option(..., "-o", "--outdir", help="Folder of the run, made by this command."),
+    preset: str = typer.Option(
+        "auto",
+        help="small: for a laptop. default: for a GPU. paper: as published (CryoDECO). auto: default where there is "
+        "a GPU, else small.",
+    ),
+    resume: bool = typer.Option(False, "--resume", help="Go on where the run in this folder stopped."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace the run that is in the folder."),
+    poses: Path = _option(None, help="Poses as cryoDRGN writes them (poses.pkl).", panel=INPUT),
+    ctf: Path = _option(None, help="CTF parameters as cryoDRGN writes them (ctf.pkl).", panel=INPUT),
+    ind: Path = _option(None, help="Use only these particles (a .pkl of indices).", panel=INPUT),
+    datadir: Path = _option(None, help="Folder in which the image stacks lie.", panel=INPUT),
+    pixel_size: float = _option(None, "--Apix", help="Pixel size in Angstrom, where no file says it.", panel=INPUT),
+    invert_data: bool = _option(False, "--invert-data", help="Particles are dark in the images.", panel=INPUT),
+    ab_initio: bool = _option(
+        False, "--ab-initio", help="Find the poses, even where the particles have some.", panel=POSES
+    ),
+    refine_poses: bool = _option(
+        None, "--refine-poses/--fixed-poses", help="Let known poses move with the training.", panel=POSES
+    ),
+    classes: int = _option(
+        None, "--classes", help="Ab initio: maps the first poses are searched with. Default: --k, else 1.", panel=POSES
+    ),
+    start: str = _option(
+        None, help="Ab initio: voxel (closed-form maps first) or network (as published).", panel=POSES
+    ),
+    starts: int = _option(None, help="Voxel start: random starts, of which the most likely is kept.", panel=POSES),
+    shift_extent: float = _option(None, help="Largest shift searched for, as a fraction of the box.", panel=POSES),
+    hps_epochs: int = _option(None, help="Network start: epochs of hierarchical pose search.", panel=POSES),
+    warmup_images: int = _option(None, help="Network start: images with random poses before.", panel=POSES),
+    re_search: int = _option(
+        None, help="Search anew for the worst 5 % of the poses every so many epochs; 0: never.", panel=POSES
+    ),
+    search: str = _option(None, help="exact: the network itself. cached: its volumes on a grid.", panel=POSES),
+    cached_volumes: int = _option(None, help="Volumes of a cached search.", panel=POSES),
+    hand: str = _option(
+        None, help="auto: classes agree with the largest. flip: the other hand. keep: as found.", panel=POSES
+    ),
+    k: str = _option("auto", "-k", "--k", help="Number of classes, or auto (BIC, shown in bic.png).", panel=CLASSES),
+    cluster: str = _option(None, help="gmm-umap16 (as published), gmm-direct or kmeans.", panel=CLASSES),
+    num_epochs: int = _option(None, "-n", "--num-epochs", help="Times all images are seen.", panel=TRAINING),
+    batch_size: int = _option(None, "-b", "--batch-size", help="Images per step, over all GPUs.", panel=TRAINING),
+    lr: float = _option(None, help="Learning rate of the decoder.", panel=TRAINING),
+    lr_encoder: float = _option(None, help="That of the encoder, relative to it.", panel=TRAINING),
+    lr_poses: float = _option(None, help="That of the poses, relative to it.", panel=TRAINING),
+    warmup: float = _option(None, help="Fraction of the training in which it rises.", panel=TRAINING),
+    wd: float = _option(None, help="Weight decay.", panel=TRAINING),
+    ema: float = _option(None, help="Decay of the running average of the weights; 0: none.", panel=TRAINING),
+    finetune: str = _option(
+        None,
+        help="What of the encoder is trained: all, last-3 blocks (or another number), head, none.",
+        panel=TRAINING,
+    ),  # fmt: skip
+    max_minutes: float = _option(
+        None, help="Stop after so many minutes with a checkpoint; go on with --resume.", panel=TRAINING
+    ),
+    checkpoint: int = _option(
+        None, help="Write latents and weights every so many epochs; default: four times in all.", panel=TRAINING
+    ),
+    checkpoint_minutes: float = _option(10.0, help="Save what --resume needs this often.", panel=TRAINING),
+    log_interval: int = _option(50, help="Steps between two lines of metrics.jsonl.", panel=TRAINING),
+    seed: int = _option(0, help="Same seed, same result (on one machine).", panel=TRAINING),
+    encoder: str = _option(
+        None, help="iev-tiny (shipped), a weights file (Cryo-IEF or pretrain-iev), or random.", panel=MODEL
+    ),
+    encoder_size: str = _option(None, help="Of a random encoder: micro, vit_tiny or vit_small.", panel=MODEL),
+    encoder_input: str = _option(
+        None,
+        help="raw images, flipped (CTF signs undone), upright (turned by the known angle too); auto.",
+        panel=MODEL,
+    ),  # fmt: skip
+    bn: str = _option(None, help="Batch norms of the encoder: frozen or train (as published).", panel=MODEL),
+    zdim: str = _option(None, help="Length of the latent; auto tries 4 to 128 on held-out images.", panel=MODEL),
+    dim: int = _option(None, help="Width of the volume network.", panel=MODEL),
+    layers: int = _option(None, help="Its residual layers.", panel=MODEL),
+    features: int = _option(None, help="Random frequencies that coordinates are given as.", panel=MODEL),
+    feat_sigma: float = _option(None, help="Their spread, in units of half the box.", panel=MODEL),
+    field: str = _option(None, help="complex (half the work) or hartley (as published).", panel=MODEL),
+    loss: str = _option(None, help="whitened (weighs by the noise) or mse (as published).", panel=MODEL),
+    march: float = _option(
+        None, help="Begin with this part of the Fourier disc and let it grow; 1: all from the start.", panel=MODEL
+    ),
+    march_over: float = _option(None, help="Fraction of the training in which it grows.", panel=MODEL),
+    window: bool = _option(None, "--window/--no-window", help="Mask the corners of the images.", panel=MODEL),
+    precision: str = _option("auto", help="32 or bf16; auto: bf16 where the machine is fast at it.", panel=MACHINE),
+    low_memory: bool = _option(
+        None, "--low-memory/--keep-activations", help="Less memory, a third more time.", panel=MACHINE
+    ),
+    threads: int = _option(0, "--threads", help="Processor threads; 0: all.", panel=MACHINE),
+    accelerator: str = _option("auto", help="auto, cpu or gpu.", panel=MACHINE),
+    devices: int = _option(1, help="GPUs per machine.", panel=MACHINE),
+    num_nodes: int = _option(1, help="Machines.", panel=MACHINE),
+    requeue: bool = _option(False, "--requeue", help="Under SLURM: put the job back into the queue.", panel=MACHINE),
+) -> None:
+    """Sort particles into classes, with known poses or without any (CryoDECO).
+
+    An encoder that has seen many particles gives each image a latent, one
+    network turns latents into volumes, and the latents are clustered. Poses
+    are those of the particles; where there are none, or with --ab-initio,
+    they are found. Needs the CTF.
+
+    Writes latents, poses, labels, and in clusters.N/ a star and a cs file per
+    class with its poses, ready for RELION or cryoSPARC; maps in polish.N/.
+
+        cryosuite deco-classify work/ -o run/ -k 16
+
+        cryosuite deco-classify particles.star -o run/ --ab-initio -k 4
+
+        cryosuite deco-classify work/ -o run/ --resume
+    """
+    values = dict(context.params)
+    # by name: Typer may bring its own copy of click, whose enumeration is another class
+    sources = {name: getattr(context.get_parameter_source(name), "name", "DEFAULT") for name in values}
+    typed = {name for name, source in sources.items() if not source.startswith("DEFAULT")}
+    raise typer.Exit(_train(values, typed))
+
+
+def _train(values: dict[str, Any], typed: set[str]) -> int:
+    """Open, train, write, print; returns the exit code."""
+    import torch
+
+    from cryosuite.commands.train_hype import tune_process
+    from cryosuite.data.workdir import RunDir
+    from cryosuite.errors import notice
+    from cryosuite.methods.deco_options import DecoOptions
+    from cryosuite.methods.deco_run import can_resume, check, open_for, train
+    from cryosuite.training.launch import process_rank, was_restarted
+    from cryosuite.training.runs import make_config, particles_path, read_run_config, start_run, train_options
+
+    run = RunDir(values["outdir"])
+    tune_process()
+    if values["threads"] > 0:
+        torch.set_num_threads(values["threads"])
+    resume = values["resume"] or was_restarted()
+    how = {key: values[key] for key in WAYS_IN} | {"sign": -1 if values["invert_data"] else None}
+    if resume and can_resume(run):
+        config = read_run_config(run)
+        kept = sorted(typed & {*METHOD, *WAYS_IN, "preset", "k", "zdim", "ab_initio", "invert_data"})
+        if kept:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in kept)
+            notice(f"{flags}: not used, a run goes on with the options it began with")
+        particles = open_for(particles_path(config, run), config)
+    else:
+        particles = open_for(values["particles"], how)
+        options, training, name = _options(values, particles)
+        check(particles, options, training)  # before the folder is touched
+        config = make_config(
+            "deco", values["particles"], run, options, training, preset=name, poses_found=options.table, **how
+        )
+        config = start_run(run, config, resume=values["resume"], overwrite=values["overwrite"])
+        resume = False
+    again = {to: values[key] for key, to in TRAIN.items() if key in typed} if resume else {}
+    result = train(particles, run, DecoOptions.from_dict(config["options"]), train_options(config, **again), resume)
+    if process_rank() == 0:
+        _report(run, values["particles"], result)
+    return result.exit_code
+
+
+def _options(values: dict[str, Any], particles: Any) -> tuple[Any, Any, str]:
+    """(options of the method, of the training, name of the preset)."""
+    import torch
+
+    from cryosuite.commands.train_hype import fast_bf16
+    from cryosuite.errors import notice
+    from cryosuite.methods.deco_options import preset
+    from cryosuite.methods.deco_run import available_encoder
+    from cryosuite.training.launch import resolve_accelerator
+    from cryosuite.training.options import TrainOptions
+
+    gpu = resolve_accelerator(values["accelerator"]) == "cuda"
+    changes = {RENAMED.get(name, name): values[name] for name in METHOD}
+    changes["k"] = _number("--k", values["k"], 0)
+    changes["zdim"] = None if values["zdim"] in (None, "auto") else _number("--zdim", values["zdim"], None)
+    changes["zdim_auto"] = values["zdim"] == "auto" or None
+    known = particles.rotation is not None and not values["ab_initio"]
+    if particles.rotation is None and not values["ab_initio"]:
+        notice(f"{values['particles']}: has no poses: they are found ab initio (--poses gives known ones)")
+    changes["poses"] = "known" if known else "none"
+    changes["classes"] = changes["classes"] or changes["k"] or 1
+    name, chosen = preset(values["preset"], gpu, **changes)
+    if changes["encoder"] is None:
+        chosen = available_encoder(chosen)
+    if values["preset"] == "auto":
+        reason = "a GPU is here" if gpu else "no GPU is used"
+        notice(f"--preset {name} was chosen because {reason}; --preset small, default or paper decides otherwise")
+    given = {to: values[key] for key, to in TRAIN.items() if values[key] is not None}
+    if values["precision"] == "auto":
+        given["precision"] = chosen.training.get("precision", "auto")
+        if not gpu and fast_bf16(torch):
+            given["precision"] = "bf16"
+    merged = chosen.training | given
+    merged.setdefault("save_every", max(1, -(-merged["epochs"] // 4)))
+    return chosen.options, TrainOptions(**merged), name
+
+
+def _number(name: str, text: str, auto: int | None) -> int | None:
+    """A whole number of at least 1, or what stands for "auto"."""
+    from cryosuite.errors import InputError
+
+    if text == "auto":
+        return auto
+    if not text.isdigit() or int(text) < 1:
+        raise InputError(f"{name} {text}: expected a whole number of at least 1, or auto")
+    return int(text)
+
+
+def _report(run: Any, particles: Path, result: Any) -> None:
+    """The table of classes and what to do next."""
+    import math
+
+    from cryosuite.console import say, table
+    from cryosuite.data.results import run_clusters, run_polish
+
+    if result.stopped:
+        say(f"stopped by {result.stopped}; go on with: cryosuite deco-classify {particles} -o {run.path} --resume")
+        return
+    folder = run_clusters(run.path, result.epoch)
+    rows = [
+        [row.number, row.particles, "-" if math.isnan(row.margin) else f"{row.margin:.1f}",
+         "-" if math.isnan(row.resolution) else f"{row.resolution:.1f}", folder.volume(row.number)]
+        for row in result.classes
+    ]  # fmt: skip
+    columns = ["class", "particles", "pose margin", "A at FSC .143", "map of the network"]
+    if len(rows) > 60:
+        rows = [*rows[:30], ["..."] * len(columns), *rows[-30:]]
+    table(f"{len(result.classes)} classes after epoch {result.epoch}", columns, rows)
+    say(f"labels {run.labels(result.epoch)}, latents {run.z(result.epoch)}, poses {run.poses(result.epoch)}")
+    say(f"star and cs files per class in {folder.path}; polished maps in {run_polish(run.path, result.epoch).path}")
+    say(f"next: cryosuite analyze {run.path}")

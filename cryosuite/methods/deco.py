@@ -1,0 +1,189 @@
+"""CryoDECO: a pre-trained encoder gives every particle a latent, one network turns latents into volumes.
+
+Poses are known, or they are found: by a voxel start or by hierarchical search with the network itself
+(`deco_search`), and then refined in a table together with the networks. What differs from the paper by default:
+complex field on the half disc, whitened loss, frequency marching; ``--preset paper`` goes back.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cryosuite.console import Progress
+from cryosuite.data.encoder_images import EncoderCache
+from cryosuite.data.loader import Batch
+from cryosuite.data.particles import ParticleSet
+from cryosuite.data.spectra import measure_spectra
+from cryosuite.errors import InputError
+from cryosuite.kernels import fourier
+from cryosuite.kernels.rotations import random_rotations
+from cryosuite.methods.deco_encoder import open_encoder
+from cryosuite.methods.deco_images import encoder_cache
+from cryosuite.methods.deco_model import DecoModel, PoseTable
+from cryosuite.methods.deco_options import RANDOM, DecoOptions
+from cryosuite.methods.deco_search import Searcher, Stage, stage_of
+from cryosuite.training.inference import autocast, evaluating
+from cryosuite.training.launch import world
+from cryosuite.training.method import Step
+from cryosuite.training.schedule import march
+
+ENCODE_BATCH = 256
+
+
+class Deco:
+    """The method: see training/method.py for its verbs.
+
+    ``cache_path``: where the encoder's images are kept on disk; None: in memory.
+    """
+
+    name = "deco"
+
+    def __init__(self, options: DecoOptions | None = None, cache_path=None, epochs: int = 1) -> None:
+        self.options = options or DecoOptions()
+        self.cache_path, self.epochs = cache_path, epochs
+        self.cache: EncoderCache | None = None
+        self.count = 0  # of particles
+        self.frozen: Tensor | None = None  # features (N, C) of an encoder that is not trained
+        self.searcher: Searcher | None = None
+
+    @property
+    def unused_parameters(self) -> bool:
+        """True: in the warm-up the encoder, and in a search the pose table, get no gradient."""
+        return self.options.table
+
+    def check(self, particles: ParticleSet) -> None:
+        """Raises InputError where known poses are asked for and there are none, and for too few particles."""
+        if self.options.poses == "known" and particles.rotation is None:
+            raise InputError(
+                f"{particles.path}: has no poses. Give them with --poses poses.pkl, or leave out --known-poses to have "
+                "them found"
+            )
+        if len(particles) < 16:
+            raise InputError(f"{particles.path}: {len(particles)} particles are too few to learn from")
+
+    # the verbs of a method -------------------------------------------------------------------------------------------
+
+    def build(self, particles: ParticleSet) -> DecoModel:
+        """The model; raises InputError as ``check`` does, and for weights that do not fit."""
+        self.check(particles)
+        spectra = measure_spectra(particles, self.options.window)
+        loaded = open_encoder(self.options, particles)
+        model = DecoModel(particles.box_size, self.options, spectra, loaded, particles.ctf_premultiplied)
+        self.attach(model, particles, loaded.spec.image_size, loaded.prep)
+        if self.options.table:
+            model.table = PoseTable(*first_poses(particles))
+            self.searcher = Searcher(model, self.options)
+        return model
+
+    def attach(self, model: DecoModel, particles: ParticleSet, size: int, prep: str) -> None:
+        """Make or open the encoder's images; of an encoder that is not trained keep the features."""
+        self.cache = encoder_cache(particles, self.options.seen, model.noise_amplitude, size, prep, self.cache_path)
+        self.count, self.frozen = len(particles), None
+        if self.options.encoder == RANDOM or self.options.seen != "raw":
+            model.measure_pixels(self.cache)
+        if not model.encoder_trains:
+            self.frozen = self._features(model, len(particles))
+
+    def parameter_groups(self, model: DecoModel) -> list[dict]:
+        """Encoder, decoder and head, pose table, each with its own learning rate."""
+        encoder = [p for p in model.encoder.parameters() if p.requires_grad]
+        rest = [p for module in (model.head, model.field) for p in module.parameters() if p.requires_grad]
+        groups = [{"params": rest}]
+        if encoder:
+            groups.append({"params": encoder, "lr_scale": self.options.lr_encoder, "weight_decay": 0.0})
+        if model.table is not None:
+            table = list(model.table.parameters())
+            groups.append({"params": table, "lr_scale": self.options.lr_poses, "weight_decay": 0.0})
+        return groups
+
+    def loss(self, model: DecoModel, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """Whitened squared error per coefficient of the half disc: 1 for pure noise."""
+        stage = stage_of(step, self.epochs, self.options, self.count)
+        z = self.encode(model, batch, train=stage is not Stage.WARMUP)
+        batch = self._posed(model, batch, z, stage, step)
+        target = model.target(batch)
+        device, half = batch.images.device, model.box_size / 2
+        disc = fourier.half_disc(model.box_size, device=device)
+        # whole rings: for every new number of points the CPU's kernels keep buffers, gigabytes over a run
+        r_max = math.ceil(march(step.fraction, self.options.march_from * half, half, self.options.march_over))
+        count = disc.count(r_max)
+        with torch.autocast(device.type, enabled=False):
+            q = disc.frequency[:count] @ batch.rotation[:, :2]  # (b, P, 3): (kx, ky, 0) @ R
+        values = model.values(q, disc.radius[:count], z)
+        with torch.autocast(device.type, enabled=False):
+            difference = torch.view_as_real(target.values[:, :count]) - target.ctf[:, :count, None] * values
+            return {"loss": difference.square().sum(-1).mean()}
+
+    def encode(self, model: DecoModel, batch: Batch, train: bool = True) -> Tensor:
+        """Latents (b, zdim)."""
+        if self.frozen is not None:
+            features = self.frozen[batch.index.to(self.frozen.device)].to(batch.images.device)
+        else:
+            images = self.cache.batch(batch.index).to(batch.images.device, non_blocking=True)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and train):
+                features = model.features(images)
+        return model.latent(features)
+
+    def decode(self, model: DecoModel, z: Tensor) -> Tensor:
+        """Volumes (k, D, D, D) float32 at latents z (k, zdim), in the grey values of the images."""
+        return model.volumes(z)
+
+    # parts -----------------------------------------------------------------------------------------------------------
+
+    def _posed(self, model: DecoModel, batch: Batch, z: Tensor, stage: Stage, step: Step) -> Batch:
+        """The batch with the poses of its stage."""
+        if model.table is None:
+            return batch
+        if stage is Stage.WARMUP:
+            rotation = random_rotations(len(batch), device=batch.images.device)
+            return replace(batch, rotation=rotation, shift=torch.zeros_like(rotation[:, 0, :2]))
+        if stage is Stage.SEARCH:
+            self.searcher.search(batch, z.detach())
+        rotation, shift = model.table(batch.index)
+        if stage is Stage.SEARCH:
+            rotation, shift = rotation.detach(), shift.detach()
+        return replace(batch, rotation=rotation, shift=shift)
+
+    def _features(self, model: DecoModel, count: int) -> Tensor:
+        """Features of all particles (N, C) float32, in eval mode."""
+        device = model.envelope.device
+        found = []
+        with evaluating(model), torch.inference_mode(), Progress(count, "encode") as bar:
+            for rows in np.array_split(np.arange(count), max(1, math.ceil(count / ENCODE_BATCH))):
+                with autocast(device, "32" if device.type == "cpu" else "auto"):
+                    found.append(model.features(self.cache.batch(rows).to(device)).float().cpu())
+                bar.advance(len(rows))
+        return torch.cat(found).clone()
+
+    def embed(self, model: DecoModel, count: int) -> np.ndarray:
+        """Latents (N, zdim) float32 of all particles in one clean pass, the same array in every process."""
+        rank, processes = world()
+        mine = np.arange(count * rank // processes, count * (rank + 1) // processes)
+        device = model.envelope.device
+        found = []
+        with evaluating(model), torch.inference_mode(), Progress(len(mine), "encode") as bar:
+            for rows in np.array_split(mine, max(1, math.ceil(len(mine) / ENCODE_BATCH))):
+                with autocast(device, "32" if device.type == "cpu" else "auto"):
+                    if self.frozen is not None:
+                        features = self.frozen[torch.from_numpy(rows)].to(device)
+                    else:
+                        features = model.features(self.cache.batch(rows).to(device))
+                    found.append(model.latent(features).float().cpu().numpy())
+                bar.advance(len(rows))
+        parts = [np.concatenate(found)] * processes
+        if processes > 1:
+            torch.distributed.all_gather_object(parts, parts[0])
+        return np.concatenate(parts)
+
+
+def first_poses(particles: ParticleSet) -> tuple[Tensor, Tensor]:
+    """Rotations (N, 3, 3) and shifts (N, 2) the pose table begins with: those of the set, else random and zero."""
+    count = len(particles)
+    rotation = random_rotations(count) if particles.rotation is None else torch.from_numpy(particles.rotation)
+    shift = torch.zeros(count, 2) if particles.shift is None else torch.from_numpy(particles.shift)
+    return rotation.float(), shift.float()

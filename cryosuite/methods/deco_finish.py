@@ -1,0 +1,143 @@
+"""What `deco-classify` leaves for the user: classes, their files for RELION and cryoSPARC, maps, and pictures."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cryosuite.analysis import plots
+from cryosuite.analysis.class_files import write_classes
+from cryosuite.analysis.clusters import Clusters, cluster
+from cryosuite.analysis.polished import polish_to
+from cryosuite.console import say
+from cryosuite.data.results import ClustersDir, PolishDir, run_clusters, run_polish
+from cryosuite.data.workdir import RunDir
+from cryosuite.errors import InputError, notice
+from cryosuite.formats.atomic import atomic_path
+from cryosuite.formats.mrc import write_map
+from cryosuite.formats.pickles import write_pickle
+from cryosuite.methods import LoadedRun
+from cryosuite.methods.deco_options import DecoOptions
+from cryosuite.reconstruct.polish import PolishOptions
+from cryosuite.reconstruct.weights import ClassWeights
+
+SAME = 1e-6  # of a latent's size: spread below which all particles are one point
+
+
+@dataclass
+class ClassRow:
+    """A line of the table of classes: particles; median margin of their poses (log-likelihood; NaN where poses were
+    known); A at FSC .143 of the plain half maps (NaN where it could not be made)."""
+
+    number: int
+    particles: int
+    margin: float
+    resolution: float
+
+
+def finish(run: RunDir, loaded: LoadedRun, options: DecoOptions, seed: int, files: bool = True) -> list[ClassRow]:
+    """Classify the latents of an epoch and write clusters.N/, labels.N.pkl and polish.N/; the table of classes.
+
+    ``files=False`` leaves out the star and cs files (for particles that are in no file).
+    """
+    epoch = loaded.epoch
+    folder = run_clusters(run.path, epoch)
+    if folder.path.exists():
+        shutil.rmtree(folder.path)
+    folder.path.mkdir(parents=True)
+    found = classify(loaded.z, options, seed)
+    write_pickle(folder.labels, found.labels)
+    write_pickle(run.labels(epoch), found.labels)
+    _write_centres(folder, found)
+    if found.bic:
+        plots.model_choice(folder.plot("bic"), found.bic, found.k)
+    for k, volume in enumerate(_in_parts(loaded, found.centres)):
+        write_map(folder.volume(k), volume, loaded.pixel_size)
+    if files:
+        write_classes(folder.path, loaded.particles, found.labels)
+    margin = _margins(run, epoch)
+    pose_spread(folder.plot("poses"), loaded.particles.rotation, found.labels)
+    resolution = _polish(run, loaded, found.labels)
+    rows = []
+    for k in range(found.k):
+        own = found.labels == k
+        middle = float(np.nanmedian(margin[own])) if margin is not None and own.any() else math.nan
+        rows.append(ClassRow(k, int(own.sum()), middle, resolution.get(k, math.nan)))
+    plots.write_csv(folder.table, {
+        "class_from_0": [row.number for row in rows], "particles": [row.particles for row in rows],
+        "pose_margin": [row.margin for row in rows], "resolution_0.143_A": [row.resolution for row in rows],
+    })  # fmt: skip
+    return rows
+
+
+def classify(z: np.ndarray, options: DecoOptions, seed: int) -> Clusters:
+    """Classes of latents as the options say; one class where all latents are the same."""
+    spread, size = float(np.ptp(z, axis=0).max()), float(np.abs(z).max())
+    if not spread > SAME * max(size, 1e-12):
+        notice("all particles have the same latent: nothing tells them apart, so there is one class")
+        zero = np.zeros(len(z), np.int64)
+        return Clusters(labels=zero, k=1, bic={}, stability={}, centres=z[:1].copy(), centres_index=zero[:1])
+    return cluster(z, how=options.cluster, k=options.k or "auto", seed=seed)
+
+
+def _write_centres(folder: ClustersDir, found: Clusters) -> None:
+    for path, values, form in (
+        (folder.centers, found.centres, "%.8g"),
+        (folder.centers_index, found.centres_index, "%d"),
+    ):
+        with atomic_path(path) as temporary:
+            np.savetxt(temporary, values, fmt=form)
+
+
+def _in_parts(loaded: LoadedRun, points: np.ndarray):
+    for point in points:
+        yield loaded.decode(point[None])[0]
+
+
+def _margins(run: RunDir, epoch: int) -> np.ndarray | None:
+    path: Path = run.margins(epoch)
+    if not path.exists():
+        return None
+    with np.load(path) as stored:
+        return stored["margin"]
+
+
+def _polish(run: RunDir, loaded: LoadedRun, labels: np.ndarray) -> dict[int, float]:
+    """Per-class maps in polish.N/ and their resolutions; nothing where the classes do not allow it."""
+    out: PolishDir = run_polish(run.path, loaded.epoch)
+    say(f"maps of {labels.max() + 1} classes -> {out.path}")
+    try:
+        rows = polish_to(
+            out, loaded.particles, ClassWeights.from_labels(labels), PolishOptions(), source=str(run.path.absolute()),
+            classes_from="latents",
+        )  # fmt: skip
+    except InputError as error:
+        notice(f"no maps were polished: {error}")
+        return {}
+    return {row.number: row.resolution for row in rows}
+
+
+def pose_spread(path: Path, rotation: np.ndarray, labels: np.ndarray, most: int = 16) -> None:
+    """Where particles are seen from, one map of the sphere (Mollweide) per class, at most ``most`` of them.
+
+    The viewing direction is the third row of R: rot runs along, 90 degrees less tilt upwards.
+    """
+    count = min(int(labels.max()) + 1, most)
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    with plots.figure(path, 3.2 * columns, 2.0 * rows) as page:
+        for k in range(count):
+            axes = page.add_subplot(rows, columns, k + 1, projection="mollweide")
+            view = rotation[labels == k][:, 2]
+            longitude = np.arctan2(view[:, 1], view[:, 0])
+            latitude = np.arcsin(np.clip(view[:, 2], -1, 1))
+            bins = [np.linspace(-np.pi, np.pi, 25), np.arcsin(np.linspace(-1, 1, 13))]  # of equal area
+            density, x, y = np.histogram2d(longitude, latitude, bins)
+            axes.pcolormesh(x, y, density.T, cmap="viridis", vmin=0, rasterized=True)
+            axes.set_title(f"class {k}: {len(view)}", fontsize=8, pad=2)
+            axes.set_xticks([])
+            axes.set_yticks([])

@@ -1,0 +1,187 @@
+"""Options of CryoDECO and the three sets of them: small (CPU), default (GPU), paper (as published)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from cryosuite.errors import InputError
+
+CHOICES = {
+    "field": ("complex", "hartley"),
+    "loss": ("whitened", "mse"),
+    "bn": ("frozen", "train"),
+    "poses": ("known", "none"),
+    "start": ("voxel", "network"),
+    "search": ("exact", "cached"),
+    "encoder_input": ("auto", "raw", "flipped", "upright"),
+    "cluster": ("gmm-umap16", "gmm-direct", "kmeans"),
+    "hand": ("auto", "keep", "flip"),
+}
+POSITIVE = ("zdim", "width", "layers", "n_frequencies", "starts", "cached_volumes")
+ZDIMS = (4, 8, 16, 32, 64, 128)  # what --zdim auto chooses between
+RANDOM = "random"
+
+
+@dataclass(frozen=True)
+class DecoOptions:
+    """How CryoDECO is built and trained; the defaults are those for a GPU (see ``preset``).
+
+    encoder: "iev-tiny", "iev-small", "random", or a weights file. encoder_size: of a random one ("micro", "vit_tiny",
+    "vit_small"). encoder_input: raw images (what encoders are pre-trained on), CTF-flipped ones, or those turned
+    upright by their known angle; auto: raw for pre-trained encoders, else upright (known poses) or flipped.
+    finetune: "all", "last-N" blocks, "head", or "none" (the latent is the encoder's own feature).
+    lr_encoder, lr_poses: relative to the learning rate of the decoder. classes: volumes of the voxel start.
+    march_from, march_over: first radius in units of D/2, fraction of the training until all is used.
+    warmup_images, search_epochs: stages of the network start. research_every: epochs between two new searches for
+    the images with the worst fit, 0: never.
+    """
+
+    encoder: str = "iev-small"
+    encoder_size: str = "vit_tiny"
+    encoder_input: str = "auto"
+    finetune: str = "all"
+    bn: str = "frozen"
+    zdim: int = 128
+    zdim_auto: bool = False  # choose it between ZDIMS before training
+    width: int = 256
+    layers: int = 3
+    n_frequencies: int = 192
+    feat_sigma: float = 1.0  # spread of the random frequencies, in units of D/2 (0.5 as published)
+    field: str = "complex"
+    loss: str = "whitened"
+    window: bool = True
+    march_from: float = 0.35
+    march_over: float = 0.4
+    lr_encoder: float = 0.1
+    lr_poses: float = 3.0
+    poses: str = "known"
+    refine_poses: bool = False
+    start: str = "voxel"
+    classes: int = 1
+    starts: int = 3
+    warmup_images: int = 10000
+    search_epochs: int = 2
+    search: str = "exact"
+    cached_volumes: int = 64
+    research_every: int = 0
+    research_share: float = 0.05
+    shift_extent: float = 0.1
+    cluster: str = "gmm-umap16"
+    k: int = 0  # 0: chosen by BIC
+    hand: str = "auto"
+    low_memory: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{flag(name)} {getattr(self, name)}: expected one of {', '.join(allowed)}")
+        for name in POSITIVE:
+            if getattr(self, name) < 1:
+                raise InputError(f"{flag(name)} {getattr(self, name)}: expected 1 or more")
+        if self.finetune not in ("all", "head", "none") and not re.fullmatch(r"last-[1-9]\d*", self.finetune):
+            raise InputError(f"--finetune {self.finetune}: expected all, last-3 (or another number), head or none")
+        if self.classes < 1 or self.k < 0:
+            raise InputError(f"--classes {self.classes}, --k {self.k}: expected 1 or more (k: 0 or auto to choose)")
+        if not 0 < self.march_from <= 1:
+            raise InputError(f"--march {self.march_from}: expected above 0 and at most 1")
+        if not 0 < self.shift_extent <= 0.5:
+            raise InputError(f"--shift-extent {self.shift_extent}: a fraction of the box, above 0 and at most 0.5")
+        if not 0 < self.research_share <= 1:
+            raise InputError(f"--research-share {self.research_share}: expected above 0 and at most 1")
+        for name in ("warmup_images", "search_epochs", "research_every"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{flag(name)} {getattr(self, name)}: expected 0 or more")
+
+    @property
+    def table(self) -> bool:
+        """Whether poses are learnt: a table of rotations and shifts is part of the model."""
+        return self.poses == "none" or self.refine_poses
+
+    @property
+    def seen(self) -> str:
+        """What the encoder sees: raw, flipped or upright."""
+        if self.encoder_input != "auto":
+            return self.encoder_input
+        if self.encoder != RANDOM:
+            return "raw"
+        return "upright" if self.poses == "known" else "flipped"
+
+    @property
+    def trained_blocks(self) -> int | None:
+        """Number of last encoder blocks that are trained; None: all of the encoder; 0: none."""
+        if self.finetune == "all":
+            return None
+        return int(self.finetune.partition("-")[2]) if self.finetune.startswith("last") else 0
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> DecoOptions:
+        """From the mapping of a config.yaml; names that are not options are left out."""
+        known = {field.name for field in fields(DecoOptions)}
+        return DecoOptions(**{name: value for name, value in values.items() if name in known})
+
+    def changed(self, **changes: Any) -> DecoOptions:
+        """These options with some replaced."""
+        return replace(self, **changes)
+
+
+def flag(name: str) -> str:
+    """How an option is typed."""
+    return f"--{name.replace('_', '-')}"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Options of the method and what goes with them in training; missing: training's own default."""
+
+    options: DecoOptions
+    training: dict[str, Any]
+
+
+PRESETS = {
+    "small": Preset(
+        DecoOptions(
+            encoder="iev-tiny",
+            encoder_size="micro",
+            width=128,
+            n_frequencies=64,
+            zdim=64,
+            lr_encoder=0.3,
+            lr_poses=1.0,
+        ),
+        {"lr": 1e-3, "epochs": 30, "batch_size": 64},
+    ),
+    "default": Preset(DecoOptions(), {"lr": 1e-4, "epochs": 50, "batch_size": 192}),
+    "paper": Preset(
+        DecoOptions(
+            field="hartley",
+            feat_sigma=0.5,
+            loss="mse",
+            bn="train",
+            march_from=1.0,
+            march_over=0.0,
+            lr_encoder=0.6,
+            lr_poses=1.0,
+            start="network",
+            encoder_input="raw",
+        ),
+        {"lr": 1e-4, "epochs": 100, "batch_size": 192, "warmup": 0.01, "lr_final": 0.16, "weight_decay": 0.01,
+         "grad_clip": 0.0, "ema": 0.0},
+    ),
+}  # fmt: skip
+
+
+def preset(name: str, gpu: bool, **changes: Any) -> tuple[str, Preset]:
+    """The preset of a name ("auto": small without a GPU, default with one) with some options changed.
+
+    Values of ``changes`` that are None leave the preset's. Returns the name chosen and the preset. Raises InputError
+    for an unknown name or impossible options.
+    """
+    if name == "auto":
+        name = "default" if gpu else "small"
+    if name not in PRESETS:
+        raise InputError(f"--preset {name}: expected auto, {', '.join(PRESETS)}")
+    chosen = PRESETS[name]
+    given = {key: value for key, value in changes.items() if value is not None}
+    return name, Preset(chosen.options.changed(**given), dict(chosen.training))

@@ -1,0 +1,266 @@
+"""A run of CryoDECO on disk: start, training, the files of an epoch, and how it is opened again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cryosuite.data.encoder_weights import shipped_encoder
+from cryosuite.data.open import open_particles
+from cryosuite.data.particles import ParticleSet
+from cryosuite.data.spectra import Spectra, measure_spectra
+from cryosuite.data.workdir import RunDir
+from cryosuite.errors import InputError, notice
+from cryosuite.formats.atomic import atomic_path
+from cryosuite.formats.pickles import read_latent, safe_load, write_pickle
+from cryosuite.kernels.rotations import six_d_to_matrix
+from cryosuite.methods import LoadedRun
+from cryosuite.methods.deco import Deco
+from cryosuite.methods.deco_auto import choose_zdim
+from cryosuite.methods.deco_encoder import encoder_of_state, open_encoder
+from cryosuite.methods.deco_finish import ClassRow, finish
+from cryosuite.methods.deco_model import DecoModel, PoseTable
+from cryosuite.methods.deco_options import RANDOM, DecoOptions, Preset
+from cryosuite.methods.deco_start import options_of, start_margins, start_record, voxel_start
+from cryosuite.reconstruct.abinitio import AbInitio
+from cryosuite.training.checkpoint import load_into, load_state
+from cryosuite.training.launch import process_rank, resolve_accelerator
+from cryosuite.training.loop import fit
+from cryosuite.training.options import TrainOptions
+from cryosuite.training.runs import particles_path, read_run_config
+from cryosuite.training.signals import exit_code, requeue_job
+
+OPENED_WITH = ("poses", "ctf", "ind", "datadir", "pixel_size", "sign")
+WAIT_SECONDS = 1800.0  # of other processes for the first one's start
+LITTLE_SIGNAL = 4.0  # standard errors of the power above the noise
+
+
+@dataclass
+class Trained:
+    """What a run gives back; ``classes`` is empty when it was stopped before the end."""
+
+    epoch: int
+    stopped: str = ""
+    exit_code: int = 0
+    classes: tuple[ClassRow, ...] = ()
+
+
+def open_for(path: Path, how: dict[str, Any]) -> ParticleSet:
+    """The particle set of a training, opened as its config says; it may have no poses."""
+    return open_particles(path, **{name: how.get(name) for name in OPENED_WITH}, need_poses=False)
+
+
+def without_poses(particles: ParticleSet) -> ParticleSet:
+    """The particles as if nothing were known of their poses."""
+    return replace(particles, rotation=None, shift=None)
+
+
+def check(particles: ParticleSet, options: DecoOptions, training: TrainOptions) -> None:
+    """Everything that can be refused is refused here, before a folder is touched.
+
+    Raises:
+        InputError: no CTF, too few particles, weights that do not fit, a latent longer than the set.
+    """
+    if options.poses == "none":
+        particles = without_poses(particles)
+    Deco(options).check(particles)
+    if training.seed < 0:
+        raise InputError(f"--seed {training.seed}: expected 0 or more")
+    if options.k > len(particles) // 2:
+        raise InputError(f"--k {options.k}: more classes than {len(particles)} particles can fill")
+    if options.finetune != "none" and not options.zdim_auto and options.zdim >= len(particles):
+        raise InputError(
+            f"--zdim {options.zdim}: a latent as long as the set is large ({len(particles)} particles) can hold every "
+            "image by heart: give a smaller one"
+        )
+    if options.poses == "none" and options.start == "voxel":
+        AbInitio(particles, options_of(options, training.seed))
+    open_encoder(options, particles)
+
+
+def available_encoder(chosen: Preset) -> Preset:
+    """The preset with an encoder that is installed: where its own is not, the small one of the package, else none.
+
+    Says what was taken instead.
+    """
+    wanted = chosen.options.encoder
+    for encoder in dict.fromkeys((wanted, "iev-tiny", RANDOM)):
+        try:
+            if encoder != RANDOM:
+                shipped_encoder(encoder)
+        except InputError:
+            continue
+        if encoder != wanted:
+            notice(f"the weights {wanted} are not installed: --encoder {encoder} is used (or give a file of weights)")
+        return replace(chosen, options=chosen.options.changed(encoder=encoder))
+    return chosen
+
+
+def can_resume(run: RunDir) -> bool:
+    """Whether the folder holds a run of deco-classify that can go on: in its start or in its training."""
+    if not (run.checkpoint.exists() or run.start.exists()) or not run.exists():
+        return False
+    return read_run_config(run)["method"] == "deco"
+
+
+def train(
+    particles: ParticleSet,
+    run: RunDir,
+    options: DecoOptions,
+    training: TrainOptions,
+    resume: bool = False,
+    files: bool = True,
+) -> Trained:
+    """Find first poses (where none are known), train, classify, and write everything.
+
+    With several processes the first one makes the voxel start and the classes; the others wait or come back.
+    """
+    began = time.monotonic()
+    if options.poses == "none":
+        particles = without_poses(particles)
+    warn_of_noise(particles)
+    run.path.mkdir(parents=True, exist_ok=True)
+    if options.poses == "none" and options.start == "voxel":
+        particles, stopped = _started(particles, run, options, training)
+        if stopped:
+            if training.requeue and process_rank() == 0:
+                requeue_job(stopped)
+            return Trained(0, stopped, exit_code(stopped))
+    if options.zdim_auto:
+        options = options.changed(zdim=choose_zdim(particles, run, options, training), zdim_auto=False)
+    minutes = training.max_minutes
+    if minutes is not None:
+        training = replace(training, max_minutes=max(minutes - (time.monotonic() - began) / 60, 0.01))
+    method = Deco(options, run.encoder_images, training.epochs)
+    fitted = fit(
+        method, particles, run, training, resume="auto" if resume else False,
+        on_epoch=epoch_writer(method, particles, run, options),
+    )  # fmt: skip
+    if fitted.stopped or process_rank() != 0:
+        return Trained(fitted.epochs_done, fitted.stopped, fitted.exit_code)
+    epoch = run.last_epoch()
+    loaded = load(run, read_run_config(run), epoch)
+    classes = finish(run, loaded, options, training.seed, files)
+    for path in (run.encoder_images, run.encoder_images.with_name(run.encoder_images.name + ".json")):
+        path.unlink(missing_ok=True)
+    return Trained(epoch, classes=tuple(classes))
+
+
+def _started(
+    particles: ParticleSet, run: RunDir, options: DecoOptions, training: TrainOptions
+) -> tuple[ParticleSet, str]:
+    """The voxel start, made by the first process; the others wait for its file."""
+    device = resolve_accelerator(training.accelerator)
+    if process_rank() == 0:
+        return voxel_start(particles, run, options, training.seed, device, training.max_minutes)
+    waited = time.monotonic()
+    while time.monotonic() - waited < WAIT_SECONDS:
+        record = start_record(run)
+        if record is not None and record["round"] and record["chunk"] == 0:
+            found = voxel_start(particles, run, options, training.seed, device, 0.001, progress=False)
+            if not found[1]:
+                return found
+        time.sleep(2.0)
+    raise InputError(f"{run.start}: the first process has not finished the start; do all processes see this folder?")
+
+
+def warn_of_noise(particles: ParticleSet) -> float:
+    """Say so where the images show no signal above the noise; returns its strength in standard errors."""
+    spectra = measure_spectra(particles, True)
+    half = particles.box_size // 2
+    shells = np.arange(1, half + 1)
+    images = min(len(particles), 2000)
+    ratio = (spectra.signal / spectra.noise.mean(0))[1:].double().numpy()
+    points = np.pi * shells  # of a half disc
+    # a coefficient's noise power scatters as much as its mean; `measure_spectra` never gives less than 0.003
+    strength = float(((ratio - 0.006).clip(min=0) * np.sqrt(points * images)).max() * 0.5)
+    if strength < LITTLE_SIGNAL:
+        notice(
+            f"{particles.path}: the images show nothing above the noise ({strength:.1f} standard errors): whatever is "
+            "found in them is not to be trusted. Is this stack empty, or its noise spectrum wrong (cryosuite check)?"
+        )
+    return strength
+
+
+def epoch_writer(
+    method: Deco, particles: ParticleSet, run: RunDir, options: DecoOptions
+) -> Callable[[int, DecoModel], None]:
+    """What ``fit`` calls after an epoch: one clean pass for z.N.pkl; poses.N.pkl, margins.N.npz and index.pkl."""
+
+    def write(epoch: int, model: DecoModel) -> None:
+        z = method.embed(model, len(particles))
+        if process_rank() != 0:
+            return
+        rotation, shift, margin = poses_of(model, particles, run, options)
+        write_pickle(run.poses(epoch), (rotation, shift))
+        write_pickle(run.index, np.asarray(particles.index, np.int64))
+        if margin is not None:
+            with atomic_path(run.margins(epoch), suffix=".npz") as temporary:
+                np.savez(temporary, margin=margin, index=np.asarray(particles.index, np.int64))
+        write_pickle(run.z(epoch), z)  # last: its presence says that the epoch is complete
+
+    return write
+
+
+def poses_of(
+    model: DecoModel, particles: ParticleSet, run: RunDir, options: DecoOptions
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Rotations, shifts (fraction of the box) and, where they were searched for, margins."""
+    if model.table is None:
+        shift = np.zeros((len(particles), 2), np.float32) if particles.shift is None else particles.shift
+        return particles.rotation, shift, None
+    with torch.no_grad():
+        rotation = six_d_to_matrix(model.table.six).float().cpu().numpy()
+    shift, margin = model.table.shift.detach().float().cpu().numpy(), model.table.margin.cpu().numpy()
+    if options.poses == "none" and options.start == "voxel":
+        first = start_margins(start_record(run)).numpy()
+        margin = np.where(np.isnan(margin), first, margin)
+    return rotation, shift, None if np.isnan(margin).all() else margin
+
+
+# --- opening a run again ---------------------------------------------------------------------------------------------
+
+
+def with_poses(particles: ParticleSet, run: RunDir, epoch: int) -> ParticleSet:
+    """The particles with the poses of an epoch of the run."""
+    rotation, shift = safe_load(run.poses(epoch))[0]
+    if len(rotation) != len(particles):
+        raise InputError(
+            f"{run.poses(epoch)}: {len(rotation)} poses for {len(particles)} particles: did the set change?"
+        )
+    return replace(particles, rotation=rotation, shift=shift, poses_from=run.poses(epoch))
+
+
+def load(run: RunDir, config: dict[str, Any], epoch: int) -> LoadedRun:
+    """Open an epoch of a run; volumes come from its network, poses are those of that epoch."""
+    options = DecoOptions.from_dict(config["options"])
+    particles = with_poses(open_for(particles_path(config, run), config), run, epoch)
+    state = load_state(run.weights(epoch), "weights")["model_state_dict"]
+    if "head.1.weight" in state:  # --zdim auto is not settled in config.yaml
+        options = options.changed(zdim=len(state["head.1.weight"]), zdim_auto=False)
+    noise = state.get("noise_amplitude")
+    if noise is None or noise.shape[1] != particles.box_size // 2 + 1:
+        raise InputError(f"{run.weights(epoch)}: not made for particles of box {particles.box_size} ({particles.path})")
+    nothing = Spectra(torch.ones_like(noise), torch.ones_like(noise[0]))
+    model = DecoModel(particles.box_size, options, nothing, encoder_of_state(state), particles.ctf_premultiplied)
+    if "table.six" in state:
+        model.table = PoseTable(
+            torch.eye(3).expand(len(state["table.six"]), 3, 3), torch.zeros_like(state["table.shift"])
+        )
+    load_into(model, state, run.weights(epoch))
+    model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    z = read_latent(run.z(epoch), finite=False)[0]
+    if len(z) != len(particles):
+        raise InputError(f"{run.z(epoch)}: {len(z)} latents for {len(particles)} particles: did the set change?")
+
+    def decode(points: np.ndarray) -> np.ndarray:
+        return model.volumes(torch.from_numpy(np.atleast_2d(np.asarray(points, np.float32)))).cpu().numpy()
+
+    pixel_size = float(np.median(particles.pixel_size))
+    return LoadedRun("deco", particles, z, epoch, pixel_size, particles.box_size, decode, config)

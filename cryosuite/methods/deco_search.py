@@ -1,0 +1,85 @@
+"""Stages of a CryoDECO training without poses, and pose search with the network as the source of slices."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from cryosuite.data.loader import Batch
+from cryosuite.kernels import pose_search
+from cryosuite.kernels.pose_search import Candidates, PointSource, SearchOptions
+from cryosuite.methods.deco_model import DecoModel
+from cryosuite.methods.deco_options import DecoOptions
+from cryosuite.training.launch import world
+from cryosuite.training.method import Step
+
+CARRIED = 8  # poses per particle that a later search starts from
+
+
+class Stage(Enum):
+    """What happens to poses in a step."""
+
+    KNOWN = "known"
+    WARMUP = "warm-up"  # random poses, encoder frozen
+    SEARCH = "search"  # global search, then a gradient step of the networks
+    REFINE = "refine"  # gradient steps of networks and poses
+
+
+def stage_of(step: Step, epochs: int, options: DecoOptions, count: int) -> Stage:
+    """The stage of a step of a training of ``epochs`` epochs over ``count`` particles."""
+    if not options.table:
+        return Stage.KNOWN
+    if options.poses == "known" or options.start == "voxel":
+        return Stage.REFINE
+    per_epoch = step.total / epochs
+    warmup = math.ceil(options.warmup_images / max(count, 1) * per_epoch)
+    if step.index < warmup:
+        return Stage.WARMUP
+    return Stage.SEARCH if step.index < warmup + options.search_epochs * per_epoch else Stage.REFINE
+
+
+class Searcher:
+    """Finds poses of the images of a batch with the current network and writes them into the model's table."""
+
+    def __init__(self, model: DecoModel, options: DecoOptions) -> None:
+        self.model, self.options = model, options
+        D = model.box_size
+        self.search_options = SearchOptions(
+            r_min=min(12, max(4, D // 4)), r_max=min(32, D // 2), shift_extent=options.shift_extent, base="polar",
+            keep=CARRIED,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def search(self, batch: Batch, z: Tensor) -> None:
+        """Search for the poses of all images of a batch, whose latents are z (b, zdim)."""
+        model, D = self.model, self.model.box_size
+        training = model.training
+        model.eval()
+        target = model.target(replace(batch, shift=None))
+        source = PointSource(lambda q, index: self._values(q, z[index]), D)
+        index = torch.arange(len(batch), device=z.device)
+        found = pose_search.search(source, target.values, target.ctf, index, self.search_options)
+        model.train(training)
+        self._keep(batch.index, found)
+
+    def _values(self, q: Tensor, z: Tensor) -> Tensor:  # (b, n, 3), (b, zdim) -> (b, n) complex
+        """Values of the network times the data's amplitude."""
+        radius = q.norm(dim=-1) * self.model.box_size
+        values = self.model.field(q, z) * self.model.amplitude(radius)[..., None]
+        return torch.view_as_complex(values.float().contiguous())
+
+    def _keep(self, index: Tensor, found: Candidates) -> None:
+        """Write the best poses of a batch, of all processes where there are several."""
+        rows = (index, found.rotation[:, 0], found.shift[:, 0] / self.model.box_size, pose_search.margin(found))
+        processes = world()[1]
+        if processes == 1:
+            self.model.table.put(*rows)
+            return
+        everywhere: list = [None] * processes
+        torch.distributed.all_gather_object(everywhere, [value.cpu() for value in rows])
+        for part in everywhere:
+            self.model.table.put(*(value.to(index.device) for value in part))

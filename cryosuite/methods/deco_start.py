@@ -1,0 +1,116 @@
+"""The voxel start of `deco-classify`: drives `reconstruct.abinitio`, saves it, stops in time and goes on exactly."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cryosuite import __version__
+from cryosuite.console import Progress
+from cryosuite.data.particles import ParticleSet
+from cryosuite.data.workdir import RunDir
+from cryosuite.methods.deco_hand import settle_hands
+from cryosuite.methods.deco_options import DecoOptions
+from cryosuite.reconstruct.abinitio import AbInitio, AbInitioOptions
+from cryosuite.training import checkpoint
+from cryosuite.training.logs import RunLog
+from cryosuite.training.options import plain
+from cryosuite.training.signals import StopSignals
+
+SAVE_SECONDS = 20.0
+
+
+def options_of(options: DecoOptions, seed: int) -> AbInitioOptions:
+    """The options of the voxel start."""
+    return AbInitioOptions(classes=options.classes, starts=options.starts, shift_extent=options.shift_extent, seed=seed)
+
+
+def voxel_start(
+    particles: ParticleSet,
+    run: RunDir,
+    options: DecoOptions,
+    seed: int,
+    device: str = "cpu",
+    max_minutes: float | None = None,
+    progress: bool = True,
+) -> tuple[ParticleSet, str]:
+    """The particles with the poses found, and "" or why it stopped before the end.
+
+    Whatever is in start.pt is gone on from; a start that is complete is only read. Raises InputError for a start.pt of
+    other particles or options.
+    """
+    path, chosen = run.start, options_of(options, seed)
+    identity = {
+        "options": {"seed": seed},
+        "method": {"name": "deco", "options": plain(chosen)},
+        "particles": checkpoint.fingerprint(particles),
+    }
+    log = RunLog(run.log)
+    engine = AbInitio(particles, chosen, device, lambda text, record: log.write(text))
+    if path.exists():
+        stored = checkpoint.load_state(path, "a start of deco-classify")
+        checkpoint.refuse_differences(path, stored, identity)
+        checkpoint.remove_leftovers(path)
+        engine.load_state_dict(stored["state"])
+
+    def save() -> None:
+        state = {"format": checkpoint.FORMAT, "version": __version__, "state": engine.state_dict(), **identity}
+        checkpoint.save_state(path, state)
+
+    stopped = "" if engine.done else _run(engine, save, max_minutes, progress)
+    if stopped:
+        log.write(f"voxel start stopped by {stopped} at unit {engine.position} of {engine.total}")
+        return particles, stopped
+    found = engine.found
+    posed = replace(particles, rotation=found.rotation, shift=found.shift)
+    return settle_hands(posed, found.label, options.hand), ""
+
+
+def _run(engine: AbInitio, save: Any, max_minutes: float | None, progress: bool) -> str:
+    """Advance until done or told to stop; saves now and then and at the end."""
+    began = saved = time.monotonic()
+    late = float("inf") if max_minutes is None else began + 60 * max_minutes
+    bar = Progress(engine.total, "find first poses", "steps", engine.position) if progress else None
+    with StopSignals() as signals, bar or _Silent():
+        while not engine.done:
+            before = engine.position
+            engine.advance()
+            if bar is not None:
+                bar.advance(engine.position - before)
+            now = time.monotonic()
+            stopped = signals.received or ("max_minutes" if now > late and not engine.done else "")
+            if stopped or engine.done or now - saved > SAVE_SECONDS:
+                save()
+                saved = time.monotonic()
+            if stopped:
+                return stopped
+    return ""
+
+
+class _Silent:
+    """No progress display."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def start_record(run: RunDir) -> dict[str, Any] | None:
+    """The state a complete start left behind: poses, margins, history; None where there is none."""
+    path: Path = run.start
+    return checkpoint.load_state(path, "a start of deco-classify")["state"] if path.exists() else None
+
+
+def start_margins(record: dict[str, Any]) -> Tensor:
+    """(N,) log-likelihood by which the pose of the start is better than the best one elsewhere."""
+    from cryosuite.kernels.pose_search import Candidates, margin
+
+    p = record["poses"]
+    return margin(Candidates(p["rotation"], p["shift"], p["score"])).to(torch.float32)
