@@ -16,7 +16,7 @@ from . import layers_cpu
 __all__ = ["product", "fourier_features", "norm_relu"]
 
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-MANY = 64  # rows from which oneDNN's set-up is worth it
+MANY = 64  # rows, and columns of the result are at least 8: below that oneDNN's set-up costs more than it saves
 
 
 def _plain_float(*tensors: Tensor | None) -> bool:
@@ -47,7 +47,7 @@ class _Product(torch.autograd.Function):
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # (..., i), (o, i), (o,) -> (..., o)
     """x W^T + b, as ``torch.nn.functional.linear``, float32 products in oneDNN on a CPU."""
-    if _ONEDNN is None or not _plain_float(x, weight, bias) or x.numel() < MANY * x.shape[-1]:
+    if _ONEDNN is None or not _plain_float(x, weight, bias) or x.numel() < MANY * x.shape[-1] or len(weight) < 8:
         return F.linear(x, weight, bias)
     # oneDNN falls back to a loop a thousand times slower for cut-out matrices
     rows, weight = x.reshape(-1, x.shape[-1]).contiguous(), weight.contiguous()
