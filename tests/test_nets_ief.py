@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from cryosuite.data.encoder_weights import load_encoder
 from cryosuite.formats.safetensors import read_safetensors
+from cryosuite.nets import ief
 from cryosuite.nets.ief import SPECS, IefEncoder, IefSpec, make_spec, sincos_positions
 
 SMALL = IefSpec("small", dim=32, depth=3, heads=2, patch=7, image_size=28)
@@ -243,6 +244,47 @@ def test_half_precision_features_point_the_same_way() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             short = encoder(image).float()
     assert float(F.cosine_similarity(exact, short).min()) > 0.999
+
+
+def test_half_precision_gradients_point_the_same_way() -> None:
+    gradients = []
+    for half in (False, True):
+        encoder = small().train()
+        image = torch.randn(8, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            features = encoder(image)
+        (features.float() @ torch.linspace(-1, 1, 32)).square().sum().backward()
+        gradients.append([value.grad.flatten() for value in encoder.parameters() if value.grad is not None])
+    for exact, short in zip(*gradients, strict=True):
+        assert short.dtype == torch.float32
+        assert float(F.cosine_similarity(exact, short, dim=0)) > 0.99 or float(exact.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("at_once", [1, 10**9])
+def test_attention_in_half_precision_on_a_cpu(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ief, "CPU_SCORES", at_once)
+    q, k, v = torch.randn(3, 5, 2, 9, 8).bfloat16()
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    assert (ief._attention_cpu(q, k, v).double() - exact).abs().max() < 0.03
+    first = ief._attention_cpu(q[:, :, :1], k, v)
+    assert first.shape == (5, 2, 1, 8) and (first.double() - exact[:, :, :1]).abs().max() < 0.03
+
+
+def test_the_fast_product_is_only_taken_where_no_gradient_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With oneDNN or without, with gradients or without: the same numbers to rounding, and gradients arrive."""
+    encoder, image = small().eval(), torch.randn(2, 1, 28, 28)
+    with torch.no_grad():
+        fast = encoder(image)
+        double = small().eval().double()(image.double())
+        monkeypatch.setattr(ief, "_has_onednn", lambda: False)
+        plain = encoder(image)
+    assert (fast - plain).abs().max() < 2e-5 and (fast - double).abs().max() < 2e-5
+    monkeypatch.undo()
+    image.requires_grad_(True)
+    encoder(image).sum().backward()
+    assert bool((image.grad != 0).any())
+    with torch.no_grad():
+        assert torch.equal(encoder(image), fast) and not encoder(image).requires_grad
 
 
 def test_synchronised_batch_norm_can_take_its_place() -> None:
