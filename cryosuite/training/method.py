@@ -32,7 +32,8 @@ class Method(Protocol):
 
     Optional attributes the loop looks for: ``options`` (a dataclass; kept in the checkpoint and compared on resume),
     ``parameter_groups(model) -> list[dict]`` (for AdamW; ``lr_scale`` multiplies the learning rate of a group),
-    ``unused_parameters`` (True where some parameters get no gradient in some steps).
+    ``unused_parameters`` (True where some parameters get no gradient in some steps), ``loader(particles, batch_size,
+    rank, processes, seed=, device=)`` (batches of its own, with the verbs of ``GlobalBatches``).
     """
 
     name: str

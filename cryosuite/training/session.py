@@ -87,7 +87,8 @@ class Session:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = self._optimizer()
         self.ema = Ema(self.model, options.ema)
-        self.loader = GlobalBatches(
+        loader = getattr(method, "loader", GlobalBatches)
+        self.loader = loader(
             particles, options.batch_size, self.rank, self.processes, seed=options.seed, device=self.device
         )
         self.total = options.epochs * len(self.loader)
@@ -293,4 +294,6 @@ class Session:
         last = "No checkpoint had been written yet."
         if saved is not None:
             last = f"The last good checkpoint is {self.run.checkpoint} (step {saved['place']['step']})."
-        return f"{describe_images(self.particles, rows)} {last} A lower --lr often helps."
+        describe = getattr(self.particles, "describe", None)  # a set that is no plain list of images knows itself
+        which = describe_images(self.particles, rows) if describe is None else describe(rows)
+        return f"{which} {last} A lower --lr often helps."

@@ -1,0 +1,341 @@
+"""Images for contrastive training, streamed from any number of particle sets and from simulation.
+
+An epoch is a fixed number of images. Each set gives its share by weight and is read in runs of neighbours, block after
+block in an order that changes with every pass; memory holds a window of images, never a set. Everything is a pure
+function of (seed, epoch, batch), so a continued training sees the images it would have seen.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cryosuite.data.encoder_images import EncoderCache, read_encoder_images
+from cryosuite.data.encoder_pixels import CLIP_PERCENT, spline_matrix
+from cryosuite.data.loader import read_ahead
+from cryosuite.errors import InputError, notice
+from cryosuite.simulate.pool import Imaging, ProjectionPool, expose
+
+if TYPE_CHECKING:
+    from cryosuite.data.particles import ParticleSet
+
+BLOCK = 256  # neighbouring images read together
+WINDOW_BYTES = 64 << 20
+SIMULATION = 7  # keeps the seeds of simulated images apart from those of the order
+
+
+@dataclass
+class PairBatch:
+    """b particles in two views each.
+
+    index (b,) int64: number of the image in the epoch. images (b, 2, s, s) uint8, no circle. drawn (b,) bool: the two
+    views were simulated apart (else both are the same image). label (b,) int64: set, or molecule of a simulated image.
+    kind: "stacks", "simulated" or "mixed".
+    """
+
+    index: Tensor
+    images: Tensor
+    drawn: Tensor
+    label: Tensor
+    kind: str = "stacks"
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PairBatch:
+        """The same batch on another device."""
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=non_blocking)
+            for name in ("index", "images", "drawn", "label")
+        }
+        return replace(self, **moved)
+
+
+class Source(Protocol):
+    """A set of the corpus: ``name``, ``weight``, ``size`` (images, None: endless) and ``key`` (what tells it apart)."""
+
+    name: str
+    weight: float
+    size: int | None
+    key: int
+
+
+class StackSource:
+    """Particles of files, as eight-bit images of the encoder's size.
+
+    ``cache``: keep them in this file (made now) instead of preparing them anew in every pass.
+    """
+
+    def __init__(
+        self,
+        particles: ParticleSet,
+        size_px: int,
+        prep: str,
+        weight: float | None = None,
+        name: str = "",
+        cache: object = None,
+    ) -> None:
+        self.particles, self.size_px, self.prep = particles, size_px, prep
+        self.size, self.name = len(particles), name or str(particles.path)
+        self.weight = float(self.size if weight is None else weight)
+        ends = particles.read(np.array(sorted({0, self.size - 1})))
+        self.key = zlib.crc32(np.ascontiguousarray(ends, np.float32).tobytes(), self.size)
+        self.cache = EncoderCache(particles, size_px, prep, cache, circle=False) if cache else None
+
+    def rows(self, first: int, count: int, seed: int, number: int) -> np.ndarray:
+        """Rows number ``first`` .. of this set's endless stream: pass after pass, blocks in random order."""
+        position = np.arange(first, first + count)
+        out = np.empty(count, np.int64)
+        for turn in np.unique(position // self.size):
+            chosen = position // self.size == turn
+            blocks = np.random.default_rng([seed, number, int(turn)]).permutation(-(-self.size // BLOCK))
+            lengths = np.minimum(BLOCK, self.size - blocks * BLOCK)
+            starts = np.concatenate([[0], np.cumsum(lengths)])
+            within = position[chosen] % self.size
+            block = np.searchsorted(starts, within, side="right") - 1
+            out[chosen] = blocks[block] * BLOCK + within - starts[block]
+        return out
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Images (b, s, s) uint8; broken ones are replaced by others of the same rows."""
+        unique, back = np.unique(rows, return_inverse=True)
+        if self.cache is not None:
+            images, finite = self.cache.batch(unique).numpy(), ~self.cache.bad[unique]
+        else:
+            images, finite = read_encoder_images(self.particles, unique, self.size_px, self.prep, circle=False)
+        good = np.flatnonzero(finite)
+        if not len(good):
+            raise InputError(f"{self.name}: {len(unique)} images in a row hold NaN or infinite pixels; run check on it")
+        if len(good) < len(unique):
+            notice(f"{self.name}: images with NaN or infinite pixels are left out of the training")
+            images = images[good[np.searchsorted(good, np.arange(len(unique))) % len(good)]]
+        return images[back]
+
+
+class PoolSource:
+    """Simulated particles, made on the training's device from a pool of clean projections; endless."""
+
+    size = None
+
+    def __init__(
+        self,
+        pool: ProjectionPool,
+        size_px: int,
+        prep: str,
+        positives: str,
+        imaging: Imaging | None = None,
+        weight: float = 1.0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.pool, self.size_px, self.prep, self.positives = pool, size_px, prep, positives
+        self.imaging, self.weight, self.device = imaging or Imaging(), weight, torch.device(device)
+        self.name = f"simulated particles of {len(pool.names)} molecules"
+        self.key = zlib.crc32(repr((pool.names, pool.options, self.imaging, positives)).encode())
+
+    def pairs(self, count: int, seed: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(images (count, 2, s, s) uint8, molecule (count,) int64), a pure function of ``seed``."""
+        words = np.random.SeedSequence([SIMULATION, *seed]).generate_state(2, np.uint32)
+        generator = torch.Generator(device=self.device).manual_seed((int(words[0]) << 31) ^ int(words[1]))
+        rng = np.random.default_rng([SIMULATION, 1, *seed])
+        box = int(rng.choice(self.imaging.boxes))
+        views = self.pool.options.views
+        molecule = rng.integers(len(self.pool.names), size=count)
+        first = molecule * views + rng.integers(views, size=count)
+        second = first
+        if self.positives in ("same-structure", "mixed"):
+            other = molecule * views + rng.integers(views, size=count)
+            keep = rng.random(count) < (0.5 if self.positives == "mixed" else 0.0)
+            second = np.where(keep, first, other)
+        made = []
+        for rows in (first,) if self.positives == "augment" else (first, second):
+            clean = torch.from_numpy(np.ascontiguousarray(self.pool.images[rows])).to(self.device)
+            noisy = expose(clean, self.pool.options.field, self.imaging, box, generator)
+            made.append(eight_bits(noisy, self.size_px, self.prep))
+        return torch.stack([made[0], made[-1]], 1), torch.from_numpy(molecule)
+
+
+def eight_bits(images: Tensor, size: int, prep: str) -> Tensor:
+    """``data.encoder_images`` for tensors on any device: (b, D, D) -> (b, size, size) uint8, without the circle."""
+    box = images.shape[-1]
+    if box < size:
+        matrix = torch.from_numpy(spline_matrix(box, size)).to(images)
+        images = matrix @ images @ matrix.T
+    elif box > size:
+        half = size // 2
+        spectra = torch.fft.rfft2(images)
+        rows = torch.cat([spectra[:, :half], spectra[:, box - half :]], 1)[:, :, : half + 1].clone()
+        rows[:, half] = 0
+        rows[:, :, half] = 0
+        images = torch.fft.irfft2(rows, s=(size, size))
+    flat = images.flatten(1)
+    cut = int(flat.shape[1] * CLIP_PERCENT / 100) + 1 if prep == "robust" else 1
+    low = flat.topk(cut, largest=False).values[:, -1:]
+    high = flat.topk(cut).values[:, -1:]
+    scaled = ((flat - low) / (high - low).clamp(min=1e-12) * 255).clamp(0, 255)
+    return scaled.to(torch.uint8).view(images.shape)
+
+
+class Corpus:
+    """Several sources as the training loop sees a particle set: ``epoch_images`` images per epoch.
+
+    Raises InputError where there is no source, or a weight is not positive.
+    """
+
+    pixel_size = np.ones(1, np.float32)
+
+    def __init__(self, sources: Sequence[Source], epoch_images: int, size_px: int) -> None:
+        if not sources:
+            raise InputError("nothing to train on: give particle sets, or --simulate")
+        for source in sources:
+            if not source.weight > 0:
+                raise InputError(f"{source.name}: weight {source.weight:g}: expected above 0")
+        self.sources, self.epoch_images, self.box_size = list(sources), int(epoch_images), size_px
+        weight = np.array([source.weight for source in sources], np.float64)
+        self.share = weight / weight.sum()
+        self.index = np.array([source.key for source in sources], np.int64)  # for the checkpoint's fingerprint
+
+    def __len__(self) -> int:
+        return self.epoch_images
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Two numbers that tell corpora apart, in the shape of images, for the checkpoint's fingerprint."""
+        return np.resize(np.concatenate([self.share, self.index % 65521]).astype(np.float32), (len(rows), 2, 2))
+
+    def describe(self, rows: np.ndarray) -> str:
+        """A sentence for the message of a training that diverged."""
+        return (
+            f"It happened in images {int(rows.min())} to {int(rows.max())} of an epoch ({len(self.sources)} sets)."
+        )
+
+    def plan(self, epoch: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of every image of an epoch its source (E,) uint16 and its number in that source's stream (E,) int64.
+
+        Shares are kept exactly over the epochs: a set's quota of epoch e is round(share E (e + 1)) - round(share E e).
+        """
+        edges = np.cumsum(self.share)
+        edges[-1] = 1.0
+        done = np.diff(np.concatenate([[0], np.round(edges * self.epoch_images * epoch)])).astype(np.int64)
+        after = np.diff(np.concatenate([[0], np.round(edges * self.epoch_images * (epoch + 1))])).astype(np.int64)
+        quota = np.maximum(after - done, 0)
+        quota[np.argmax(quota)] += self.epoch_images - quota.sum()
+        source = np.repeat(np.arange(len(quota)), quota).astype(np.uint16)
+        source = np.random.default_rng([seed, epoch]).permutation(source)
+        number = np.empty(len(source), np.int64)
+        for s in range(len(quota)):
+            mine = source == s
+            number[mine] = done[s] + np.arange(int(mine.sum()))
+        return source, number
+
+
+class CorpusLoader:
+    """Batches of a corpus as the training loop takes them; process r of w gets its rows r, r + w, ... of each batch."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        prefetch: int = 2,
+    ) -> None:
+        if batch_size % world_size:
+            raise InputError(f"--batch-size {batch_size}: must be a multiple of the number of processes ({world_size})")
+        if corpus.epoch_images < batch_size:
+            raise InputError(
+                f"--batch-size {batch_size}: more than the {corpus.epoch_images} images of an epoch; give a smaller one"
+            )
+        self.corpus, self.batch_size, self.seed, self.prefetch = corpus, batch_size, seed, prefetch
+        self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
+        per_image = corpus.box_size**2
+        self.window = max(1, WINDOW_BYTES // per_image // batch_size)  # batches read together
+
+    def __len__(self) -> int:
+        return self.corpus.epoch_images // self.batch_size
+
+    def global_size(self, batch: int) -> int:
+        """Images of a batch over all processes: always full, for the batch is the set of negatives."""
+        return self.batch_size
+
+    def weight(self, batch: int) -> int:
+        """Images of a batch that count for this process."""
+        return self.batch_size // self.world_size
+
+    def epoch(self, n: int, start: int = 0) -> Iterator[PairBatch]:
+        """The batches of epoch ``n`` from batch ``start`` on."""
+        batches = self._batches(n, start)
+        if self.prefetch > 0:
+            batches = read_ahead(batches, self.prefetch)
+        for batch in batches:
+            yield batch.to(self.device, non_blocking=self.device.type == "cuda")
+
+    def _batches(self, epoch: int, start: int) -> Iterator[PairBatch]:
+        source, number = self.corpus.plan(epoch, self.seed)
+        for first in range(start - start % self.window, len(self), self.window):
+            last = min(first + self.window, len(self))
+            rows = slice(first * self.batch_size, last * self.batch_size)
+            stacks = self._window(source[rows], number[rows], epoch, first, max(start, first))
+            for batch in range(max(start, first), last):
+                inside = slice((batch - first) * self.batch_size, (batch - first + 1) * self.batch_size)
+                mine = np.arange(batch * self.batch_size, (batch + 1) * self.batch_size)[self.rank :: self.world_size]
+                yield self._one(mine, source[mine], stacks[inside][self.rank :: self.world_size], epoch, batch)
+
+    def _window(
+        self, source: np.ndarray, number: np.ndarray, epoch: int, first: int, start: int
+    ) -> np.ndarray | list[None]:
+        """Images (n, s, s) uint8 of a window's rows; those of endless sources are left empty."""
+        from_files = [s for s, kind in enumerate(self.corpus.sources) if kind.size is not None]
+        if not np.isin(source, from_files).any():
+            return np.empty((len(source), 0), np.uint8)
+        out = np.zeros((len(source), self.corpus.box_size, self.corpus.box_size), np.uint8)
+        for s in from_files:
+            places = np.flatnonzero(source == s)
+            if not len(places):
+                continue
+            kind = self.corpus.sources[s]
+            rows = kind.rows(int(number[places[0]]), len(places), self.seed, s)
+            # neighbours come together from the stream: spread them over the window's batches
+            rows = np.random.default_rng([self.seed, epoch, first, s]).permutation(rows)
+            needed = (places >= (start - first) * self.batch_size) & (places % self.world_size == self.rank)
+            if needed.any():
+                out[places[needed]] = kind.read(rows[needed])
+        return out
+
+    def _one(self, index: np.ndarray, source: np.ndarray, stacks: np.ndarray, epoch: int, batch: int) -> PairBatch:
+        """Put one batch together."""
+        size, count = self.corpus.box_size, len(index)
+        endless = [s for s, kind in enumerate(self.corpus.sources) if kind.size is None]
+        drawn = np.isin(source, endless)
+        label = torch.from_numpy(source.astype(np.int64))
+        if not drawn.any():
+            images = torch.from_numpy(np.ascontiguousarray(stacks))[:, None].expand(-1, 2, -1, -1)
+            return PairBatch(torch.from_numpy(index), images, torch.from_numpy(drawn), label, "stacks")
+        if drawn.all() and len(endless) == 1:
+            pairs, label = self._simulate(endless[0], count, epoch, batch)
+        else:
+            pairs = torch.zeros(count, 2, size, size, dtype=torch.uint8, device=self.device)
+            if not drawn.all():
+                files = torch.from_numpy(np.flatnonzero(~drawn)).to(self.device)
+                pairs[files] = torch.from_numpy(stacks[~drawn]).to(self.device)[:, None]
+            for s in endless:
+                places = torch.from_numpy(np.flatnonzero(source == s))
+                if len(places):
+                    made, molecule = self._simulate(s, len(places), epoch, batch)
+                    pairs[places.to(self.device)] = made
+                    label[places] = molecule
+        one_image = [self.corpus.sources[s].positives == "augment" for s in endless]
+        apart = drawn & ~np.isin(source, [s for s, one in zip(endless, one_image, strict=True) if one])
+        kind = "simulated" if apart.all() else "mixed" if apart.any() else "stacks"
+        return PairBatch(torch.from_numpy(index), pairs, torch.from_numpy(apart), label, kind)
+
+    def _simulate(self, source: int, count: int, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
+        seed = [self.seed, source, epoch, batch, self.rank]
+        return self.corpus.sources[source].pairs(count, seed)

@@ -1,0 +1,63 @@
+"""Are features of images any good, without training anything on them? Neighbours' labels, collapse, effective rank."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROWS = 512  # images whose distances to all are held at once
+
+
+def knn_accuracy(z: np.ndarray, labels: np.ndarray, k: int = 10, cosine: bool = True) -> float:
+    """Share of images whose label is the one most of their k nearest others have (themselves left out).
+
+    Args:
+        z: (N, d) features.
+        labels: (N,) int, from 0.
+        k: neighbours that vote, weighted by rank so that ties go to the nearer; 1 is the nearest alone.
+        cosine: compare directions only; else Euclidean distances.
+
+    Raises ValueError for fewer than two images or another number of labels.
+    """
+    if len(z) < 2 or len(z) != len(labels):
+        raise ValueError(f"{len(z)} features and {len(labels)} labels: at least two of each are needed")
+    x = torch.from_numpy(np.ascontiguousarray(z, np.float32))
+    x = torch.nn.functional.normalize(x, dim=1) if cosine else x
+    known = torch.from_numpy(np.unique(labels, return_inverse=True)[1].astype(np.int64))
+    k, right = min(k, len(x) - 1), 0
+    vote = 1 - 1e-3 * torch.arange(k)
+    for start in range(0, len(x), ROWS):
+        part = x[start : start + ROWS]
+        near = part @ x.T if cosine else -torch.cdist(part, x)
+        near[torch.arange(len(part)), torch.arange(start, start + len(part))] = -torch.inf
+        found = known[near.topk(k, dim=1).indices]
+        votes = torch.zeros(len(part), int(known.max()) + 1).scatter_add_(1, found, vote.expand(len(part), -1))
+        right += int((votes.argmax(1) == known[start : start + len(part)]).sum())
+    return right / len(x)
+
+
+def feature_spread(z: Tensor) -> tuple[Tensor, Tensor]:
+    """(spread, effective rank) of features (n, c), as scalars on their device.
+
+    spread: standard deviation of the components of the normalised features times sqrt(c): near 1 for features in all
+    directions, near 0 when all images get the same one (below 0.3: collapse). Effective rank: participation ratio of
+    the covariance's eigenvalues, (sum)^2 / sum of squares, from 1 to c.
+    """
+    x = torch.nn.functional.normalize(z.float(), dim=1)
+    spread = x.std(0).square().mean().sqrt() * x.shape[1] ** 0.5
+    x = x - x.mean(0)
+    covariance = x.T @ x
+    rank = covariance.diagonal().sum().square() / covariance.square().sum().clamp(min=1e-20)
+    return spread, rank
+
+
+def pixel_components(images: np.ndarray, count: int = 64) -> np.ndarray:
+    """The baseline any encoder must beat: (N, count) principal components of the pixels (N, s, s)."""
+    flat = torch.from_numpy(np.ascontiguousarray(images.reshape(len(images), -1), np.float32))
+    flat = flat - flat.mean(0)
+    count = min(count, *flat.shape)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        u, s, _ = torch.svd_lowrank(flat, q=min(count + 8, *flat.shape), niter=3)
+    return (u * s)[:, :count].numpy()

@@ -1,0 +1,165 @@
+"""A pool of clean projections of many molecules, made once and mapped into memory, and noisy particles made of it.
+
+Projecting atoms costs more than training on the picture. So every molecule is projected in a number of views once
+(N, P, P float16 in a file); a training step takes views from the pool and gives them, on its device, any in-plane angle
+and shift, a CTF and noise that no other step has seen.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cryosuite.console import Progress
+from cryosuite.formats.atomic import atomic_path, write_text
+from cryosuite.kernels.ctf import CtfParams, ctf
+from cryosuite.kernels.rotations import random_rotations
+from cryosuite.simulate.images import Optics, Renderer
+from cryosuite.simulate.states import State
+
+FORMAT = 1
+DOSE_BOX = 128  # pixels at which ``Imaging.snr`` is counted
+
+
+@dataclass(frozen=True)
+class PoolOptions:
+    """views: per molecule. box_size: P, pixels. field: edge of a picture, A. resolution: A. seed: of the views."""
+
+    views: int = 200
+    box_size: int = 64
+    field: float = 320.0
+    resolution: float = 10.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Imaging:
+    """What is drawn for every particle made of a view; pairs are the ends of a range.
+
+    snr: of the signal's variance over the box to the noise's, were the box DOSE_BOX pixels; log-uniform. A camera with
+        larger pixels sees less noise: at D pixels it is (DOSE_BOX / D)^2 times that.
+    boxes: sizes D the particle may have had. shift: fraction of the box. magnify: apparent size.
+    """
+
+    snr: tuple[float, float] = (0.003, 0.2)
+    boxes: tuple[int, ...] = (32, 48, 64, 96, 128)
+    shift: float = 0.06
+    defocus_um: tuple[float, float] = (0.5, 3.0)
+    astigmatism: float = 500.0
+    magnify: tuple[float, float] = (0.95, 1.05)
+    voltage_kv: float = 300.0
+    cs_mm: float = 2.7
+    amplitude_contrast: float = 0.1
+
+
+class ProjectionPool:
+    """Clean projections, (K * views, P, P) float16 of unit standard deviation, memory-mapped; molecule = row // views.
+
+    Attributes:
+        images: the pool. labels: (K * views,) int64. names: of the K molecules.
+    """
+
+    def __init__(self, path: Path, states: list[State], options: PoolOptions, device: str = "cpu") -> None:
+        """Open the pool at ``path`` or make it there (the record beside it says what it is of)."""
+        self.path, self.options, self.names = Path(path), options, [state.name for state in states]
+        self.labels = np.repeat(np.arange(len(states)), options.views)
+        count = len(states) * options.views
+        shape = (count, options.box_size, options.box_size)
+        sums = [zlib.crc32(state.xyz.tobytes(), zlib.crc32(state.weight.tobytes())) for state in states]
+        key = json.dumps({"format": FORMAT, **asdict(options), "names": self.names, "atoms": sums})
+        record = self.path.with_name(self.path.name + ".json")
+        if not (record.is_file() and self.path.is_file() and record.read_text() == key):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(self.path, needed=2 * int(np.prod(shape))) as temporary:
+                _project(np.memmap(temporary, np.float16, "w+", shape=shape), states, options, device)
+            write_text(record, key)
+        self.images = np.memmap(self.path, np.float16, "r", shape=shape)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def _project(out: np.ndarray, states: list[State], options: PoolOptions, device: str) -> None:
+    """Fill a pool; views are uniform over directions, the in-plane angle is drawn later."""
+    box = options.box_size
+    optics = Optics(box, options.field / box, 2 * box, options.resolution)
+    with Progress(len(out), "clean projections") as shown:
+        for number, state in enumerate(states):
+            renderer = Renderer([state], optics, device)
+            generator = torch.Generator().manual_seed(1000003 * options.seed + number)
+            rotation = random_rotations(options.views, generator=generator).float()
+            for begin in range(0, options.views, 16):
+                part = rotation[begin : begin + 16].to(device)
+                zero = torch.zeros(len(part), dtype=torch.int64, device=device)
+                spectra = renderer.spectra(zero, part, torch.zeros(len(part), 2, device=device), wrap=False)
+                images = renderer.to_images(spectra)
+                images = images / images.std(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+                first = number * options.views + begin
+                out[first : first + len(part)] = images.cpu().numpy().astype(np.float16)
+                shown.advance(len(part))
+
+
+def turned(images: Tensor, angle: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Images (b, P, P) turned by ``angle`` (radians), magnified and moved by ``shift`` (b, 2) (fraction of the box).
+
+    Bilinear; what comes in from outside is 0.
+    """
+    cosine, sine = torch.cos(angle) / scale, torch.sin(angle) / scale
+    matrix = torch.stack([torch.stack([cosine, -sine], 1), torch.stack([sine, cosine], 1)], 1)
+    offset = -(matrix @ (2 * shift)[:, :, None])
+    grid = F.affine_grid(torch.cat([matrix, offset], 2), [len(images), 1, *images.shape[1:]], align_corners=False)
+    return F.grid_sample(images[:, None], grid, mode="bilinear", align_corners=False)[:, 0]
+
+
+def uniform(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
+    """(count,) uniform numbers on the generator's device."""
+    return low + (high - low) * torch.rand(count, generator=generator, device=generator.device)
+
+
+def expose(views: Tensor, field: float, imaging: Imaging, box_size: int, generator: torch.Generator) -> Tensor:
+    """Noisy particles (b, D, D) float32 of clean views (b, P, P), all randomness from ``generator`` on their device.
+
+    Each is turned by any angle, moved, magnified, given a CTF and white noise; white particles, noise of unit sd.
+    ``field``: edge of the views, A. ``box_size``: D; beyond P the picture is zero-filled in Fourier space.
+    """
+    b, P = views.shape[:2]
+    angle = uniform(b, 0, 2 * torch.pi, generator)
+    shift = (2 * torch.rand(b, 2, generator=generator, device=views.device) - 1) * imaging.shift
+    scale = uniform(b, *imaging.magnify, generator)
+    spectra = torch.fft.rfft2(turned(views.float(), angle, shift, scale))
+    size = min(P, box_size)
+    spectra = _crop_plain(spectra, P, size)
+    ky, kx = torch.fft.fftfreq(size, device=views.device), torch.fft.rfftfreq(size, device=views.device)
+    frequency = torch.stack([g.reshape(-1) for g in torch.broadcast_tensors(kx[None], ky[:, None])], 1)
+    defocus = 1e4 * uniform(b, *imaging.defocus_um, generator)
+    half = imaging.astigmatism / 2 * uniform(b, 0, 1, generator)
+    same = torch.ones_like(half)
+    params = CtfParams(
+        defocus + half, defocus - half, uniform(b, 0, 180, generator), imaging.voltage_kv * same, imaging.cs_mm * same,
+        imaging.amplitude_contrast * same, 0 * same, field / size * same,
+    )  # fmt: skip
+    spectra = spectra * ctf(frequency, params).view(b, size, size // 2 + 1).float()
+    clean = torch.fft.irfft2(_crop_plain(spectra, size, box_size), s=(box_size, box_size))
+    clean = clean / clean.std(dim=(1, 2), keepdim=True).clamp(min=1e-6)
+    low, high = np.log(imaging.snr[0]), np.log(imaging.snr[1])
+    snr = torch.exp(uniform(b, low, high, generator)) * (DOSE_BOX / box_size) ** 2
+    noise = torch.randn(clean.shape, generator=generator, device=views.device)
+    return clean * snr.sqrt()[:, None, None] + noise
+
+
+def _crop_plain(spectra: Tensor, box: int, size: int) -> Tensor:
+    """rfft2 spectra (b, box, box // 2 + 1) cropped or zero-filled to another box; Nyquist lines are left out."""
+    if size == box:
+        return spectra
+    half = min(size, box) // 2
+    out = spectra.new_zeros(len(spectra), size, size // 2 + 1)
+    out[:, :half, :half] = spectra[:, :half, :half]
+    out[:, size - half + 1 :, :half] = spectra[:, box - half + 1 :, :half]
+    return out
