@@ -70,7 +70,7 @@ def make_spec(size: str, norm2: str = "bn") -> IefSpec:
 
 
 class Linear(nn.Linear):
-    """A linear layer whose product is that of ``kernels.layers``: in float32 on a CPU twice as fast, where it is AMD's."""
+    """A linear layer whose float32 product on a CPU is that of ``kernels.layers``, twice as fast on some."""
 
     def forward(self, x: Tensor) -> Tensor:  # (..., n) -> (..., m)
         return product(x, self.weight, self.bias)
