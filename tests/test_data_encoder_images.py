@@ -192,6 +192,13 @@ def test_the_cache_holds_what_the_images_give(tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(cache.images), wanted)
 
 
+def test_a_set_without_particles(tmp_path: Path) -> None:
+    empty = toy_set().subset(np.zeros(0, np.int64))
+    for path in (None, tmp_path / "images.u8", tmp_path / "images.u8"):
+        assert EncoderCache(empty, 28, "ief", path, progress=False).images.shape == (0, 28, 28)
+    assert features(empty, toy_encoder(), progress=False).shape == (0, 32)
+
+
 def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     read: list[int] = []
     original = encoder_cache.read_encoder_images

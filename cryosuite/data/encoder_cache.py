@@ -141,7 +141,7 @@ class EncoderCache:
         done, why = self._found()
         if why:
             notice(f"{self.path}: this cache of images {why}: it is made anew")
-        if done < count or self.path.stat().st_size != needed:
+        if done < count or not self.path.is_file() or self.path.stat().st_size != needed:
             self._write(done, needed, progress)
         self._map()
 
