@@ -56,7 +56,7 @@ class PointSource:
         """(b, q, 3, 3) -> (b, q, P) complex."""
         plane = half_disc(self.box_size, radius, rotation.device).frequency_as(rotation.dtype)
         q = plane @ rotation[..., :2, :]
-        return self.values(q.flatten(1, 2), index).unflatten(1, rotation.shape[1:2])
+        return self.values(q.flatten(1, 2), index).unflatten(1, (rotation.shape[1], -1))
 
     def groups(self, index: Tensor) -> Tensor | None:
         """As the function given says; by default every particle has a volume of its own."""
