@@ -24,6 +24,8 @@ COMMANDS = {
     "backproject": ("backproject", "Reconstruct"),
     "train-hype": ("train_hype", "Train"),
     "train-kraqen": ("train_kraqen", "Train"),
+    "pretrain-iev": ("pretrain_iev", "Train"),
+    "deco-classify": ("deco_classify", "Train"),
     "polish": ("polish", "Reconstruct"),
     "analyze": ("analyze", "Look"),
     "eval-fsc": ("eval_fsc", "Look"),

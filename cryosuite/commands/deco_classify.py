@@ -16,7 +16,7 @@ RENAMED = {"dim": "width", "features": "n_frequencies", "march": "march_from", "
 METHOD = (
     "encoder", "encoder_size", "encoder_input", "finetune", "bn", "dim", "layers", "features", "feat_sigma", "field",
     "loss", "window", "march", "march_over", "lr_encoder", "lr_poses", "refine_poses", "start", "classes", "starts",
-    "warmup_images", "hps_epochs", "search", "cached_volumes", "re_search", "shift_extent", "cluster", "hand",
+    "warmup_images", "hps_epochs", "re_search", "shift_extent", "cluster", "hand",
     "low_memory",
 )  # fmt: skip
 TRAIN = {
@@ -70,8 +70,6 @@ def main(
     re_search: int = _option(
         None, help="Search anew for the worst 5 % of the poses every so many epochs; 0: never.", panel=POSES
     ),
-    search: str = _option(None, help="exact: the network itself. cached: its volumes on a grid.", panel=POSES),
-    cached_volumes: int = _option(None, help="Volumes of a cached search.", panel=POSES),
     hand: str = _option(
         None, help="auto: classes agree with the largest. flip: the other hand. keep: as found.", panel=POSES
     ),

@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from cryosuite.data.particles import ParticleSet
 
 # name in config.yaml -> module with load(run, epoch) -> LoadedRun
-METHODS = {"hype": "cryosuite.methods.hype_run", "kraqen": "cryosuite.methods.kraqen_run"}
+METHODS = {
+    "hype": "cryosuite.methods.hype_run",
+    "kraqen": "cryosuite.methods.kraqen_run",
+    "deco": "cryosuite.methods.deco_run",
+    "iev": "cryosuite.methods.iev_run",
+}
 
 
 @dataclass

@@ -26,7 +26,7 @@ from cryosuite.methods.deco_encoder import open_encoder
 from cryosuite.methods.deco_images import encoder_cache
 from cryosuite.methods.deco_model import DecoModel, PoseTable
 from cryosuite.methods.deco_options import RANDOM, DecoOptions
-from cryosuite.methods.deco_search import Searcher, Stage, stage_of
+from cryosuite.methods.deco_search import Searcher, Stage, rows_of, searched_again, stage_of
 from cryosuite.training.inference import autocast, evaluating
 from cryosuite.training.launch import world
 from cryosuite.training.method import Step
@@ -117,7 +117,10 @@ class Deco:
         values = model.values(q, disc.radius[:count], z)
         with torch.autocast(device.type, enabled=False):
             difference = torch.view_as_real(target.values[:, :count]) - target.ctf[:, :count, None] * values
-            return {"loss": difference.square().sum(-1).mean()}
+            error = difference.square().sum(-1).mean(1)
+            if model.table is not None:
+                model.table.misfit[batch.index] = error.detach()
+            return {"loss": error.mean()}
 
     def encode(self, model: DecoModel, batch: Batch, train: bool = True) -> Tensor:
         """Latents (b, zdim)."""
@@ -144,6 +147,9 @@ class Deco:
             return replace(batch, rotation=rotation, shift=torch.zeros_like(rotation[:, 0, :2]))
         if stage is Stage.SEARCH:
             self.searcher.search(batch, z.detach())
+        elif searched_again(step, self.epochs, self.options):
+            worst = model.table.misfit[batch.index].topk(math.ceil(self.options.research_share * len(batch))).indices
+            self.searcher.search(rows_of(batch, worst), z.detach()[worst])
         rotation, shift = model.table(batch.index)
         if stage is Stage.SEARCH:
             rotation, shift = rotation.detach(), shift.detach()

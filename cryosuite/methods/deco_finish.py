@@ -11,7 +11,7 @@ import numpy as np
 
 from cryosuite.analysis import plots
 from cryosuite.analysis.class_files import write_classes
-from cryosuite.analysis.clusters import Clusters, cluster
+from cryosuite.analysis.clusters import Grouping, cluster, plot_choice
 from cryosuite.analysis.polished import polish_to
 from cryosuite.console import say
 from cryosuite.data.results import ClustersDir, PolishDir, run_clusters, run_polish
@@ -24,8 +24,6 @@ from cryosuite.methods import LoadedRun
 from cryosuite.methods.deco_options import DecoOptions
 from cryosuite.reconstruct.polish import PolishOptions
 from cryosuite.reconstruct.weights import ClassWeights
-
-SAME = 1e-6  # of a latent's size: spread below which all particles are one point
 
 
 @dataclass
@@ -53,9 +51,9 @@ def finish(run: RunDir, loaded: LoadedRun, options: DecoOptions, seed: int, file
     write_pickle(folder.labels, found.labels)
     write_pickle(run.labels(epoch), found.labels)
     _write_centres(folder, found)
-    if found.bic:
-        plots.model_choice(folder.plot("bic"), found.bic, found.k)
-    for k, volume in enumerate(_in_parts(loaded, found.centres)):
+    if found.scores:
+        plot_choice(folder.plot("bic"), found)
+    for k, volume in enumerate(_in_parts(loaded, found.centers)):
         write_map(folder.volume(k), volume, loaded.pixel_size)
     if files:
         write_classes(folder.path, loaded.particles, found.labels)
@@ -74,20 +72,15 @@ def finish(run: RunDir, loaded: LoadedRun, options: DecoOptions, seed: int, file
     return rows
 
 
-def classify(z: np.ndarray, options: DecoOptions, seed: int) -> Clusters:
-    """Classes of latents as the options say; one class where all latents are the same."""
-    spread, size = float(np.ptp(z, axis=0).max()), float(np.abs(z).max())
-    if not spread > SAME * max(size, 1e-12):
-        notice("all particles have the same latent: nothing tells them apart, so there is one class")
-        zero = np.zeros(len(z), np.int64)
-        return Clusters(labels=zero, k=1, bic={}, stability={}, centres=z[:1].copy(), centres_index=zero[:1])
+def classify(z: np.ndarray, options: DecoOptions, seed: int) -> Grouping:
+    """Classes of latents as the options say."""
     return cluster(z, how=options.cluster, k=options.k or "auto", seed=seed)
 
 
-def _write_centres(folder: ClustersDir, found: Clusters) -> None:
+def _write_centres(folder: ClustersDir, found: Grouping) -> None:
     for path, values, form in (
-        (folder.centers, found.centres, "%.8g"),
-        (folder.centers_index, found.centres_index, "%d"),
+        (folder.centers, found.centers, "%.8g"),
+        (folder.centers_index, found.centers_index, "%d"),
     ):
         with atomic_path(path) as temporary:
             np.savetxt(temporary, values, fmt=form)

@@ -23,7 +23,7 @@ class PoseTable(nn.Module):
     """A rotation (six numbers: the first two rows before Gram-Schmidt) and a shift per particle, both learnt.
 
     ``margin`` (N,): log-likelihood by which the pose was better than the best one elsewhere when it was last searched
-    for; NaN before.
+    for; NaN before. ``misfit`` (N,): loss of each image when it was last trained on.
     """
 
     def __init__(self, rotation: Tensor, shift: Tensor) -> None:  # (N, 3, 3), (N, 2) fraction of the box
@@ -31,6 +31,7 @@ class PoseTable(nn.Module):
         self.six = nn.Parameter(matrix_to_six_d(rotation).clone())
         self.shift = nn.Parameter(shift.clone())
         self.register_buffer("margin", torch.full((len(rotation),), torch.nan))
+        self.register_buffer("misfit", torch.zeros(len(rotation)))
 
     def forward(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """(b, 3, 3) and (b, 2) of some particles."""

@@ -14,12 +14,11 @@ CHOICES = {
     "bn": ("frozen", "train"),
     "poses": ("known", "none"),
     "start": ("voxel", "network"),
-    "search": ("exact", "cached"),
     "encoder_input": ("auto", "raw", "flipped", "upright"),
     "cluster": ("gmm-umap16", "gmm-direct", "kmeans"),
     "hand": ("auto", "keep", "flip"),
 }
-POSITIVE = ("zdim", "width", "layers", "n_frequencies", "starts", "cached_volumes")
+POSITIVE = ("zdim", "width", "layers", "n_frequencies", "starts")
 ZDIMS = (4, 8, 16, 32, 64, 128)  # what --zdim auto chooses between
 RANDOM = "random"
 
@@ -30,7 +29,8 @@ class DecoOptions:
 
     encoder: "iev-tiny", "iev-small", "random", or a weights file. encoder_size: of a random one ("micro", "vit_tiny",
     "vit_small"). encoder_input: raw images (what encoders are pre-trained on), CTF-flipped ones, or those turned
-    upright by their known angle; auto: raw for pre-trained encoders, else upright (known poses) or flipped.
+    upright by their known angle; auto: raw for pre-trained encoders, else upright, or flipped where no poses are known
+    before the training.
     finetune: "all", "last-N" blocks, "head", or "none" (the latent is the encoder's own feature).
     lr_encoder, lr_poses: relative to the learning rate of the decoder. classes: volumes of the voxel start.
     march_from, march_over: first radius in units of D/2, fraction of the training until all is used.
@@ -63,8 +63,6 @@ class DecoOptions:
     starts: int = 3
     warmup_images: int = 10000
     search_epochs: int = 2
-    search: str = "exact"
-    cached_volumes: int = 64
     research_every: int = 0
     research_share: float = 0.05
     shift_extent: float = 0.1
@@ -106,7 +104,7 @@ class DecoOptions:
             return self.encoder_input
         if self.encoder != RANDOM:
             return "raw"
-        return "upright" if self.poses == "known" else "flipped"
+        return "flipped" if self.poses == "none" and self.start == "network" else "upright"
 
     @property
     def trained_blocks(self) -> int | None:

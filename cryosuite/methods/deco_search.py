@@ -42,6 +42,25 @@ def stage_of(step: Step, epochs: int, options: DecoOptions, count: int) -> Stage
     return Stage.SEARCH if step.index < warmup + options.search_epochs * per_epoch else Stage.REFINE
 
 
+def searched_again(step: Step, epochs: int, options: DecoOptions) -> bool:
+    """Whether this step lies in an epoch in which the worst poses are searched for again (the first never is)."""
+    epoch = int(step.index * epochs / step.total)
+    return options.research_every > 0 and epoch > 0 and epoch % options.research_every == 0
+
+
+def rows_of(batch: Batch, rows: Tensor) -> Batch:
+    """Some images of a batch."""
+    return replace(
+        batch,
+        index=batch.index[rows],
+        images=batch.images[rows],
+        rotation=None,
+        shift=None,
+        ctf=None if batch.ctf is None else batch.ctf.rows(rows),
+        group=batch.group[rows],
+    )
+
+
 class Searcher:
     """Finds poses of the images of a batch with the current network and writes them into the model's table."""
 

