@@ -120,10 +120,12 @@ def traversal(model: Pca, component: int, count: int, low: float = 5.0, high: fl
     return (model.mean + steps[:, None] * model.components[component]).astype(np.float32)
 
 
-def umap(z: np.ndarray, seed: int = 0, limit: int = UMAP_FIT_LIMIT, neighbours: int = 15) -> np.ndarray | None:
-    """UMAP coordinates (M, 2) float32 (McInnes et al. 2018), fitted on at most ``limit`` rows; None when meaningless.
+def umap(
+    z: np.ndarray, seed: int = 0, limit: int = UMAP_FIT_LIMIT, neighbours: int = 15, components: int = 2
+) -> np.ndarray | None:
+    """UMAP coordinates (M, components) float32 (McInnes et al. 2018), fitted on at most ``limit`` rows.
 
-    Latents of one value or fewer than four particles have no neighbourhood to show: a notice says so.
+    None when meaningless, with a notice: latents of one value or fewer than four particles have no neighbourhood.
     """
     count = len(z)
     if count < 4 or not pca(z).spread:
@@ -137,10 +139,10 @@ def umap(z: np.ndarray, seed: int = 0, limit: int = UMAP_FIT_LIMIT, neighbours: 
     start = "spectral" if len(fit) > 50 else "random"
     near = min(neighbours, len(fit) - 1)
     known = _exact_neighbours(z[fit], near) if UMAP_OWN_EXACT <= count <= EXACT_NEIGHBOURS else (None, None, None)
-    reducer = UMAP(near, n_epochs=EPOCHS, random_state=seed, init=start, n_jobs=1, precomputed_knn=known)
+    reducer = UMAP(near, components, n_epochs=EPOCHS, random_state=seed, init=start, n_jobs=1, precomputed_knn=known)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        embedded = np.full((count, 2), np.nan, np.float32)
+        embedded = np.full((count, components), np.nan, np.float32)
         embedded[fit] = reducer.fit_transform(np.asarray(z[fit], np.float32))
         rest = np.setdiff1d(np.arange(count), fit, assume_unique=True)
         if len(rest):
@@ -175,7 +177,7 @@ def _tree_order(centers: np.ndarray) -> np.ndarray:
     return leaves_list(linkage(np.asarray(centers, np.float64), method="average", optimal_ordering=True))
 
 
-def _ordered(z: np.ndarray, labels: np.ndarray, means: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def ordered(z: np.ndarray, labels: np.ndarray, means: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Labels renumbered along the dendrogram without empty groups, and the rows nearest to the ordered means."""
     used = np.flatnonzero(np.bincount(labels, minlength=len(means)))
     order = used[_tree_order(means[used])]
@@ -200,7 +202,7 @@ def kmeans(z: np.ndarray, count: int, seed: int = 0) -> Clusters:
     # more starts where they are cheap: one start often splits one group and merges two others
     starts = int(np.clip(2e8 / (z.size * count), 3, 24))
     model = KMeans(n_clusters=count, random_state=seed, n_init=starts, max_iter=100).fit(np.asarray(z, np.float32))
-    labels, rows = _ordered(z, model.labels_.astype(np.int64), model.cluster_centers_)
+    labels, rows = ordered(z, model.labels_.astype(np.int64), model.cluster_centers_)
     return Clusters(labels, np.asarray(z[rows], np.float32), rows)
 
 
@@ -237,7 +239,7 @@ def mixture(z: np.ndarray, model: Pca, count: int | None = None, most: int = 30,
     probability = best.predict_proba(scores)
     labels = probability.argmax(axis=1)
     means = np.stack([z[labels == k].mean(axis=0) if (labels == k).any() else model.mean for k in range(asked)])
-    new, rows = _ordered(z, labels, means)
+    new, rows = ordered(z, labels, means)
     confidence = probability.max(axis=1).astype(np.float32)
     return Clusters(new, np.asarray(z[rows], np.float32), rows, confidence, bic, asked)
 

@@ -244,15 +244,23 @@ def learning_curve(path: Path, records: Sequence[Mapping[str, float]], epoch: in
     return True
 
 
-def model_choice(path: Path, scores: Mapping[int, float], chosen: int) -> None:
-    """Bayesian information criterion against the number of Gaussian groups, the chosen one marked."""
+def model_choice(
+    path: Path, scores: Mapping[int, float], chosen: int, stability: Mapping[int, float] | None = None
+) -> None:
+    """Bayesian information criterion (and stability) against the number of groups, the chosen one marked."""
     counts, values = np.array(list(scores)), np.array(list(scores.values()))
     with figure(path, 5.6, 3.8) as drawn:
         axes = drawn.add_subplot()
         axes.plot(counts, values, "-o", color=BLUE, ms=4, lw=1.3)
         axes.plot([chosen], [scores[chosen]], "o", ms=10, mfc="none", mec="#c8553d", mew=1.8)
         _bare(axes, ("number of groups", "BIC (lower is better)"))
-        axes.set_title(f"Gaussian mixture: {chosen} groups")
+        axes.set_title(f"{chosen} groups")
+        if stability:
+            side = axes.twinx()
+            side.plot(list(stability), list(stability.values()), "--s", color="#2aa083", ms=3.5, lw=1.0)
+            side.set_ylim(0, 1.05)
+            side.set_ylabel("stability over five seeds", color="#2aa083")
+            side.spines["right"].set_visible(True)
 
 
 def coloured(path: Path, xy: np.ndarray, values: np.ndarray, names: Sequence[str], title: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cryosuite.data.export_poses import with_poses
 from cryosuite.data.locate import StackFinder
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.star_tables import star_tables
@@ -97,11 +98,12 @@ def origin(particles: ParticleSet) -> Origin:
     return found or here
 
 
-def export_particles(particles: ParticleSet, out: Path | str, binned: bool = False) -> Path:
+def export_particles(particles: ParticleSet, out: Path | str, binned: bool = False, poses: bool = False) -> Path:
     """Write the rows of ``particles`` to ``out``: .star, .cs (from a cs source), or .pkl with original indices.
 
     Rows are those of the original, un-binned set (``binned``: of the work directory itself); every column, block and
-    uid of the source is kept, and the order is that of ``particles``. Raises InputError for other endings, a .cs of
+    uid of the source is kept, and the order is that of ``particles``. With ``poses`` the set's own poses stand in place
+    of the source's. Raises InputError for other endings, a .cs of
     particles that cryoSPARC never saw, and a source that is gone.
     """
     out = Path(out)
@@ -118,8 +120,10 @@ def export_particles(particles: ParticleSet, out: Path | str, binned: bool = Fal
         start = origin(particles)
     _require_not_source(out, [particles.path, particles.source, start.source, start.table, *start.passthrough])
     metadata = _rows_of(start.table, start.rows, start.passthrough)
+    if poses and metadata is not None:
+        metadata = with_poses(metadata, particles)
     if suffix == ".star":
-        write_star(out, _star_blocks(particles, start, metadata, out, binned))
+        write_star(out, _star_blocks(particles, start, metadata, out, binned, poses))
     elif isinstance(metadata, np.ndarray):
         write_cs(out, metadata)
     else:
@@ -136,7 +140,9 @@ def _require_not_source(out: Path, sources: Sequence[Path | None]) -> None:
         raise InputError(f"{out}: the particles come from this very file; give another name with -o")
 
 
-def _star_blocks(particles: ParticleSet, start: Origin, metadata: Any, out: Path, binned: bool) -> dict[str, Any]:
+def _star_blocks(
+    particles: ParticleSet, start: Origin, metadata: Any, out: Path, binned: bool, poses: bool = False
+) -> dict[str, Any]:
     """The source's own tables with fewer rows; of a cs file or bare stack the tables we make."""
     if isinstance(metadata, ParticleTables):
         return metadata.blocks(particles=_reachable(metadata, start, out))
@@ -147,9 +153,17 @@ def _star_blocks(particles: ParticleSet, start: Origin, metadata: Any, out: Path
             start.source, passthrough=start.passthrough, datadir=start.datadir, need_poses=False, need_ctf=False,
             **start.how,
         )  # fmt: skip
-        particles = opened.subset(start.rows)
+        found = opened.subset(start.rows)
+        particles = replace(found, **_moved(particles, found)) if poses else found
     _warn_relion(particles, out)
     return star_tables(particles, _image_names(particles, out), particles.box_size, particles.pixel_size)
+
+
+def _moved(particles: ParticleSet, onto: ParticleSet) -> dict[str, np.ndarray | None]:
+    """Poses of a set for images of another box: shifts, fractions of the box, by way of Angstrom."""
+    factor = particles.box_size * particles.pixel_size / (onto.box_size * onto.pixel_size)
+    shift = None if particles.shift is None else (particles.shift * factor[:, None]).astype(np.float32)
+    return {"rotation": particles.rotation, "shift": shift}
 
 
 def _warn_relion(particles: ParticleSet, out: Path) -> None:
