@@ -62,6 +62,7 @@ def main(
     from cryosuite.console import say
     from cryosuite.data.export import export_particles, origin
     from cryosuite.data.open import open_particles
+    from cryosuite.data.workdir import RunDir
     from cryosuite.errors import InputError
 
     if (labels is None) == (ind is None):
@@ -71,7 +72,9 @@ def main(
     )
     if labels is not None:
         found = found.subset(_in_clusters(found, labels, cluster))
-    export_particles(found, out, binned)
+    # poses that a run found replace those of its source
+    solved = RunDir(run).exists() and RunDir(run).read_config().get("poses_found", False)
+    export_particles(found, out, binned, poses=solved)
     source = found.path if binned or out.suffix == ".pkl" else origin(found).table
     say(f"{out}: {len(found)} particles, rows of {source}")
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from cryosuite.analysis import plots
 from cryosuite.analysis.class_files import write_classes
-from cryosuite.analysis.clusters import Grouping, cluster, plot_choice
+from cryosuite.analysis.clusters import Clusters, cluster, plot_choice
 from cryosuite.analysis.polished import polish_to
 from cryosuite.console import say
 from cryosuite.data.results import ClustersDir, PolishDir, run_clusters, run_polish
@@ -51,9 +51,9 @@ def finish(run: RunDir, loaded: LoadedRun, options: DecoOptions, seed: int, file
     write_pickle(folder.labels, found.labels)
     write_pickle(run.labels(epoch), found.labels)
     _write_centres(folder, found)
-    if found.scores:
+    if found.bic:
         plot_choice(folder.plot("bic"), found)
-    for k, volume in enumerate(_in_parts(loaded, found.centers)):
+    for k, volume in enumerate(_in_parts(loaded, found.centres)):
         write_map(folder.volume(k), volume, loaded.pixel_size)
     if files:
         write_classes(folder.path, loaded.particles, found.labels)
@@ -72,15 +72,15 @@ def finish(run: RunDir, loaded: LoadedRun, options: DecoOptions, seed: int, file
     return rows
 
 
-def classify(z: np.ndarray, options: DecoOptions, seed: int) -> Grouping:
+def classify(z: np.ndarray, options: DecoOptions, seed: int) -> Clusters:
     """Classes of latents as the options say."""
     return cluster(z, how=options.cluster, k=options.k or "auto", seed=seed)
 
 
-def _write_centres(folder: ClustersDir, found: Grouping) -> None:
+def _write_centres(folder: ClustersDir, found: Clusters) -> None:
     for path, values, form in (
-        (folder.centers, found.centers, "%.8g"),
-        (folder.centers_index, found.centers_index, "%d"),
+        (folder.centers, found.centres, "%.8g"),
+        (folder.centers_index, found.centres_index, "%d"),
     ):
         with atomic_path(path) as temporary:
             np.savetxt(temporary, values, fmt=form)
