@@ -1,4 +1,4 @@
-"""A cloud of Gaussians whose transform is known exactly, as a source of slices and as images: for tests of pose search."""
+"""A cloud of Gaussians whose transform is known exactly, as a source of slices and as images, for pose search."""
 
 from __future__ import annotations
 

@@ -127,27 +127,36 @@ def _join(a: State, b: State) -> State:
 
 
 def select(poses: Candidates, options: SearchOptions, order: int) -> Tensor:  # (b, keep) int64
-    """Numbers of the poses to keep: half are basins, half are whatever else scores best.
+    """Numbers of the poses to keep: rivals, then basins, then whatever else scores best.
 
-    A basin is the best pose, then again and again the best pose far enough from the basins so far. Keeping basins alone
-    would lose the true pose where it lies in the cell beside the best one; keeping the best alone loses basins.
+    First the best pose and the best one far from it, by the distance of the base level: a second view that explains the
+    image nearly as well lives on until it is decided. Then, up to half of all, poses apart by the distance of this
+    level. Keeping only poses apart would lose the true one where it lies in the cell beside the best one; keeping only
+    the best would lose the rivals.
     """
     keep = min(options.keep, poses.score.shape[1])
     if options.diversity <= 0:
         return poses.score.topk(keep, 1).indices
-    near = options.diversity * so3_grid.spacing_deg(order)
     flat = poses.rotation.flatten(2)
-    # trace of R_i^T R_j = 1 + 2 cos(angle)
-    close = flat @ flat.transpose(1, 2) > 1 + 2 * math.cos(math.radians(near))
-    score = poses.score
-    free = torch.ones_like(score, dtype=torch.bool)
-    taken = torch.zeros_like(free)
+    trace = flat @ flat.transpose(1, 2)  # 1 + 2 cos(angle)
+    near = [trace > 1 + 2 * math.cos(math.radians(_apart(options, r))) for r in (options.base_order, order)]
+    rivals, basins = max(2, keep // 4), (keep + 1) // 2
+    taken = torch.zeros_like(poses.score, dtype=torch.bool)
+    blocked = [taken.clone(), taken.clone()]
     chosen = []
     for number in range(keep):
-        basins = free.any(1, keepdim=True) & (number < (keep + 1) // 2)
-        allowed = torch.where(basins, free, ~taken)
-        best = torch.where(allowed, score, -torch.inf).argmax(1, keepdim=True)
+        allowed = ~taken
+        if number < max(rivals, basins):
+            free = ~blocked[0 if number < rivals else 1]
+            allowed = torch.where(free.any(1, keepdim=True), free, allowed)
+        best = torch.where(allowed, poses.score, -torch.inf).argmax(1, keepdim=True)
         chosen.append(best)
         taken = taken.scatter(1, best, True)
-        free = free & ~close.gather(1, best[..., None].expand(-1, 1, close.shape[2]))[:, 0] & ~taken
+        rows = best[..., None].expand(-1, 1, trace.shape[2])
+        blocked = [b | n.gather(1, rows)[:, 0] | taken for b, n in zip(blocked, near, strict=True)]
     return torch.cat(chosen, 1)
+
+
+def _apart(options: SearchOptions, order: int) -> float:
+    """Distance in degrees that makes two poses different at the step of an order."""
+    return min(options.diversity * so3_grid.spacing_deg(order), 90.0)

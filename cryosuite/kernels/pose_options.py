@@ -25,7 +25,7 @@ class SearchOptions:
         keep: poses kept per image.
         shift_extent: half width of the shifts searched, as a fraction of the box.
         shift_grid: shifts per axis of the base level over that width (cell-centred).
-        diversity: smallest distance of kept poses in grid steps of the level; 0 switches it off.
+        diversity: distance in grid steps at which kept poses count as different (`pose_levels.select`); 0: best only.
         fit_scale: score at the best positive scale of the volume instead of its own.
         base: "gemm", "polar" (for a volume per image), "exact" (plain, for tests) or "none" (carried poses only).
         refine: Gauss-Newton steps on rotation and shift at the end.
@@ -41,7 +41,7 @@ class SearchOptions:
     diversity: float = 1.5
     fit_scale: bool = False
     base: str = "gemm"
-    refine: int = 3
+    refine: int = 4
 
     def __post_init__(self) -> None:
         if not 1 <= self.r_min <= self.r_max:

@@ -37,7 +37,6 @@ __all__ = [
 
 
 _REFINED = 3  # poses per image that Gauss-Newton steps improve: the best, its best rival, and the best of the others
-_APART = 8.0  # grid steps that make a rival
 
 
 @torch.no_grad()
@@ -82,7 +81,7 @@ def search(
         raise ValueError("a search without a base level needs at least one level")
     found = state.poses
     if options.refine:
-        few = select(found, replace(options, keep=_REFINED, diversity=_APART), options.base_order + options.levels)
+        few = select(found, replace(options, keep=_REFINED), options.base_order + options.levels)
         better = gauss_newton(source, g, w, index, options.r_max, found.take(few), options.refine, options.fit_scale)
         found = found.put(few, better)
     return found.take(found.score.argsort(1, descending=True))

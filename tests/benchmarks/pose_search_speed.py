@@ -2,11 +2,11 @@
 
     python tests/benchmarks/pose_search_speed.py [--only golden,atoms] [--seeds 0,1,2] [--images 200] [--snr 0.1]
 
-"golden": the 64 images of shared/golden/pose_search (D = 64, SNR 0.1, by RELION) and 16 without noise, with the peer's
-own result beside. "atoms": images projected from Gaussian atoms in real space (another projector than the search's),
-phantoms of 300 kDa, D = 64, 3.2 A, astigmatic CTF, shifts of 2 px standard deviation. Both searches have the same
-volume, images and grid (radius 12 to 32, 4 levels, base order 2, 14 x 14 shifts, 8 kept). CPU seconds on one thread;
-the published search is run batchwise after a first batch that warms up.
+"golden": the 64 images of shared/golden/pose_search (D = 64, SNR 0.1, by RELION) and 16 without noise. "atoms": images
+projected from Gaussian atoms in real space (another projector than the search's), phantoms of 300 kDa, D = 64, pixels
+of 3.2 A or more so that the phantom fits, astigmatic CTF, shifts of 2 px standard deviation. Both searches have the
+same volume, images and grid (radius 12 to 32, 4 levels, base order 2, 14 x 14 shifts, 8 kept). CPU seconds on one
+thread; both include the transform of the volume.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from cryosuite.simulate.truth import state_map
 
 BOX, PIXEL, EXTENT = 64, 3.2, 5.0
 BATCH = 64
+FILL = 0.42  # of the box: largest radius of a phantom
 
 
 @dataclass
@@ -80,14 +81,16 @@ def atoms_case(seed: int, count: int, snr: float) -> Case:
     """Projections of a phantom's Gaussian atoms, made in real space at twice the box and cropped; white noise."""
     generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
     phantom = make_phantom(rng, 3e5)
-    optics = Optics(BOX, PIXEL, 2 * BOX, resolution=8.0)
+    radius = float(np.linalg.norm(phantom.xyz, axis=1).max())
+    pixel = max(PIXEL, radius / (FILL * BOX))  # a particle that leaves the box would come in from the other side
+    optics = Optics(BOX, pixel, 2 * BOX, resolution=2.5 * pixel)
     state = State("phantom", phantom.xyz, phantom.atomic_number)
     renderer = Renderer([state], optics)
     rotation = random_rotations(count, generator)
     shift = (torch.randn(count, 2, generator=generator) * 2).clamp(-4, 4)
     mean, half = 12000 + 8000 * torch.rand(count, generator=generator), 200 * torch.rand(count, generator=generator)
     angle = 180 * torch.rand(count, generator=generator)
-    full = [torch.full((count,), value) for value in (300.0, 2.7, 0.1, 0.0, PIXEL)]
+    full = [torch.full((count,), value) for value in (300.0, 2.7, 0.1, 0.0, pixel)]
     params = CtfParams(mean + half, mean - half, angle, *full)
     images = []
     for start in range(0, count, 50):
