@@ -45,6 +45,7 @@ BENCH := CRYOSUITE_SHARED="$(abspath $(BENCH_SHARED))" CRYODRGN_VENV="$(CURDIR)/
 bench: $(VENV)/installed $(VENV)-cryodrgn/installed
 	$(BENCH)/speed.py
 	$(BENCH)/kraqen_speed.py
+	$(BENCH)/pose_search_speed.py
 	$(BENCH)/hype_vs_vae.py
 	$(BENCH)/mixture.py --structures $(BENCH_SHARED)/data/atomic/bench
 	$(BENCH)/kraqen.py --work $(BENCH_WORK)

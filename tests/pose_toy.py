@@ -43,7 +43,7 @@ class Cloud:
         return (torch.einsum("n,nz,ny,nx->zyx", self.weights, z, y, x) / norm).to(dtype)
 
 
-def cloud(box_size: int, n: int = 25, seed: int = 0, sigma: float = 1.3, spread: float = 0.3) -> Cloud:
+def cloud(box_size: int, n: int = 14, seed: int = 0, sigma: float = 1.3, spread: float = 0.3) -> Cloud:
     """A random cloud within `spread` of the box around the origin."""
     generator = torch.Generator().manual_seed(seed)
     direction = torch.nn.functional.normalize(torch.randn(n, 3, generator=generator, dtype=F64), dim=1)

@@ -20,7 +20,7 @@ from . import so3_grid
 from .fourier import HalfDisc, half_disc
 from .pose_options import SearchOptions
 from .pose_scores import correlations, loops, shift_phases
-from .pose_sources import SliceSource
+from .pose_sources import SliceSource, in_autocast
 
 __all__ = ["Prepared", "prepare", "base_scores", "best_shifts", "turn_operators"]
 
@@ -58,6 +58,7 @@ class Prepared:
         return torch.view_as_real(self.slices).square().sum(-1)
 
 
+@torch.no_grad()
 def prepare(
     source: SliceSource,
     options: SearchOptions,
@@ -66,8 +67,14 @@ def prepare(
     device: torch.device | str = "cpu",
 ) -> Prepared:
     """Slices of every group of particles at the base level. A turn by 180 degrees conjugates: half the grid is kept."""
-    options = options.clipped(source.box_size)
     index = torch.zeros(1, dtype=torch.int64, device=device) if index is None else index
+    kind = index.device.type
+    source = in_autocast(source, kind)
+    with torch.autocast(kind, enabled=False):
+        return _prepare(source, options.clipped(source.box_size), index, frame)
+
+
+def _prepare(source: SliceSource, options: SearchOptions, index: Tensor, frame: Tensor | None) -> Prepared:
     groups = source.groups(index)
     if groups is None:
         kinds, first = None, index[:1]
@@ -101,8 +108,9 @@ def base_scores(
     if options.base == "exact":
         return _exact(source, g, w, index, options, phases)
     if options.base == "gemm":
-        if prepared is None:
-            raise ValueError("the base slices must be prepared")
+        half = so3_grid.n_rotations(options.base_order) // 2
+        if prepared is None or prepared.slices.shape[1:] != (half, len(disc)):
+            raise ValueError("the base slices must be prepared with the options of the search")
         return _in_grid_order(*_half_scores(prepared, g, w, phases, prepared.slot(source.groups(index))), options)
     step = max(1, _CHUNK // (so3_grid.n_rotations(options.base_order) * len(disc)))
     rows = []

@@ -21,7 +21,7 @@ from .pose_levels import State, base_level, next_level, select
 from .pose_options import CARRY_LEVEL, Candidates, SearchOptions
 from .pose_refine import gauss_newton
 from .pose_scores import fold_ctf
-from .pose_sources import PointSource, SliceSource, VolumeSource
+from .pose_sources import PointSource, SliceSource, VolumeSource, in_autocast
 
 __all__ = [
     "SearchOptions",
@@ -58,7 +58,22 @@ def search(
     Raises:
         ValueError: images that do not reach r_max, or `base="none"` without carried poses.
     """
-    options = (options or SearchOptions()).clipped(source.box_size)
+    kind = images.device.type
+    source = in_autocast(source, kind)
+    with torch.autocast(kind, enabled=False):
+        return _search(source, images, ctf_over_sigma, index, options or SearchOptions(), carried, prepared)
+
+
+def _search(
+    source: SliceSource,
+    images: Tensor,
+    ctf_over_sigma: Tensor,
+    index: Tensor,
+    options: SearchOptions,
+    carried: Candidates | None,
+    prepared: Prepared | None,
+) -> Candidates:
+    options = options.clipped(source.box_size)
     disc = half_disc(source.box_size, options.r_max, images.device)
     if images.shape != ctf_over_sigma.shape or images.shape[1] < len(disc):
         raise ValueError(

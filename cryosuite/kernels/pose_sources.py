@@ -15,7 +15,7 @@ from torch import Tensor
 from .fourier import half_disc
 from .slices import extract_slices, volume_transform
 
-__all__ = ["SliceSource", "VolumeSource", "PointSource"]
+__all__ = ["SliceSource", "VolumeSource", "PointSource", "AutocastSource", "in_autocast"]
 
 
 @runtime_checkable
@@ -55,7 +55,8 @@ class PointSource:
     def slices(self, rotation: Tensor, radius: int, index: Tensor) -> Tensor:
         """(b, q, 3, 3) -> (b, q, P) complex."""
         plane = half_disc(self.box_size, radius, rotation.device).frequency_as(rotation.dtype)
-        q = plane @ rotation[..., :2, :]
+        with torch.autocast(rotation.device.type, enabled=False):  # frequencies keep their digits
+            q = plane @ rotation[..., :2, :]
         return self.values(q.flatten(1, 2), index).unflatten(1, (rotation.shape[1], -1))
 
     def groups(self, index: Tensor) -> Tensor | None:
@@ -107,6 +108,33 @@ class VolumeSource:
     def groups(self, index: Tensor) -> Tensor | None:
         """The volume of each particle, None when there is one."""
         return None if len(self) == 1 else self.which(index)
+
+
+class AutocastSource:
+    """A source that computes its slices in the reduced precision that was on when the search was called.
+
+    The search itself always runs in full precision: scores are differences of large sums.
+    """
+
+    def __init__(self, source: SliceSource, device_type: str) -> None:
+        self.source, self.box_size = source, source.box_size
+        self.settings = {"device_type": device_type, "dtype": torch.get_autocast_dtype(device_type)}
+
+    def slices(self, rotation: Tensor, radius: int, index: Tensor) -> Tensor:
+        """(b, q, 3, 3) -> (b, q, P) complex."""
+        with torch.autocast(**self.settings):
+            return self.source.slices(rotation, radius, index)
+
+    def groups(self, index: Tensor) -> Tensor | None:
+        """As the source says."""
+        return self.source.groups(index)
+
+
+def in_autocast(source: SliceSource, device_type: str) -> SliceSource:
+    """The source to use once autocast is switched off: the same where it is off, or where the source has no network."""
+    if not torch.is_autocast_enabled(device_type) or isinstance(source, VolumeSource | AutocastSource):
+        return source
+    return AutocastSource(source, device_type)
 
 
 def _crop(transform: Tensor, N: int) -> Tensor:
