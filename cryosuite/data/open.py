@@ -80,7 +80,8 @@ def open_particles(
         path = path.parent
     if path.is_dir():
         if not WorkDir(path).exists() and RunDir(path).exists():
-            return open_run_particles(RunDir(path), need_poses=need_poses, need_ctf=need_ctf)
+            chosen = {} if ind is None else {"ind": ind}
+            return open_run_particles(RunDir(path), need_poses=need_poses, need_ctf=need_ctf, **chosen)
         return _open_work(WorkDir(path), sources)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder. Give {KINDS}.")
@@ -97,8 +98,8 @@ def open_run_particles(run: RunDir, **options: Any) -> ParticleSet:
     }
     path = resolve_link(str(config["particles"]), run.path)
     if not config.get("poses_found"):
-        return open_particles(path, **links, **options)
-    found = open_particles(path, **links, **{**options, "need_poses": False})
+        return open_particles(path, **{**links, **options})
+    found = open_particles(path, **{**links, **options, "need_poses": False})
     return _with_found_poses(found, run)
 
 
