@@ -252,8 +252,8 @@ def pseudo_symmetric(box_size: int) -> Cloud:
 
 def test_both_basins_of_a_pseudo_symmetric_volume_are_kept() -> None:
     thing = pseudo_symmetric(24)
-    shots = shoot(thing, 8, snr=1.0)
-    found = search(thing.source(), shots.images, shots.ctf, shots.index, SMALL)
+    shots = shoot(thing, 12, snr=1.0)
+    found = search(thing.source(), shots.images, shots.ctf, shots.index, replace(SMALL, base_order=2))
     twin = shots.rotation @ torch.diag(torch.tensor([-1.0, -1.0, 1.0]))
     near = geodesic_deg(found.rotation, shots.rotation[:, None]) < 6
     other = geodesic_deg(found.rotation, twin[:, None]) < 6
@@ -349,6 +349,13 @@ def test_radii_are_clipped_to_the_box() -> None:
     options = SearchOptions().clipped(16)
     assert (options.r_min, options.r_max) == (8, 8)
     assert [SearchOptions().radius(i) for i in range(5)] == [12, 17, 22, 27, 32]
+
+
+def test_shifts_are_as_dense_as_the_base_radius_needs() -> None:
+    assert SearchOptions().shifts_per_axis == 14  # the published search
+    assert SearchOptions(shift_extent=5 / 64).shifts_per_axis == 7
+    assert SearchOptions(shift_grid=5).shifts_per_axis == 5
+    assert SearchOptions(shift_extent=0.0).shifts_per_axis == 1
 
 
 def test_empty_and_broken_images_do_no_harm(path: str) -> None:

@@ -44,7 +44,7 @@ def base_level(
     prepared: Prepared | None,
 ) -> State:
     """The best poses of the whole grid at every shift."""
-    shifts = shift_grid(options.shift_extent * source.box_size, options.shift_grid, g.device).to(w.dtype)
+    shifts = shift_grid(options.shift_extent * source.box_size, options.shifts_per_axis, g.device).to(w.dtype)
     corr, power, which = base_scores(source, g, w, index, options, shifts, prepared)
     score = gain(corr, power, options.fit_scale)
     score, node = score.topk(min(8 * options.keep, score.shape[1]), 1)
@@ -69,7 +69,7 @@ def next_level(
 ) -> State:
     """Children of the poses kept, and carried poses as they are, scored at this level's radius; the best are kept."""
     order, radius = options.base_order + level, options.radius(level)
-    spacing = 2 * options.shift_extent * source.box_size / options.shift_grid / 2**level
+    spacing = 2 * options.shift_extent * source.box_size / options.shifts_per_axis / 2**level
     local = local_shifts(spacing, 5 if level == 1 else 3, w)
     pool = []
     if state is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +12,9 @@ from . import so3_grid
 
 __all__ = ["SearchOptions", "Candidates", "CARRY_LEVEL"]
 
+_SHIFT_STEP = (
+    0.27  # periods of the highest frequency between shifts: the published 14 over 40 of 128 pixels at radius 12
+)
 CARRY_LEVEL = 2  # the level at which poses of an earlier search join
 
 
@@ -24,7 +28,8 @@ class SearchOptions:
         base_order: order of the Hopf grid of the base level (2: 15 degrees, 4,608 rotations).
         keep: poses kept per image.
         shift_extent: half width of the shifts searched, as a fraction of the box.
-        shift_grid: shifts per axis of the base level over that width (cell-centred).
+        shift_grid: shifts per axis of the base level over that width (cell-centred), at most: no more are tried than
+            the base radius can tell apart (0.27 periods of its highest frequency).
         diversity: distance in grid steps at which kept poses count as different (`pose_levels.select`); 0: best only.
         fit_scale: score at the best positive scale of the volume instead of its own.
         base: "gemm", "polar" (for a volume per image), "exact" (plain, for tests) or "none" (carried poses only).
@@ -55,6 +60,11 @@ class SearchOptions:
     def clipped(self, box_size: int) -> SearchOptions:
         """The same with radii that fit a box."""
         return replace(self, r_min=min(self.r_min, box_size // 2), r_max=min(self.r_max, box_size // 2))
+
+    @property
+    def shifts_per_axis(self) -> int:
+        """Shifts per axis of the base level."""
+        return min(self.shift_grid, max(1, math.ceil(2 * self.shift_extent * self.r_min / _SHIFT_STEP)))
 
     def radius(self, level: int) -> int:
         """Radius of a level, 0 being the base."""
