@@ -32,7 +32,7 @@ from cryosuite.methods.kraqen_voxel import VoxelEM, VoxelResult
 from cryosuite.reconstruct.weights import ClassWeights
 
 BOX = 16
-SMALL = KraqenOptions(n_codes=5, iterations=8, start_images=200, images_per_code=40)
+SMALL = KraqenOptions(m_step="wiener", n_codes=5, iterations=8, start_images=200, images_per_code=40)
 
 
 @pytest.fixture(scope="module")

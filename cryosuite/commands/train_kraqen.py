@@ -15,9 +15,9 @@ INPUT, CODES, ASSIGN, VOXEL, NETWORK, TRAINING, MACHINE = (
 RENAMED = {"march": "march_from"}
 METHOD = (
     "field", "n_codes", "n_states", "assign", "kernel", "t_max", "t_min", "anneal", "balance", "split", "merge",
-    "iterations", "prior", "cluster_box", "march", "march_over", "rank", "channels", "plane_size", "levels", "features",
-    "feat_sigma", "width", "layers", "init", "loss", "blend", "em_last", "beta", "margin", "alignment", "jitter",
-    "straight_through", "fast", "em_finish",
+    "m_step", "iterations", "prior", "cluster_box", "march", "march_over", "rank", "channels", "plane_size", "levels",
+    "features", "feat_sigma", "width", "layers", "init", "loss", "blend", "em_last", "beta", "margin", "alignment",
+    "jitter", "straight_through", "fast", "em_finish",
 )  # fmt: skip
 TRAIN = {
     "num_epochs": "epochs", "batch_size": "batch_size", "lr": "lr", "seed": "seed", "max_minutes": "max_minutes",
@@ -57,8 +57,9 @@ def main(
     split: bool = _option(None, "--split/--no-split", help="Split the busiest code into unused ones.", panel=CODES),
     merge: str = _option(
         None,
-        help="Joining of codes that show one state. likelihood: asked of images that had no part in their maps. "
-        "correlation: half-map corrected, above .97. none: never.",
+        help="Joining of codes that show one state. overlap (usual): codes that share their images when all choose "
+        "less sharply. likelihood: asked of images that had no part in the maps. correlation: half-map corrected, "
+        "above .97. none: never.",
         panel=CODES,
     ),
     field: str = _option(
@@ -73,10 +74,17 @@ def main(
     anneal: str = _option(None, help="geometric or paper: how the temperature falls.", panel=ASSIGN),
     balance: float = _option(None, help="How much busy codes are held back at first; 0: not.", panel=ASSIGN),
     iterations: int = _option(None, "-i", "--iterations", help="Rounds of sorting and map making.", panel=VOXEL),
-    prior: float = _option(None, help="Strength of the Wiener filter.", panel=VOXEL),
+    m_step: str = _option(
+        None,
+        "--m-step",
+        help="How maps are made in between. local (usual): two half maps per code, cleaned as polish does; images are "
+        "judged by the maps of the other half. wiener: one map of all images; quicker, needs 500 images per state.",
+        panel=VOXEL,
+    ),
+    prior: float = _option(None, help="Strength of the Wiener filter of --m-step wiener.", panel=VOXEL),
     cluster_box: int = _option(
         None,
-        help="Box in pixels in which codes are told apart; nothing: at most 64. Maps have the full box.",
+        help="Box in pixels in which codes are told apart; nothing: at most 32, then 64. Maps have the full box.",
         panel=VOXEL,
     ),  # fmt: skip
     march: float = _option(None, help="Begin with this part of the Fourier disc; 1: all.", panel=VOXEL),

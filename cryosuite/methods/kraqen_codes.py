@@ -23,18 +23,23 @@ if TYPE_CHECKING:
 TWINS = 0.97  # corrected correlation above which codes are one state, with the rule "correlation"
 MERGE_RADIUS = 0.25  # of D: coarser detail decides which codes are twins
 AGREEMENT = 0.3  # correlation of a code's half maps below which nothing can be said about it
-AFTER_MERGE = 2  # iterations on all images once twins are one
+AFTER_MERGE = 3  # iterations on all images once twins are one
+FUSE_AT, FUSE_ITERATIONS, FUSE_ROUNDS = 3.0, 6, 2  # temperature at which twins become one, for how long, how often
+OVERLAP = 0.7  # of the shares of two codes, above which they are one
+FINE_BOX = 64  # of the last iterations, with held-out scores
 COMPONENTS = 16  # of the embedding at most
 UNUSED = 0.5  # particles
 
 
-def merge(result: VoxelResult, rule: str = "likelihood") -> tuple[VoxelResult, np.ndarray]:
+def merge(result: VoxelResult, rule: str = "auto") -> tuple[VoxelResult, np.ndarray]:
     """Make one code of twins, drop unused codes, number the rest by use, and let all images choose again.
 
     Args:
-        rule: "likelihood" merges where images of the other half set prefer the joint map (`kraqen_twins`),
-            "correlation" codes whose half maps correlate above .97 once corrected for noise, within D/4 (KRAQEN.md,
-            section 5; measured: it leaves twins apart and joins similar states), "none" nothing.
+        rule: "overlap" lets the codes compete at three times the Bayes temperature, where codes that tell few images
+            apart become equal, and joins those that share their images (`overlap_groups`); "likelihood" merges where
+            images of the other half set prefer the joint map (`kraqen_twins`); "correlation" codes whose half maps
+            correlate above .97 once corrected for noise, within D/4 (KRAQEN.md, section 5; measured: it leaves twins
+            apart and joins similar states); "none" nothing. "auto": the first with held-out scores, else the second.
 
     Returns:
         The result of the remaining codes and (K,) int64 the new number of each code, -1 for dropped ones.
@@ -45,23 +50,54 @@ def merge(result: VoxelResult, rule: str = "likelihood") -> tuple[VoxelResult, n
     if not len(used):
         return result, np.zeros(p.n_classes, np.int64)
     groups[used] = np.arange(len(used))
+    if rule == "auto":
+        rule = "overlap" if engine.options.m_step == "local" else "likelihood"
     if rule != "none" and len(used) > 1:
         part = p.columns(used)
         with engine.threads_of_torch():
-            if rule == "likelihood":
+            if rule == "overlap":
+                part, groups[used] = _fused(engine, part)
+                p = replace(part, indices=used.astype(np.int32)[part.indices], n_classes=p.n_classes)
+            elif rule == "likelihood":
                 groups[used] = twin_groups(engine, part, engine.seed)
             else:
                 groups[used] = correlation_groups(engine, part, TWINS, MERGE_RADIUS, AGREEMENT)
     p = _grouped(p, groups)
     order = np.argsort(-p.usage(), kind="stable")
-    place = np.empty(len(order), np.int64)
+    order = order[p.usage()[order] > UNUSED]
+    place = np.full(p.n_classes, -1, np.int64)
     place[order] = np.arange(len(order))
     groups[used] = place[groups[used]]
     p = p.columns(order)
-    if len(order) < len(used):
-        again = refine(engine, p, AFTER_MERGE)
+    coarse = engine.options.m_step == "local" and engine.box < min(engine.particles.box_size, FINE_BOX)
+    if coarse or len(order) < len(used):
+        again = finish(engine.particles, p, engine.options.changed(em_finish=AFTER_MERGE), engine.seed, engine.device)
         return replace(again, history=result.history, stopped=result.stopped), groups
     return replace(result, codes=result.codes[used[order]], p=p, usage=p.usage()), groups
+
+
+def _fused(engine: VoxelEM, p: ClassWeights) -> tuple[ClassWeights, np.ndarray]:
+    """Shares of the same K codes after a while at a raised temperature, and the (K,) group of each code."""
+    groups = np.arange(p.n_classes)
+    for _ in range(FUSE_ROUNDS):
+        merged = refine(engine, p.merged(groups), FUSE_ITERATIONS, FUSE_AT).p
+        found = overlap_groups(merged)
+        onto = np.unique(groups, return_index=True)[1]  # the first code of each group stands for it
+        p = replace(merged, indices=onto.astype(np.int32)[merged.indices], n_classes=p.n_classes)
+        before, groups = groups, found[groups]
+        if len(np.unique(groups)) == len(np.unique(before)):
+            break
+    return p, groups
+
+
+def overlap_groups(p: ClassWeights) -> np.ndarray:
+    """(K,) group of each code: codes j, k are one where sum_i p_ij p_ik > .7 min(sum_i p_ij^2, sum_i p_ik^2).
+
+    Shares at a raised temperature: what two codes tell apart by fewer log units than that is gone.
+    """
+    overlap = (p.matrix.T @ p.matrix).toarray()
+    own = np.maximum(overlap.diagonal(), 1.0)  # less than one particle makes no twin of anything
+    return assignment.merge_groups(torch.from_numpy(overlap / np.minimum.outer(own, own)), OVERLAP).numpy()
 
 
 def _grouped(p: ClassWeights, groups: np.ndarray) -> ClassWeights:
@@ -73,23 +109,35 @@ def _grouped(p: ClassWeights, groups: np.ndarray) -> ClassWeights:
     return replace(merged, data=(merged.data / np.maximum(total[rows], 1e-30)).astype(np.float32))
 
 
-def refine(engine: VoxelEM, p: ClassWeights, iterations: int) -> VoxelResult:
-    """EM on all images from given shares, without splitting, with the images an engine has already read."""
+def refine(engine: VoxelEM, p: ClassWeights, iterations: int, temperature: float = 0.0) -> VoxelResult:
+    """EM on all images from given shares, without splitting, with the images an engine has already read.
+
+    Args:
+        temperature: in units of T*; 0: that of the options.
+    """
     before = engine.options, engine.codes
-    engine.options, engine.codes = engine.options.changed(em_finish=iterations), p.n_classes
+    changes = {"t_max": temperature, "t_min": temperature} if temperature else {}
+    engine.options, engine.codes = engine.options.changed(em_finish=iterations, **changes), p.n_classes
     try:
-        return engine.run(start=p, progress=False)
+        return engine.run(start=p, label="merging twins")
     finally:
         engine.options, engine.codes = before
 
 
-def finish(particles: ParticleSet, p: ClassWeights, options: KraqenOptions, seed: int = 0) -> VoxelResult:
-    """The closed-form finish of a network field: ``em_finish`` iterations from its shares, or its maps alone (0)."""
-    from cryosuite.methods.kraqen_voxel import VoxelEM, VoxelResult
+def finish(
+    particles: ParticleSet,
+    p: ClassWeights,
+    options: KraqenOptions,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> VoxelResult:
+    """``em_finish`` iterations on all images from given shares in the fine box, or the maps of the shares alone (0)."""
+    from cryosuite.methods.kraqen_cross import engine_for
+    from cryosuite.methods.kraqen_voxel import VoxelResult
 
-    engine = VoxelEM(particles, options.changed(n_codes=p.n_classes), seed)
+    engine = engine_for(particles, options.changed(n_codes=p.n_classes), seed, device, FINE_BOX)
     if options.em_finish:
-        return engine.run(start=p)
+        return engine.run(start=p, label="last iterations")
     return VoxelResult(engine.maps(p), p, p.usage(), engine)
 
 

@@ -45,6 +45,7 @@ class ClusterImages:
         box: D of the cluster box. disc: its half disc, up to D/2.
         power: (D/2 + 1,) unbiased power of the particles' slices per shell of the cluster box, never below a floor.
         signal: mean signal over noise per coefficient, times CTF^2 (`assignment.signal_ratio`).
+        pixel_size: of the particles, Angstrom.
         bad: (N,) bool, images with values that are not finite, as far as read; they count nothing.
     """
 
@@ -56,6 +57,7 @@ class ClusterImages:
         if self.box % 2 or self.box < 8:
             raise InputError(f"--cluster-box {self.box}: an even number of pixels, at least 8, is needed")
         self._source = Accumulator(particles, map_box=self.box)
+        self.pixel_size = self._source.pixel_size
         self._source.precision = self._precision()
         self.disc = fourier.half_disc(self.box)
         self.bad = np.zeros(len(particles), bool)

@@ -85,6 +85,7 @@ def split_dead(
     counts: np.ndarray,  # (K,) images whose best code this is
     threshold: float,  # share of all images below which a code is dead
     generator: torch.Generator,
+    rms: Tensor | None = None,  # (K,) what the noise is measured by, default the rms of each map
 ) -> list[tuple[int, int]]:
     """Put the busiest code plus and minus smooth noise of 0.2 of its rms in its own place and in that of a dead code.
 
@@ -100,7 +101,7 @@ def split_dead(
     pairs = []
     for k in dead.tolist() if busy else []:
         count, parent = heapq.heappop(busy)
-        offset = smooth_noise(volumes[parent], generator)
+        offset = smooth_noise(volumes[parent], generator, None if rms is None else rms[parent])
         # both move: beside an untouched parent a copy with noise is worse for every image and dies again at once
         volumes[k], volumes[parent] = volumes[parent] + offset, volumes[parent] - offset
         for half in (parent, k):
@@ -109,8 +110,8 @@ def split_dead(
     return pairs
 
 
-def smooth_noise(volume: Tensor, generator: torch.Generator) -> Tensor:
-    """Low-passed noise within the soft ball, SPLIT_NOISE times the rms of the volume."""
+def smooth_noise(volume: Tensor, generator: torch.Generator, level: Tensor | None = None) -> Tensor:
+    """Low-passed noise within the soft ball, SPLIT_NOISE times the rms of the volume (or another level)."""
     D = volume.shape[-1]
     noise = torch.randn(D, D, D, generator=generator)
     frequency = torch.fft.fftfreq(D) ** 2
@@ -118,4 +119,5 @@ def smooth_noise(volume: Tensor, generator: torch.Generator) -> Tensor:
     smooth = torch.fft.irfftn(torch.fft.rfftn(noise) * torch.exp(-square * SPLIT_SMOOTH**2 / 2), s=(D, D, D))
     smooth = smooth * soft_sphere(D)
     rms = smooth.square().mean().sqrt()
-    return (smooth * (SPLIT_NOISE / rms.clamp_min(1e-30))).to(volume) * volume.square().mean().sqrt()
+    level = volume.square().mean().sqrt() if level is None else level
+    return (smooth * (SPLIT_NOISE / rms.clamp_min(1e-30))).to(volume) * level

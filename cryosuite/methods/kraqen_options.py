@@ -16,7 +16,8 @@ CHOICES = {
     "loss": ("l2", "l1", "huber"),
     "blend": ("blended", "em"),
     "anneal": ("geometric", "paper"),
-    "merge": ("likelihood", "correlation", "none"),
+    "merge": ("auto", "overlap", "likelihood", "correlation", "none"),
+    "m_step": ("local", "wiener"),
 }
 TYPED_AS = {"march_from": "march"}  # on the command line, where it differs
 # name -> (least, most); ABOVE_0: zero itself is refused
@@ -61,12 +62,13 @@ class KraqenOptions:
     anneal_over: float = 0.8
     balance: float = 0.5
     split: bool = True
-    merge: str = "likelihood"  # what tells twins: held-out images, or the half-map corrected correlation above .97
+    merge: str = "auto"  # what tells twins; "overlap" with m_step "local", else "likelihood"
+    m_step: str = "local"  # held-out scores by half maps filtered as in polish; "wiener": maps of all images
     sparse: float = 1e-3  # responsibilities below are dropped
     # voxel field
     iterations: int = 16
     prior: float = 0.15  # f of the pooled Wiener filter
-    cluster_box: int = 0  # box in which codes are told apart; 0: min(D, 64)
+    cluster_box: int = 0  # box in which codes are told apart; 0: min(D, 32), the last iterations min(D, 64)
     start_images: int = 1200
     images_per_code: int = 50  # of the first subset
     march_from: float = 0.5  # first r_max, in units of D/2
@@ -126,6 +128,9 @@ class KraqenOptions:
             for other, values in ONLY_WITH.get(name, {}).items():
                 if getattr(self, other) not in values:
                     out[name] = f"--{other} {getattr(self, other)}"
+        if self.m_step == "local":
+            idle = ("prior", "march_from", "march_over", "balance") if self.field == "voxel" else ("prior",)
+            out |= {name: "--m-step local" for name in idle if name in names}
         if not self.beta and self.field != "voxel":
             out |= {name: "--beta 0" for name in ("margin", "alignment") if name in names}
         if self.n_codes and "n_states" in names:
@@ -155,7 +160,7 @@ _NETWORK = {"lr": 2e-3, "epochs": 20, "batch_size": 100, "warmup": 0.0, "lr_fina
 
 PRESETS = {
     "compositional": Preset(KraqenOptions(), _NETWORK),
-    "conformational": Preset(KraqenOptions(field="triplane", n_codes=32, rank=8), _NETWORK),
+    "conformational": Preset(KraqenOptions(field="triplane", n_codes=32, rank=8, merge="none"), _NETWORK),
     # the paper gives no K, M, margins or temperatures: these are ours
     "paper": Preset(
         KraqenOptions(

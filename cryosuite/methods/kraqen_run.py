@@ -25,6 +25,7 @@ from cryosuite.kernels import shells
 from cryosuite.methods import LoadedRun
 from cryosuite.methods.kraqen import Kraqen, describe
 from cryosuite.methods.kraqen_codes import collapsed, embed, finish, merge
+from cryosuite.methods.kraqen_cross import engine_for
 from cryosuite.methods.kraqen_model import KraqenModel
 from cryosuite.methods.kraqen_options import KraqenOptions
 from cryosuite.methods.kraqen_voxel import VoxelEM, VoxelResult
@@ -90,7 +91,7 @@ def prepare(particles: ParticleSet, options: KraqenOptions, training: TrainOptio
         common_pixel_size(particles.pixel_size)
         return None
     gpu = resolve_accelerator(training.accelerator) == "cuda"
-    return VoxelEM(particles, options, training.seed, "cuda" if gpu else "cpu")
+    return engine_for(particles, options, training.seed, "cuda" if gpu else "cpu")
 
 
 def train(

@@ -5,10 +5,11 @@ A code is a map in the cluster box. The E-step scores every image against all K 
 over the images of an iteration. Images come in fresh random subsets that grow, the last iterations take all of them;
 the radius grows over the first half; codes that nobody uses become copies of the busiest.
 
-Memory: coefficients of all images in the cluster box where they fit 4 GiB (19 KB each at D = 64: 1.9 GiB for 100,000),
-else they are read again in every iteration; grids of 20 bytes per voxel and code (23 MB at D = 64: 2.9 GiB for K = 128,
-23 GiB at D = 128). Where the grids exceed ``memory_gib`` the codes are taken in groups: one pass per group for the
-scores, one for the sums, and the scores of all images and codes wait in memory (51 MB for 100,000 x 128).
+`kraqen_cross` has the same engine with held-out scores, the default.
+
+Memory: coefficients of all images in the cluster box where they fit 4 GiB (19 KB each at D = 64), else they are read
+again in every iteration; grids of 20 bytes per voxel and code (23 MB at D = 64). Where the grids exceed ``memory_gib``
+the codes are taken in groups: one pass per group for the scores, one for the sums, and the scores wait in memory.
 """
 
 from __future__ import annotations
@@ -90,8 +91,7 @@ class VoxelEM:
     """Expectation maximisation of K maps.
 
     Args:
-        particles: with rotations. options: see KraqenOptions. seed: of all that is drawn.
-        device: of the grids; "cpu" uses compiled loops in as many threads as torch has.
+        particles: with rotations. device: of the grids; "cpu" uses compiled loops in as many threads as torch has.
         memory_gib: of grids, cache_gib: of coefficients kept in memory.
     """
 
@@ -124,6 +124,7 @@ class VoxelEM:
         progress: bool = True,
         on_iteration: Any = None,
         max_minutes: float | None = None,
+        label: str = "train kraqen",
     ) -> VoxelResult:
         """All iterations, from a random partition or from given shares.
 
@@ -141,7 +142,7 @@ class VoxelEM:
         stopped, began = "", time.monotonic()
         sizes = [len(self.rows(i, total, start is not None)) for i in range(total)]
         done = sum(sizes[: state.iteration]) if state else 0
-        bar = Progress(sum(sizes), "train kraqen", "images", done) if progress else nullcontext()
+        bar = Progress(sum(sizes), label, "images", done) if progress else nullcontext()
         with self.threads_of_torch(), StopSignals() as signals, bar:
             state = state or State(0, self._first(start), np.full(self.codes, 1 / self.codes))
             while state.iteration < total and not stopped and not state.settled:
@@ -165,7 +166,7 @@ class VoxelEM:
         if log is not None:
             log.write(f"stopped by {stopped} after iteration {state.iteration}" if stopped else "finished")
         p = state.p if state.p is not None else ClassWeights.from_labels(np.full(self.count, -1), self.codes)
-        return VoxelResult(state.volumes, p, p.usage(), self, history, stopped)
+        return VoxelResult(self.joint(state.volumes), p, p.usage(), self, history, stopped)
 
     def rows(self, iteration: int, total: int, everything: bool) -> np.ndarray:
         """Rows of an iteration (counted from 0): a fresh random subset, all of them in the last ones."""
@@ -181,17 +182,33 @@ class VoxelEM:
         """The first maps: of given shares, or of a random partition of some images."""
         half = self.box // 2
         if start is not None:
-            if len(start) != self.count or start.n_classes != self.codes:
-                raise InputError(
-                    f"shares of {len(start)} particles in {start.n_classes} classes do not fit {self.count} "
-                    f"particles and {self.codes} codes"
-                )
+            self.check(start)
             return self.maps(start, half)
         generator = np.random.default_rng([self.seed, 0])
         rows = generator.permutation(self.count)[: max(self.options.start_images, self.codes)]
         labels = np.full(self.count, -1)
         labels[rows] = np.arange(len(rows)) % self.codes
         return self.maps(ClassWeights.from_labels(labels, self.codes), self.radius(0.0))
+
+    def check(self, start: ClassWeights) -> None:
+        """Refuse shares of other particles or of another number of codes."""
+        if len(start) != self.count or start.n_classes != self.codes:
+            raise InputError(
+                f"shares of {len(start)} particles in {start.n_classes} classes do not fit {self.count} "
+                f"particles and {self.codes} codes"
+            )
+
+    def balance(self, fraction: float, everything: bool) -> float:
+        """How strongly busy codes are held back (`assignment.balance`) after a fraction of the run."""
+        return 0.0 if everything else assignment.balance_strength(fraction, self.options.balance)
+
+    def joint(self, volumes: Tensor) -> Tensor:
+        """One map (K, d, d, d) of each code."""
+        return volumes
+
+    def split(self, volumes: Tensor, counts: np.ndarray, threshold: float, seed: int) -> list[tuple[int, int]]:
+        """Put busy codes in the place of dead ones; volumes are changed in place. (dead, parent) pairs."""
+        return split_dead(volumes, counts, threshold, torch.Generator().manual_seed(seed))
 
     def radius(self, fraction: float) -> int:
         """r_max in pixels of the cluster box after a fraction of the run; whole rings."""
@@ -206,7 +223,7 @@ class VoxelEM:
         fraction = done / max(total - 1, 1)
         r_max = self.box // 2 if everything else self.radius(done / total)
         temperature = assignment.annealed(fraction, o.t_max, o.t_min, o.anneal_over, o.anneal)
-        strength = 0.0 if everything else assignment.balance_strength(fraction, o.balance)
+        strength = self.balance(fraction, everything)
         step = Expectation(self, state.usage, temperature, strength, r_max)
         rows = self.rows(done, total, everything)
         sums = self._pass(state.volumes, rows, step, signals, bar)
@@ -219,8 +236,7 @@ class VoxelEM:
         pairs = []
         if o.split and not everything and done % 2 == 1 and done + 1 <= total - NO_SPLIT_LAST:
             seed = np.random.SeedSequence([self.seed, 2, done]).generate_state(1)[0]
-            generator = torch.Generator().manual_seed(int(seed))
-            pairs = split_dead(volumes, counts, DEAD / self.codes, generator)
+            pairs = self.split(volumes, counts, DEAD / self.codes, int(seed))
             for dead, parent in pairs:
                 usage[dead] = usage[parent] = usage[parent] / 2
             usage /= usage.sum()
@@ -243,7 +259,7 @@ class VoxelEM:
             "seconds": state.seconds + seconds,
         }
         whole = p if len(rows) == self.count else None
-        settled = whole is not None and state.p is not None and not pairs and _changed(state.p, whole) < SETTLED
+        settled = whole is not None and state.p is not None and not pairs and (state.p.labels() != whole.labels()).mean() < SETTLED
         return State(done + 1, volumes, usage, whole, state.seconds + seconds, settled), record
 
     def _pass(self, volumes: Tensor, rows: np.ndarray, step: Expectation, signals: StopSignals, bar: Progress | None):
@@ -263,8 +279,7 @@ class VoxelEM:
             return self._maps(acc)
         found = []
         for group in self._groups(step.r_max):
-            transforms = kernel.class_transforms(volumes[group].to(self.device), step.r_max)
-            part = []
+            transforms, part = kernel.class_transforms(volumes[group].to(self.device), step.r_max), []
             for chunk in self.chunks(rows, step.r_max):
                 part.append([value.float() for value in self._sums(transforms, chunk, disc)])
                 if signals.received:
@@ -385,8 +400,3 @@ class VoxelEM:
         state = State(stored["iteration"], stored["volumes"], stored["usage"].numpy(), p, stored["seconds"])
         state.settled = stored["settled"]
         return state, list(stored["history"])
-
-
-def _changed(before: ClassWeights, now: ClassWeights) -> float:
-    """Share of the images whose best code is another one."""
-    return float((before.labels() != now.labels()).mean())

@@ -32,11 +32,6 @@ class Latents:
     before: dict
 
 
-def kraqen_options(recipe: Recipe) -> list[str]:
-    """Options beyond the number of states: a loop is no set of unrelated states, but its arcs are told apart alike."""
-    return ["--n-codes", "24"] if recipe.kind == "igg24" else []
-
-
 def bins(z: np.ndarray, count: int | None = None) -> ClassWeights:
     """Latents shared out among bins, as ``polish`` does it; without a count as many as it chooses."""
     from cryosuite.reconstruct.bins import bins_of

@@ -55,8 +55,7 @@ def kraqen_row(judge: Judge, recipe: Recipe, work: Path, threads: int) -> dict:
     """With the soft assignments of train-kraqen."""
     run = work / "runs" / recipe.name / "kraqen"
     states = len(np.unique(judge.labels))
-    options = ["--n-states", str(states), *latents.kraqen_options(recipe)]
-    done = runs.train_kraqen(judge.folder, run, *options, seed=recipe.seed, threads=threads)
+    done = runs.train_kraqen(judge.folder, run, "--n-states", str(states), seed=recipe.seed, threads=threads)
     weights = runs.kraqen_weights(run)
     labels = weights.labels()
     return {
