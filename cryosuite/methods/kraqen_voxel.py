@@ -259,7 +259,9 @@ class VoxelEM:
             "seconds": state.seconds + seconds,
         }
         whole = p if len(rows) == self.count else None
-        settled = whole is not None and state.p is not None and not pairs and (state.p.labels() != whole.labels()).mean() < SETTLED
+        settled = False
+        if whole is not None and state.p is not None and not pairs:
+            settled = bool((state.p.labels() != whole.labels()).mean() < SETTLED)
         return State(done + 1, volumes, usage, whole, state.seconds + seconds, settled), record
 
     def _pass(self, volumes: Tensor, rows: np.ndarray, step: Expectation, signals: StopSignals, bar: Progress | None):
