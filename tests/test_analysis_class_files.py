@@ -39,7 +39,7 @@ def test_classes_open_again_with_the_poses_of_the_run(golden, tmp_path, name):
     for row in rows:
         own = np.flatnonzero(alternating(len(work)) == row.label)
         for path in [row.star] + ([row.cs] if name.endswith(".cs") else []):
-            again = open_particles(path)
+            again = open_particles(path, datadir=(golden / name).parent)
             assert again.box_size == source.box_size, "un-binned"
             sign = 1 if path.suffix == ".cs" else source.sign  # RELION takes particles as white
             assert np.array_equal(again.read([0, 1]), sign * source.read(own[:2]))

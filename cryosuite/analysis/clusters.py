@@ -24,8 +24,9 @@ KINDS = ("gmm-umap16", "gmm-direct", "kmeans")
 UMAP_DIMENSIONS = 16
 MOST_DIMENSIONS = 32  # of gmm-direct: a full covariance of more needs more particles than groups have
 FEWEST, MOST = 2, 50  # groups tried by ``auto``
-SCAN_ROWS = 5_000  # particles that the choice of the number rests on
+SCAN_ROWS = 4_000  # particles that the choice of the number rests on
 SEEDS = 5  # whose agreement is the stability
+JUDGED = 6  # numbers whose stability is looked at
 ALMOST = 0.05  # of the fall of the criterion: numbers this close to the lowest are judged by stability
 LEVEL = 0.02  # stabilities this close are equal: the criterion decides
 FIT_ROWS = 1_000_000
@@ -91,11 +92,11 @@ def cluster(z: np.ndarray, how: str = "gmm-umap16", k: int | str = "auto", seed:
         notice(f"{k} clusters were asked for, but there are {different} different latents: {different} clusters.")
         k = different
     points = space(z, how, seed)
-    fit = {"kmeans": _fit_sphere, "gmm-direct": _fit_either}.get(how, _fit_mixture)
+    kinds = {"kmeans": [_fit_sphere], "gmm-direct": [_fit_tied, _fit_full]}.get(how, [_fit_full])
     scores, stability = None, {}
     if k == "auto":
-        k, scores, stability = choose(points, fit, seed)
-    return _final(z, points, fit, k, how, seed, scores, stability)
+        k, scores, stability, kinds = choose(points, kinds, seed)
+    return _final(z, points, kinds, k, how, seed, scores, stability)
 
 
 def space(z: np.ndarray, how: str, seed: int = 0) -> np.ndarray:
@@ -153,27 +154,37 @@ def _neighbours(scores: np.ndarray, near: int) -> np.ndarray:
 # how many -----------------------------------------------------------------------------------------------------------
 
 
-def choose(points: np.ndarray, fit, seed: int = 0) -> tuple[int, dict[int, float], dict[int, float]]:
-    """Number of groups of points (M, c), the criterion of each number tried, the stability of those close to the best.
+def choose(points: np.ndarray, kinds: list, seed: int = 0) -> tuple[int, dict[int, float], dict[int, float], list]:
+    """Number of groups of points (M, c), the criterion of each number tried, the stability of those close to the best,
+    and the kind of fit (in a list) with the lowest criterion.
 
-    Numbers from 2 to 50 are tried in steps of about a tenth, then all between the neighbours of the best one.
+    Numbers from 2 to 50 are tried in steps of about a tenth until the criterion has risen four times (twice where
+    another kind was already better), then all between the neighbours of the best one.
     """
     rng = np.random.default_rng(seed)
     some = points[rng.choice(len(points), min(len(points), SCAN_ROWS), replace=False)]
     most = max(FEWEST, min(MOST, len(some) // 5))
-    scores = {k: fit(some, k, seed)[2] for k in _steps(most)}
-    for _ in range(2):
-        tried = sorted(scores)
-        place = tried.index(min(scores, key=scores.get))
-        between = range(tried[max(place - 1, 0)] + 1, tried[min(place + 1, len(tried) - 1)])
-        scores |= {k: fit(some, k, seed)[2] for k in between if k not in scores}
-    scores = dict(sorted(scores.items()))
+    best, fit = None, kinds[0]
+    for kind in kinds:
+        scores: dict[int, float] = {}
+        for k in _steps(most):
+            scores[k] = kind(some, k, seed)[2]
+            behind = best is not None and min(scores.values()) > min(best.values())
+            if list(scores).index(min(scores, key=scores.get)) < len(scores) - (2 if behind else 4):
+                break
+        if best is None or min(scores.values()) < min(best.values()):
+            best, fit = scores, kind
+    scores = best
+    tried = sorted(scores)
+    place = tried.index(min(scores, key=scores.get))
+    between = range(tried[max(place - 1, 0)] + 1, tried[min(place + 1, len(tried) - 1)])
+    scores = dict(sorted((scores | {k: fit(some, k, seed)[2] for k in between if k not in scores}).items()))
     lowest = min(scores.values())
     fall = max(scores.values()) - lowest
-    close = [k for k, score in scores.items() if score <= lowest + ALMOST * fall]
-    stability = {k: stability_of(some, fit, k, seed) for k in close}
-    best = max(stability.values())
-    return min((k for k in close if stability[k] >= best - LEVEL), key=scores.get), scores, stability
+    close = sorted((k for k, score in scores.items() if score <= lowest + ALMOST * fall), key=scores.get)[:JUDGED]
+    stability = {k: stability_of(some, fit, k, seed) for k in sorted(close)}
+    level = max(stability.values()) - LEVEL
+    return min((k for k in close if stability[k] >= level), key=scores.get), scores, stability, [fit]
 
 
 def _steps(most: int) -> list[int]:
@@ -196,35 +207,40 @@ def stability_of(points: np.ndarray, fit, k: int, seed: int = 0) -> float:
 # fits: points, number, seed -> (points -> memberships (M, k)), log likelihood per point, criterion ------------------
 
 
-def _fit_mixture(points: np.ndarray, k: int, seed: int, starts: int = 1, kinds: tuple[str, ...] = ("full",)):
-    """Gaussian mixture, the best of EM from k-means, on the points as they are and scaled to variance 1 along each axis
-    (a mixture does not depend on scales, k-means does), and with ``starts`` > 1 from as many random ones.
+def _fit_full(points: np.ndarray, k: int, seed: int, starts: int = 1):
+    """Gaussian mixture, each group with a covariance of its own."""
+    return _fit_mixture(points, k, seed, starts, "full")
 
-    ``kinds``: covariances tried, ``full`` (each group its own) and ``tied`` (one for all); the criterion decides.
+
+def _fit_tied(points: np.ndarray, k: int, seed: int, starts: int = 1):
+    """Gaussian mixture, one covariance for all groups: far fewer parameters in many dimensions."""
+    return _fit_mixture(points, k, seed, starts, "tied")
+
+
+def _fit_mixture(points: np.ndarray, k: int, seed: int, starts: int, kind: str):
+    """Gaussian mixture, the best of EM from k-means and, with ``starts`` > 1, from as many random starts.
+
+    k-means sees the points as they are and scaled to variance 1 along each axis: a mixture does not depend on scales,
+    k-means does.
     """
     from sklearn.cluster import KMeans
     from sklearn.mixture import GaussianMixture
 
     points = np.asarray(points, np.float64)
     deviation = points.std(axis=0) + 1e-12
-    scales = (1.0, deviation) if deviation.max() > 1.5 * deviation.min() else (1.0,)
-    groups = [KMeans(k, n_init=3, max_iter=50, random_state=seed).fit_predict(points / scale) for scale in scales]
-    best = []
-    for kind in kinds:
-        look = {"n_components": k, "covariance_type": kind, "reg_covar": REGULAR * points.var(axis=0).mean()}
-        look |= {"max_iter": 100, "random_state": seed}
-        models = [GaussianMixture(**look, **_start(points, labels, k, look["reg_covar"], kind)) for labels in groups]
-        if starts > 1:
-            models.append(GaussianMixture(**look, init_params="k-means++", n_init=starts))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a start that had not converged is as good as its likelihood
-            best.append(max((model.fit(points) for model in models), key=lambda model: model.lower_bound_))
-    criterion, found = min(((model.bic(points), model) for model in best), key=lambda pair: pair[0])
-    return found.predict_proba, found.lower_bound_, float(criterion)
-
-
-def _fit_either(points: np.ndarray, k: int, seed: int, starts: int = 1):
-    return _fit_mixture(points, k, seed, starts, ("tied", "full"))
+    scales = (1.0, deviation) if starts > 1 and deviation.max() > 1.5 * deviation.min() else (1.0,)
+    look = {"n_components": k, "covariance_type": kind, "reg_covar": REGULAR * points.var(axis=0).mean()}
+    look |= {"max_iter": 100 if starts > 1 else 30, "random_state": seed}
+    models = []
+    for scale in scales:
+        labels = KMeans(k, n_init=3 if starts == 1 else 10, max_iter=50, random_state=seed).fit_predict(points / scale)
+        models.append(GaussianMixture(**look, **_start(points, labels, k, look["reg_covar"], kind)))
+    if starts > 1:
+        models.append(GaussianMixture(**look, init_params="k-means++", n_init=starts))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a start that had not converged is as good as its likelihood
+        best = max((model.fit(points) for model in models), key=lambda model: model.lower_bound_)
+    return best.predict_proba, best.lower_bound_, float(best.bic(points))
 
 
 def _start(points: np.ndarray, labels: np.ndarray, k: int, regular: float, kind: str) -> dict:
@@ -250,12 +266,12 @@ def _start(points: np.ndarray, labels: np.ndarray, k: int, regular: float, kind:
 
 
 def _fit_sphere(points: np.ndarray, k: int, seed: int, starts: int = 1):
-    """k-means, of many particles in mini-batches; its criterion is that of equal round Gaussians (Pelleg and Moore 2000)."""
+    """k-means (of many particles in mini-batches); criterion of equal round Gaussians (Pelleg and Moore 2000)."""
     from sklearn.cluster import KMeans, MiniBatchKMeans
 
     points = np.asarray(points, np.float32)
     if points.size * k <= WHOLE_KMEANS:  # mini-batches save time only where there is much to save
-        model = KMeans(k, n_init=max(min(starts, 10), 3), max_iter=100, random_state=seed).fit(points)
+        model = KMeans(k, n_init=max(starts, 5), max_iter=100, random_state=seed).fit(points)
     else:
         model = MiniBatchKMeans(k, n_init=STARTS, batch_size=4096, random_state=seed).fit(points)
     n, size = points.shape
@@ -274,13 +290,14 @@ def _fit_sphere(points: np.ndarray, k: int, seed: int, starts: int = 1):
 # result -------------------------------------------------------------------------------------------------------------
 
 
-def _final(z, points, fit, k: int, how: str, seed: int, scores, stability) -> Clusters:
+def _final(z, points, kinds: list, k: int, how: str, seed: int, scores, stability) -> Clusters:
     """The groups from all particles (at most a million to fit)."""
     rng = np.random.default_rng(seed)
     few = points[rng.choice(len(points), FIT_ROWS, replace=False)] if len(points) > FIT_ROWS else points
     # twenty starts as published, fewer where that would take long
-    starts = int(np.clip(2e8 / (len(few) * k * points.shape[1]), 2, STARTS))
-    members = fit(few, k, seed, starts)[0](points)
+    starts = int(np.clip(4e8 / (len(few) * k * points.shape[1]), 2, STARTS))
+    fits = [kind(few, k, seed, starts) for kind in kinds]
+    members = min(fits, key=lambda fit: fit[2])[0](points)
     confidence = None if how == "kmeans" else members.max(axis=1).astype(np.float32)
     return _grouping(z, members.argmax(axis=1), confidence, how, points.shape[1], k, scores, stability)
 

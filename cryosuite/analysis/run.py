@@ -36,13 +36,16 @@ class AnalyzeOptions:
     """What to do; defaults are cryoDRGN's.
 
     Attributes:
-        ksample: clusters of k-means. gmm: groups of the Gaussian mixture, or None to choose by BIC.
+        ksample: clusters of k-means. cluster: another way to find them (``clusters.KINDS``), with ``k`` of them or
+            ``auto``; None: k-means with ``ksample``. gmm: groups of the Gaussian mixture, or None to choose by BIC.
         components: principal components to walk along, with ``per_component`` volumes between the percentiles.
         volumes: what is done to each volume.
     """
 
     ksample: int = 20
     gmm: int | None = None
+    cluster: str | None = None
+    k: int | str = "auto"
     components: int = 2
     per_component: int = 10
     percentiles: tuple[float, float] = (5.0, 95.0)
@@ -110,10 +113,10 @@ def analyze(
     clock = _Clock()
 
     model = latents.pca(good)
-    clusters = latents.kmeans(good, options.ksample, options.seed)
+    clusters, folder = _clusters(good, out, options)
     result = Analysis(out, rows, _full(clusters.labels, rows, len(z), -1), palette(clusters.count), clusters, model,
-                      out.kmeans(clusters.count))  # fmt: skip
-    clock.lap(result, "k-means", f"{clusters.count} clusters of {len(rows):,} particles")
+                      folder)  # fmt: skip
+    clock.lap(result, options.cluster or "k-means", f"{clusters.count} clusters of {len(rows):,} particles")
     result.mixture = latents.mixture(good, model, options.gmm, seed=options.seed)
     if result.mixture is not None:
         clock.lap(result, "Gaussian mixture", f"{result.mixture.count} groups")
@@ -131,6 +134,22 @@ def analyze(
         clock.lap(result, "volumes", "decoded and drawn")
     _summarise(result, options, epoch, pixel_size, len(z))
     return result
+
+
+def _clusters(z: np.ndarray, out: AnalysisDir, options: AnalyzeOptions) -> tuple[Clusters, VolumeDir]:
+    """The clusters that volumes are made of, and their folder."""
+    if options.cluster is None:
+        found = latents.kmeans(z, options.ksample, options.seed)
+        return found, out.kmeans(found.count)
+    from cryosuite.analysis.clusters import cluster, plot_choice
+
+    chosen = cluster(z, options.cluster, options.k, options.seed)
+    folder = out.clusters(options.cluster, chosen.k)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    plot_choice(folder.plot("bic"), chosen)
+    scores = chosen.bic or None
+    found = Clusters(chosen.labels, chosen.centres, chosen.centres_index, chosen.confidence, scores, chosen.asked)
+    return found, folder
 
 
 def _check(options: AnalyzeOptions, particles: ParticleSet | None, count: int) -> None:
@@ -232,7 +251,7 @@ def _plot(result: Analysis, z: np.ndarray, epoch: int, records: Sequence[Mapping
     if result.umap is not None:
         spaces.append(("umap", result.umap[result.rows], UMAP_NAMES, "UMAP"))
     for name, xy, axes, title in spaces:
-        clustered = f"{title}: {len(colours)} k-means clusters"
+        clustered = f"{title}: {len(colours)} clusters"
         plots.scatter(out.plot(name), xy, axes, clustered, labels, colours)
         plots.scatter(result.folder.plot(name), xy, axes, clustered, labels, colours)
         plots.hexbin(out.plot(f"{name}_hexbin"), xy, axes, f"{title}: density of particles")
@@ -339,6 +358,7 @@ def _summarise(result: Analysis, options: AnalyzeOptions, epoch: int, pixel_size
         "counting": "labels, volumes, rows and indices count from 0; epochs and principal components from 1",
         "pixel_size": float(options.volumes.pixel_size or pixel_size),
         "seed": options.seed,
+        "clustering": options.cluster or "kmeans",
         "kmeans": {"clusters": result.clusters.count, "particles": [int(n) for n in result.clusters.sizes],
                    "colours": list(result.colours), "levels": [file.level for file in result.files],
                    "folder": result.folder.path.name},

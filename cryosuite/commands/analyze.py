@@ -23,6 +23,15 @@ def main(
     gmm: int = _option(
         None, "--gmm", help="Groups of the Gaussian mixture; nothing: as many as the data ask for.", panel=GROUPS
     ),
+    cluster: str = _option(
+        None,
+        "--cluster",
+        help="Other clusters than k-means of --ksample: gmm-umap16, gmm-direct or kmeans, with --k.",
+        panel=GROUPS,
+    ),
+    k: str = _option(
+        None, "--k", help="Number of these: a number, or auto (as many as are found again and again).", panel=GROUPS
+    ),
     pc: int = _option(2, "--pc", help="Principal components to walk along.", panel=GROUPS),
     n_per_pc: int = _option(
         10, "--n-per-pc", help="Volumes along each, from the 5th to the 95th percentile.", panel=GROUPS
@@ -61,6 +70,8 @@ def main(
 
         cryosuite analyze run/ 20 --ksample 10 --flip
 
+        cryosuite analyze run/ --cluster gmm-umap16 --k auto
+
         cryosuite analyze run/ --epoch 5 --skip-umap -o quick_look/
     """
     from cryosuite.errors import InputError, notice
@@ -79,8 +90,8 @@ def main(
     folder = RunDir(run)
     volumes = VolumeOptions(apix, flip, invert, downsample, low_pass, vol_start_index, mass_kda)
     options = AnalyzeOptions(
-        ksample=ksample, gmm=gmm, components=pc, per_component=n_per_pc,
-        skip_umap=skip_umap, skip_volumes=skip_vol, seed=seed, volumes=volumes,
+        ksample=ksample, gmm=gmm, cluster=cluster or ("kmeans" if k else None), k=_number(k),
+        components=pc, per_component=n_per_pc, skip_umap=skip_umap, skip_volumes=skip_vol, seed=seed, volumes=volumes,
     )  # fmt: skip
     loaded = load_run(run, epoch)
     out = AnalysisDir(outdir) if outdir is not None else folder.analysis(loaded.epoch)
@@ -96,6 +107,17 @@ def main(
         _polish(result, loaded.particles)
         if folder.shares(loaded.epoch).is_file():
             say(f"These are clusters of the latents. This run's own codes: cryosuite polish {run}")
+
+
+def _number(k: str | None) -> int | str:
+    """--k: a number or auto."""
+    from cryosuite.errors import InputError
+
+    if k is None or k == "auto":
+        return "auto"
+    if not k.isdigit() or int(k) < 1:
+        raise InputError(f"--k {k}: expected auto or a whole number from 1.")
+    return int(k)
 
 
 def _polish(result: Any, particles: Any) -> None:

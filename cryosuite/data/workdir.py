@@ -278,6 +278,10 @@ class AnalysisDir:
         """The folder of k-means with k clusters."""
         return VolumeDir(self.path / f"kmeans{k}")
 
+    def clusters(self, how: str, k: int) -> VolumeDir:
+        """The folder of k clusters found in another way."""
+        return VolumeDir(self.path / f"{how}-{k}")
+
     def gmm(self, k: int) -> VolumeDir:
         """The folder of a Gaussian mixture with k clusters."""
         return VolumeDir(self.path / f"gmm{k}")
