@@ -12,9 +12,8 @@ from . import so3_grid
 
 __all__ = ["SearchOptions", "Candidates", "CARRY_LEVEL"]
 
-_SHIFT_STEP = (
-    0.27  # periods of the highest frequency between shifts: the published 14 over 40 of 128 pixels at radius 12
-)
+# periods of the highest frequency between two shifts; the published search has 14 over 40 of 128 pixels at radius 12
+_SHIFT_STEP = 0.27
 CARRY_LEVEL = 2  # the level at which poses of an earlier search join
 
 

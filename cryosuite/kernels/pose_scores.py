@@ -127,8 +127,9 @@ def loop_arrays(source: VolumeSource, g: Tensor, w: Tensor, index: Tensor, disc:
     if volume.numel() and not (int(volume.min()) >= 0 and int(volume.max()) < len(source)):
         raise ValueError(f"volume numbers must lie between 0 and {len(source) - 1}")
     n, nx = source.transform.shape[-4], source.transform.shape[-2]
-    arrays = [v.numpy() for v in (torch.view_as_real(g.resolve_conj()), w, disc.xy.T.float().contiguous())]
-    return [source.transform.view(-1).numpy(), n, nx, source.pad, volume.numpy(), *arrays, disc.r_max]
+    values = (volume.long(), torch.view_as_real(g.resolve_conj()), w, disc.xy.T.float())
+    arrays = [v.contiguous().numpy() for v in values]
+    return [source.transform.view(-1).numpy(), n, nx, source.pad, *arrays, disc.r_max]
 
 
 def _score_by_loops(source, g, w, index, disc, rotation, shift, local) -> tuple[Tensor, Tensor, Tensor]:
