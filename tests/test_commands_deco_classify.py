@@ -69,7 +69,7 @@ def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def short(options, seed):
         return AbInitioOptions(
-            classes=options.classes, starts=options.starts, iterations=3, batch=40, radius=(2, 3),
+            classes=options.classes, starts=options.starts, iterations=3, batch=40, settle=2, radius=(2, 3),
             rounds=((4, True), (6, False)), seed=seed,
         )  # fmt: skip
 

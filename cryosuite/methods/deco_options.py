@@ -60,7 +60,7 @@ class DecoOptions:
     refine_poses: bool = False
     start: str = "voxel"
     classes: int = 1
-    starts: int = 3
+    starts: int = 4
     warmup_images: int = 10000
     search_epochs: int = 2
     research_every: int = 0

@@ -1,0 +1,254 @@
+"""The starts of a search from nothing: annealed expectation maximisation from random maps, and the choice among them.
+
+Each start ends with K maps. Some are right, others are stuck; for a mixture hardly any start has all of them right. So
+the maps of all starts are pooled and the K are chosen under which the images are most likely, each image counting under
+its best map; some more iterations let the chosen ones divide the images anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cryosuite.kernels import fourier
+from cryosuite.kernels.rotations import random_rotations
+from cryosuite.kernels.slices import Accumulator
+from cryosuite.reconstruct import abinitio_em as em
+
+POOL = 10000  # images the starts are made from
+JUDGED = 1000  # images by which maps are compared
+ROOM = 8  # pixels that a map's box is larger than twice its radius
+FIRST = 300  # images with random poses per first map
+RARE = 0.02  # least share of the images a map is credited with
+PART = 256  # images read at a time
+
+
+@dataclass(frozen=True)
+class AbInitioOptions:
+    """How the search from nothing proceeds. Radii in Fourier pixels.
+
+    classes: maps. starts, iterations, batch: of the expectation maximisation; batch is per class. settle: iterations
+    after the choice. radius: its first and last. heat: first temperature as a fraction of an image's signal energy.
+    rate: weight of a batch in the running sums. cold_after: share of a start after which the temperature is 1.
+    balance: how fast maps that few images choose are favoured. shift_extent: largest shift, fraction of the box.
+    rounds: (radius, global search) of each round. keep: poses kept per image.
+    """
+
+    classes: int = 1
+    starts: int = 4
+    iterations: int = 50
+    batch: int = 300
+    settle: int = 10
+    radius: tuple[int, int] = (4, 7)
+    heat: float = 0.03
+    rate: float = 0.3
+    cold_after: float = 0.9
+    balance: float = 0.5
+    shift_extent: float = 0.1
+    rounds: tuple[tuple[int, bool], ...] = (
+        (7, True), (12, True), (18, True), (24, True), (32, False), (32, False), (32, False),
+    )  # fmt: skip
+    keep: int = 4
+    seed: int = 0
+
+
+class Starts:
+    """All starts, the choice, and what follows it, in units of one iteration; ``state`` is all that changes.
+
+    Args:
+        white: (rows, r_max) -> whitened coefficients and CTF of images. count: of images. signal: power per shell.
+        box: D of the particles. log: takes a line for people and a record.
+    """
+
+    def __init__(
+        self,
+        white: Callable[[np.ndarray, int], tuple[Tensor, Tensor]],
+        count: int,
+        signal: Tensor,
+        box: int,
+        options: AbInitioOptions,
+        device: torch.device,
+        log: Callable[[str, dict[str, Any]], None],
+    ) -> None:
+        self.white, self.count, self.signal, self.options = white, count, signal, options
+        self.device, self.log = device, log
+        self.low, self.high = (min(r, box // 2) for r in options.radius)
+        self.small = 2 * self.high + ROOM
+        self.units = options.starts * options.iterations + options.settle
+        self._pool: tuple[Tensor, Tensor] | None = None
+        self.state: dict[str, Any] = {"start": 0, "iteration": 0, "sums": None, "bias": torch.zeros(options.classes),
+                                      "maps": None, "evidence": None, "settled": 0, "volumes": None}  # fmt: skip
+
+    @property
+    def position(self) -> int:
+        """Units done."""
+        s = self.state
+        return s["start"] * self.options.iterations + s["iteration"] + s["settled"]
+
+    @property
+    def done(self) -> bool:
+        """Whether ``state["volumes"]`` holds the maps to go on with."""
+        return self.position >= self.units
+
+    def advance(self) -> None:
+        """The next iteration."""
+        if self.state["start"] < self.options.starts:
+            self._iterate()
+        else:
+            self._settle()
+
+    # --- images ------------------------------------------------------------------------------------------------------
+
+    @property
+    def pool(self) -> tuple[Tensor, Tensor]:
+        """Coefficients of the images that the starts are made from."""
+        if self._pool is None:
+            chosen = np.random.default_rng([self.options.seed, 7]).permutation(self.count)[: min(self.count, POOL)]
+            parts = [self.white(rows, self.high) for rows in np.array_split(chosen, -(-len(chosen) // PART))]
+            self._pool = torch.cat([v for v, _ in parts]), torch.cat([c for _, c in parts])
+        return self._pool
+
+    def _grid(self, radius: int) -> em.Grid:
+        return em.make_grid(2, 0.8 * self.options.shift_extent, 3 if radius <= 5 else 4, self.device)
+
+    def _volumes(self, sums: list[Accumulator]) -> Tensor:
+        return torch.stack([em.wiener(acc, self.signal[: self.small // 2 + 1]) for acc in sums])
+
+    def _step(self, volumes: Tensor, radius: int, temperature: float, bias: Tensor, generator: np.random.Generator):
+        """E-step of a random batch under some maps; its sums, grid and disc."""
+        values, transfer = self.pool
+        disc, grid = fourier.half_disc(self.small, radius), self._grid(radius)
+        n = len(disc)
+        rows = torch.from_numpy(generator.permutation(len(values))[: self.options.batch * self.options.classes])
+        slices = em.grid_slices(volumes, grid, disc)
+        return em.expect(slices, values[rows, :n], transfer[rows, :n], grid, disc, temperature, bias), grid, disc
+
+    # --- one start ---------------------------------------------------------------------------------------------------
+
+    def _first_sums(self, generator: np.random.Generator) -> list[Accumulator]:
+        """Sums of some images at random orientations, as heavy as a batch."""
+        o = self.options
+        values, transfer = self.pool
+        disc = fourier.half_disc(self.small, self.low)
+        n = len(disc)
+        chosen = generator.permutation(len(values))[: FIRST * o.classes]
+        torch_generator = torch.Generator().manual_seed(int(generator.integers(2**31)))
+        sums = []
+        for rows in np.array_split(chosen, o.classes):
+            rotation = random_rotations(len(rows), generator=torch_generator).to(self.device)
+            acc = em.empty(self.small)
+            em.insert_slices(acc, values[rows, :n] * transfer[rows, :n], transfer[rows, :n].square(), rotation, disc)
+            acc.data *= o.batch / len(rows)
+            sums.append(acc)
+        return sums
+
+    def _accumulators(self) -> list[Accumulator]:
+        return [Accumulator(data.clone(), self.small, 2) for data in self.state["sums"]]
+
+    def _iterate(self) -> None:
+        """One iteration of the present start."""
+        o, s = self.options, self.state
+        generator = np.random.default_rng([o.seed, 1, s["start"], s["iteration"]])
+        if s["iteration"] == 0:
+            s["bias"] = torch.zeros(o.classes)
+        sums = self._first_sums(generator) if s["iteration"] == 0 else self._accumulators()
+        done = s["iteration"] / max(o.iterations - 1, 1)
+        radius = round(self.low + (self.high - self.low) * min(1.0, done / 0.8))
+        temperature = self._heat(radius) ** (1 - min(1.0, done / o.cold_after))
+        batch, grid, disc = self._step(self._volumes(sums), radius, temperature, s["bias"], generator)
+        share = batch.share.mean(0).cpu()
+        self._add(sums, batch, grid, disc, o.rate)
+        bias = s["bias"] - o.balance * (share * o.classes).clamp_min(1e-3).log()
+        s["bias"] = bias - bias.mean()
+        s["sums"] = torch.stack([acc.data for acc in sums])
+        s["iteration"] += 1
+        evidence = float(batch.evidence.mean()) * temperature
+        record = {"stage": "start", "start": s["start"], "iteration": s["iteration"], "radius": radius,
+                  "temperature": temperature, "evidence": evidence, "usage": share.tolist()}  # fmt: skip
+        self.log(f"start {s['start'] + 1}: evidence {evidence:.1f}", record)
+        if s["iteration"] == o.iterations:
+            self._end_start(sums)
+
+    def _heat(self, radius: int) -> float:
+        """The temperature at which a start begins, for images up to a radius."""
+        disc = fourier.half_disc(self.small, radius)
+        transfer = self.pool[1][:, : len(disc)]
+        energy = float((transfer.square() * self.signal.to(self.device)[disc.shell]).sum(1).mean())
+        return max(energy * self.options.heat, 1.0)
+
+    def _add(self, sums: list[Accumulator], batch: em.Expected, grid: em.Grid, disc, rate: float) -> None:
+        for k, acc in enumerate(sums):
+            acc.data *= 1 - rate
+            em.add_sums(acc, batch.data[k] * rate, batch.weight[k] * rate, grid, disc)
+
+    def _end_start(self, sums: list[Accumulator]) -> None:
+        """Judge the maps of the start that is complete, put them into the pool, and begin the next."""
+        s = self.state
+        volumes = self._volumes(sums)
+        values, transfer = (part[:JUDGED] for part in self.pool)
+        disc, grid = fourier.half_disc(self.small, self.high), self._grid(self.high)
+        judged = [
+            em.expect(em.grid_slices(one[None], grid, disc), values, transfer, grid, disc, 1.0, torch.zeros(1)).evidence
+            for one in volumes
+        ]
+        evidence = torch.stack(judged, 1)  # (images, K)
+        s["maps"] = volumes if s["maps"] is None else torch.cat([s["maps"], volumes])
+        s["evidence"] = evidence if s["evidence"] is None else torch.cat([s["evidence"], evidence], 1)
+        s["start"], s["iteration"], s["sums"] = s["start"] + 1, 0, None
+        likely = float(evidence.amax(1).mean())
+        self.log(f"start {s['start']}: log-likelihood per image {likely:.2f}", {"stage": "judged", "evidence": likely})
+        if s["start"] == self.options.starts:
+            chosen = choose_maps(s["evidence"], self.options.classes)
+            s["volumes"], s["bias"] = s["maps"][chosen], torch.zeros(self.options.classes)
+            likely = float(s["evidence"][:, chosen].amax(1).mean())
+            self.log(f"maps {chosen} of all starts: {likely:.2f}", {"stage": "chosen", "evidence": likely})
+
+    # --- after the choice --------------------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """One iteration of the chosen maps at temperature 1, each credited with the share of images it has."""
+        o, s = self.options, self.state
+        generator = np.random.default_rng([o.seed, 2, s["settled"]])
+        batch, grid, disc = self._step(s["volumes"], self.high, 1.0, s["bias"], generator)
+        first = s["sums"] is None
+        sums = [em.empty(self.small) for _ in range(o.classes)] if first else self._accumulators()
+        self._add(sums, batch, grid, disc, 1.0 if first else o.rate)
+        share = batch.share.mean(0).cpu()
+        s["bias"] = share.clamp_min(RARE / o.classes).log()
+        s["sums"], s["volumes"] = torch.stack([acc.data for acc in sums]), self._volumes(sums)
+        s["settled"] += 1
+        evidence = float(batch.evidence.mean())
+        record = {"stage": "settle", "iteration": s["settled"], "evidence": evidence, "usage": share.tolist()}
+        self.log(f"settling: evidence {evidence:.1f}", record)
+
+
+def choose_maps(evidence: Tensor, count: int) -> list[int]:  # (n, M) -> count of M
+    """The maps under which images are most likely, each under its best one: greedy, then exchanges while they help.
+
+    Args:
+        evidence: log-likelihood of n images under each of M maps.
+    """
+    chosen: list[int] = []
+    best = torch.full((len(evidence),), -torch.inf, device=evidence.device)
+    for _ in range(min(count, evidence.shape[1])):
+        gain = torch.maximum(evidence, best[:, None]).mean(0)
+        if chosen:
+            gain[chosen] = -torch.inf
+        chosen.append(int(gain.argmax()))
+        best = torch.maximum(best, evidence[:, chosen[-1]])
+    improved = True
+    while improved:
+        improved = False
+        for place in range(len(chosen)):
+            others = chosen[:place] + chosen[place + 1 :]
+            rest = evidence[:, others].amax(1) if others else torch.full_like(best, -torch.inf)
+            gain = torch.maximum(evidence, rest[:, None]).mean(0)
+            gain[others] = -torch.inf
+            if float(gain.max()) > float(gain[chosen[place]]) + 1e-6:
+                chosen[place], improved = int(gain.argmax()), True
+    return sorted(chosen)
