@@ -240,7 +240,7 @@ def test_two_molecules_are_told_apart_with_known_poses(two, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "options",
     [
-        replace(TINY, refine_poses=True),
+        replace(TINY, refine_poses=True, hold_poses=0.3),
         replace(TINY, poses="none", start="network", warmup_images=64, search_epochs=1, encoder_input="raw"),
     ],
     ids=["refine", "network"],
@@ -285,7 +285,7 @@ def test_refinement_moves_poses_towards_the_truth(tmp_path: Path) -> None:
     torch.manual_seed(0)
     off = expmap(torch.randn(200, 3) * np.deg2rad(6)) @ truth
     disturbed = replace(particles, rotation=off.numpy())
-    method = Deco(replace(TINY, refine_poses=True, lr_poses=3.0), None, 15)
+    method = Deco(replace(TINY, refine_poses=True, lr_poses=3.0, hold_poses=0.0), None, 15)
     training = replace(QUICK, epochs=15, ema=0.0)
     model = fit(method, disturbed, RunDir(tmp_path), training).model
     found = model.table(torch.arange(200))[0].detach()

@@ -16,7 +16,7 @@ RENAMED = {"dim": "width", "features": "n_frequencies", "march": "march_from", "
 METHOD = (
     "encoder", "encoder_size", "encoder_input", "finetune", "bn", "dim", "layers", "features", "feat_sigma", "field",
     "loss", "window", "march", "march_over", "lr_encoder", "lr_poses", "refine_poses", "start", "classes", "starts",
-    "warmup_images", "hps_epochs", "re_search", "shift_extent", "cluster", "hand",
+    "warmup_images", "hps_epochs", "hold_poses", "re_search", "shift_extent", "cluster", "hand",
     "low_memory",
 )  # fmt: skip
 TRAIN = {
@@ -67,6 +67,9 @@ def main(
     shift_extent: float = _option(None, help="Largest shift searched for, as a fraction of the box.", panel=POSES),
     hps_epochs: int = _option(None, help="Network start: epochs of hierarchical pose search.", panel=POSES),
     warmup_images: int = _option(None, help="Network start: images with random poses before.", panel=POSES),
+    hold_poses: float = _option(
+        None, help="Fraction of the training in which given or found poses are not refined yet.", panel=POSES
+    ),
     re_search: int = _option(
         None, help="Search anew for the worst 5 % of the poses every so many epochs; 0: never.", panel=POSES
     ),

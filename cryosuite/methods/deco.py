@@ -26,7 +26,7 @@ from cryosuite.methods.deco_encoder import open_encoder
 from cryosuite.methods.deco_images import encoder_cache
 from cryosuite.methods.deco_model import DecoModel, PoseTable
 from cryosuite.methods.deco_options import RANDOM, DecoOptions
-from cryosuite.methods.deco_search import Searcher, Stage, rows_of, searched_again, stage_of
+from cryosuite.methods.deco_search import Searcher, Stage, held, rows_of, searched_again, stage_of
 from cryosuite.training.inference import autocast, evaluating
 from cryosuite.training.launch import world
 from cryosuite.training.method import Step
@@ -151,7 +151,7 @@ class Deco:
             worst = model.table.misfit[batch.index].topk(math.ceil(self.options.research_share * len(batch))).indices
             self.searcher.search(rows_of(batch, worst), z.detach()[worst])
         rotation, shift = model.table(batch.index)
-        if stage is Stage.SEARCH:
+        if stage is Stage.SEARCH or held(step, self.options):
             rotation, shift = rotation.detach(), shift.detach()
         return replace(batch, rotation=rotation, shift=shift)
 

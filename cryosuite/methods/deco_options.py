@@ -35,7 +35,8 @@ class DecoOptions:
     lr_encoder, lr_poses: relative to the learning rate of the decoder. classes: volumes of the voxel start.
     march_from, march_over: first radius in units of D/2, fraction of the training until all is used.
     warmup_images, search_epochs: stages of the network start. research_every: epochs between two new searches for
-    the images with the worst fit, 0: never.
+    the images with the worst fit, 0: never. hold_poses: fraction of the training in which poses that were given or found
+    beforehand stay as they are: a network that has learnt nothing yet would only lead them astray.
     """
 
     encoder: str = "iev-small"
@@ -63,6 +64,7 @@ class DecoOptions:
     starts: int = 4
     warmup_images: int = 10000
     search_epochs: int = 2
+    hold_poses: float = 0.5
     research_every: int = 0
     research_share: float = 0.05
     shift_extent: float = 0.1
@@ -86,6 +88,8 @@ class DecoOptions:
             raise InputError(f"--march {self.march_from}: expected above 0 and at most 1")
         if not 0 < self.shift_extent <= 0.5:
             raise InputError(f"--shift-extent {self.shift_extent}: a fraction of the box, above 0 and at most 0.5")
+        if not 0 <= self.hold_poses <= 1:
+            raise InputError(f"--hold-poses {self.hold_poses}: a fraction between 0 and 1")
         if not 0 < self.research_share <= 1:
             raise InputError(f"--research-share {self.research_share}: expected above 0 and at most 1")
         for name in ("warmup_images", "search_epochs", "research_every"):

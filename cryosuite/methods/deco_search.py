@@ -42,6 +42,11 @@ def stage_of(step: Step, epochs: int, options: DecoOptions, count: int) -> Stage
     return Stage.SEARCH if step.index < warmup + options.search_epochs * per_epoch else Stage.REFINE
 
 
+def held(step: Step, options: DecoOptions) -> bool:
+    """Whether poses that were there before the training are not refined yet."""
+    return (options.poses == "known" or options.start == "voxel") and step.fraction < options.hold_poses
+
+
 def searched_again(step: Step, epochs: int, options: DecoOptions) -> bool:
     """Whether this step lies in an epoch in which the worst poses are searched for again (the first never is)."""
     epoch = int(step.index * epochs / step.total)
