@@ -10,7 +10,15 @@ from pose_toy import F64, Cloud, Shots, cloud, shoot
 
 from cryosuite.kernels import fourier, pose_base, pose_refine, pose_scores, so3_grid
 from cryosuite.kernels.pose_options import Candidates
-from cryosuite.kernels.pose_search import PointSource, SearchOptions, VolumeSource, margin, prepare, search
+from cryosuite.kernels.pose_search import (
+    PointSource,
+    SearchOptions,
+    VolumeSource,
+    margin,
+    prepare,
+    search,
+    search_volumes,
+)
 from cryosuite.kernels.rotations import expmap, geodesic_deg, random_rotations
 
 SMALL = SearchOptions(r_min=6, r_max=12, levels=4, base_order=1, keep=8, shift_extent=0.1, shift_grid=6)
@@ -221,6 +229,27 @@ def test_groups_share_volumes(path: str) -> None:
     for i, k in enumerate(kind.tolist()):
         alone = search(VolumeSource(things[k].volume()), images[i : i + 1], transfer[i : i + 1], kind[:1] * 0, SMALL)
         torch.testing.assert_close(together.score[i], alone.score[0], rtol=1e-3, atol=1e-2)
+
+
+def test_volumes_compete(path: str) -> None:
+    things = [cloud(24, seed=k) for k in range(4)]
+    parts = [shoot(things[k], 5, snr=1.0, seed=k) for k in range(4)]
+    images, transfer = (torch.cat([getattr(p, name) for p in parts]) for name in ("images", "ctf"))
+    source = VolumeSource(source_volumes(things))
+    found, label = search_volumes(source, images, transfer, SMALL)
+    assert (label == torch.arange(4).repeat_interleave(5)).float().mean() >= 0.9
+    every, own = search_volumes(source, images, transfer, SMALL, tried=4)
+    each = [search(source, images, transfer, torch.full((20,), k), SMALL) for k in range(4)]
+    scores = torch.stack([c.score[:, 0] for c in each], 1)
+    assert torch.equal(own, scores.argmax(1))
+    torch.testing.assert_close(every.score[:, 0], scores.amax(1), rtol=1e-4, atol=1e-2)
+    assert (found.score[:, 0] <= every.score[:, 0] + 1e-2).all()
+    with pytest.raises(ValueError, match="whose"):
+        search_volumes(VolumeSource(source_volumes(things), volume_index=own), images, transfer, SMALL)
+
+
+def source_volumes(things: list[Cloud]) -> torch.Tensor:
+    return torch.stack([t.volume() for t in things])
 
 
 def test_fit_scale_does_not_mind_the_scale_of_the_volume() -> None:

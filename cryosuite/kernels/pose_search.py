@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .fourier import half_disc
 from .pose_base import Prepared, prepare
-from .pose_levels import State, base_level, next_level, select
+from .pose_levels import State, base_level, next_level, pick_states, select
 from .pose_options import CARRY_LEVEL, Candidates, SearchOptions
 from .pose_refine import gauss_newton
 from .pose_scores import fold_ctf
@@ -32,6 +32,7 @@ __all__ = [
     "PointSource",
     "prepare",
     "search",
+    "search_volumes",
     "margin",
 ]
 
@@ -74,32 +75,84 @@ def _search(
     prepared: Prepared | None,
 ) -> Candidates:
     options = options.clipped(source.box_size)
-    disc = half_disc(source.box_size, options.r_max, images.device)
-    if images.shape != ctf_over_sigma.shape or images.shape[1] < len(disc):
-        raise ValueError(
-            f"images {tuple(images.shape)} and CTFs {tuple(ctf_over_sigma.shape)} must agree and hold the"
-            f" {len(disc)} points of radius {options.r_max}"
-        )
-    if options.base == "none" and carried is None:
-        raise ValueError('base="none" refines carried poses: there are none')
-    g, w = fold_ctf(images[:, : len(disc)], ctf_over_sigma[:, : len(disc)])
+    if options.base == "none" and (carried is None or options.levels == 0):
+        raise ValueError('base="none" refines carried poses in at least one level: there are none')
+    g, w = _folded(source, images, ctf_over_sigma, options)
     state: State | None = None
     if options.base != "none":
         if options.base == "gemm" and prepared is None:
             prepared = prepare(source, options, index)
         state = base_level(source, g, w, index, options, prepared)
-    first = 1 if state is not None else min(CARRY_LEVEL, options.levels)
-    for level in range(first, options.levels + 1):
-        joins = carried if level == min(CARRY_LEVEL, options.levels) else None
-        state = next_level(source, g, w, index, options, level, state, joins)
-    if state is None:
-        raise ValueError("a search without a base level needs at least one level")
+    return _finish(source, g, w, index, options, state, carried)
+
+
+def _folded(source: SliceSource, images: Tensor, transfer: Tensor, options: SearchOptions) -> tuple[Tensor, Tensor]:
+    """Images with the CTF folded in, and their weights, on the disc of the last level."""
+    disc = half_disc(source.box_size, options.r_max, images.device)
+    if images.shape != transfer.shape or images.shape[1] < len(disc):
+        raise ValueError(
+            f"images {tuple(images.shape)} and CTFs {tuple(transfer.shape)} must agree and hold the"
+            f" {len(disc)} points of radius {options.r_max}"
+        )
+    return fold_ctf(images[:, : len(disc)], transfer[:, : len(disc)])
+
+
+def _finish(
+    source: SliceSource,
+    g: Tensor,
+    w: Tensor,
+    index: Tensor,
+    options: SearchOptions,
+    state: State | None,
+    carried: Candidates | None,
+) -> Candidates:
+    """All levels after the base level and the steps off the grid."""
+    join = min(CARRY_LEVEL, options.levels)
+    for level in range(1 if state is not None else join, options.levels + 1):
+        state = next_level(source, g, w, index, options, level, state, carried if level == join else None)
     found = state.poses
     if options.refine:
         few = select(found, replace(options, keep=_REFINED), options.base_order + options.levels)
         better = gauss_newton(source, g, w, index, options.r_max, found.take(few), options.refine, options.fit_scale)
         found = found.put(few, better)
     return found.take(found.score.argsort(1, descending=True))
+
+
+@torch.no_grad()
+def search_volumes(
+    source: VolumeSource,
+    images: Tensor,  # (b, P) complex whitened half transforms
+    ctf_over_sigma: Tensor,  # (b, P)
+    options: SearchOptions | None = None,
+    prepared: Prepared | None = None,
+    tried: int = 3,
+) -> tuple[Candidates, Tensor]:
+    """Best poses of every image among all K volumes of a source, and the volume (b,) int64 they belong to.
+
+    All volumes go through the base level; the `tried` volumes with the best score there go on, and the volume whose
+    last score is the best wins. K volumes cost little more than K base levels. `prepared`: base slices of all volumes,
+    `prepare(source, options, torch.arange(K))`.
+
+    Raises:
+        ValueError: a source that has a volume per particle instead, or images that do not reach r_max.
+    """
+    if source.volume_index is not None:
+        raise ValueError("search_volumes asks for every volume: the source must not say which is whose")
+    options = (options or SearchOptions()).clipped(source.box_size)
+    K, b, tried = len(source), len(images), min(tried, len(source))
+    with torch.autocast(images.device.type, enabled=False):
+        g, w = _folded(source, images, ctf_over_sigma, options)
+        if prepared is None:
+            prepared = prepare(source, options, torch.arange(K, device=g.device))
+        one = torch.zeros(b, dtype=torch.int64, device=g.device)
+        states = [base_level(source, g, w, one + k, options, prepared) for k in range(K)]
+        label = torch.stack([state.poses.score[:, 0] for state in states], 1).topk(tried, 1).indices  # (b, tried)
+        pairs = pick_states(states, label)
+        g, w = (v.repeat_interleave(tried, 0) for v in (g, w))
+        found = _finish(source, g, w, label.flatten(), options, pairs, None)
+        best = found.score[:, 0].view(b, tried).argmax(1)
+        rows = torch.arange(b, device=g.device) * tried + best
+        return found.rows(rows), label.gather(1, best[:, None]).squeeze(1)
 
 
 def margin(candidates: Candidates, apart_deg: float = 10.0) -> Tensor:  # (b,)
