@@ -35,8 +35,8 @@ class DecoOptions:
     lr_encoder, lr_poses: relative to the learning rate of the decoder. classes: volumes of the voxel start.
     march_from, march_over: first radius in units of D/2, fraction of the training until all is used.
     warmup_images, search_epochs: stages of the network start. research_every: epochs between two new searches for
-    the images with the worst fit, 0: never. hold_poses: fraction of the training in which poses that were given or found
-    beforehand stay as they are: a network that has learnt nothing yet would only lead them astray.
+    the images with the worst fit, 0: never. hold_poses: fraction of the training in which poses that were given or
+    found beforehand stay as they are: a network that has learnt nothing yet would only lead them astray.
     """
 
     encoder: str = "iev-small"
