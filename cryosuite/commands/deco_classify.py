@@ -219,7 +219,7 @@ def _options(values: dict[str, Any], particles: Any) -> tuple[Any, Any, str]:
     changes["classes"] = changes["classes"] or changes["k"] or 1
     name, chosen = preset(values["preset"], gpu, **changes)
     if changes["encoder"] is None:
-        chosen = available_encoder(chosen)
+        chosen = available_encoder(chosen, changes["lr_encoder"])
     if values["preset"] == "auto":
         reason = "a GPU is here" if gpu else "no GPU is used"
         notice(f"--preset {name} was chosen because {reason}; --preset small, default or paper decides otherwise")

@@ -26,7 +26,7 @@ from cryosuite.methods.deco_auto import choose_zdim
 from cryosuite.methods.deco_encoder import encoder_of_state, open_encoder
 from cryosuite.methods.deco_finish import ClassRow, finish
 from cryosuite.methods.deco_model import DecoModel, PoseTable
-from cryosuite.methods.deco_options import RANDOM, DecoOptions, Preset
+from cryosuite.methods.deco_options import FROM_NOTHING, RANDOM, DecoOptions, Preset
 from cryosuite.methods.deco_start import options_of, start_margins, start_record, voxel_start
 from cryosuite.reconstruct.abinitio import AbInitio
 from cryosuite.training.checkpoint import load_into, load_state
@@ -84,10 +84,10 @@ def check(particles: ParticleSet, options: DecoOptions, training: TrainOptions) 
     open_encoder(options, particles)
 
 
-def available_encoder(chosen: Preset) -> Preset:
+def available_encoder(chosen: Preset, typed_lr: float | None = None) -> Preset:
     """The preset with an encoder that is installed: where its own is not, the small one of the package, else none.
 
-    Says what was taken instead.
+    Says what was taken instead. ``typed_lr``: the encoder's learning rate where the user gave it.
     """
     wanted = chosen.options.encoder
     for encoder in dict.fromkeys((wanted, "iev-tiny", RANDOM)):
@@ -98,7 +98,8 @@ def available_encoder(chosen: Preset) -> Preset:
             continue
         if encoder != wanted:
             notice(f"the weights {wanted} are not installed: --encoder {encoder} is used (or give a file of weights)")
-        return replace(chosen, options=chosen.options.changed(encoder=encoder))
+        learning = FROM_NOTHING if encoder == RANDOM and typed_lr is None else {}
+        return replace(chosen, options=chosen.options.changed(encoder=encoder, **learning))
     return chosen
 
 
