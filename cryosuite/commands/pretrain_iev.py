@@ -1,4 +1,4 @@
-"""``cryosuite pretrain-iev``: an encoder that knows particle images, learnt without labels; and its features of a set."""
+"""``cryosuite pretrain-iev``: an encoder that knows particle images, learnt without labels; features of a set."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ DATA, SIMULATE, MODEL, TRAINING, ENCODE, SPEED = (
 METHOD = {
     "size": "size", "norm2": "norm2", "prep": "prep", "tau": "tau", "momentum": "momentum", "m_cos": "m_cos",
     "hidden": "hidden", "train_patch": "train_patch", "positives": "positives", "circle": "circle",
-    "low_memory": "low_memory", "keep": "keep",
+    "low_memory": "low_memory", "keep": "keep", "patch_start": "patch_start", "guide": "guide",
 }  # fmt: skip
 TRAIN = {
     "batch_size": "batch_size", "warmup": "warmup", "wd": "weight_decay", "seed": "seed", "max_minutes": "max_minutes",
     "checkpoint_minutes": "checkpoint_every_minutes", "accelerator": "accelerator", "devices": "devices",
     "num_nodes": "num_nodes", "log_interval": "log_every", "requeue": "requeue",
 }  # fmt: skip
-FEATURES = 1  # the epoch under which features are kept
 
 
 def _option(default: Any, *names: str, help: str, panel: str, **more: Any) -> Any:
@@ -67,10 +66,18 @@ def main(
         "same-structure (molecule) or mixed.",
         panel=SIMULATE,
     ),  # fmt: skip
+    guide: float = _option(
+        None,
+        help="Weight of a second loss: features must tell the shape of the clean picture; 0: none.",
+        panel=SIMULATE,
+    ),
     size: str = _option(None, help="vit_tiny, vit_small or vit_base.", panel=MODEL),
     norm2: str = _option(None, help="bn (as the released files) or ln (for small batches).", panel=MODEL),
-    prep: str = _option(None, help="Grey values: robust (ours) or ief (as published).", panel=MODEL),
+    prep: str = _option(None, help="Grey values: standard or robust (ours), ief (as published).", panel=MODEL),
     hidden: int = _option(None, help="Width of projector and predictor.", panel=MODEL),
+    patch_start: str = _option(
+        None, help="Start of the patch projection: random (as published), or smooth (low-pass patterns).", panel=MODEL
+    ),
     train_patch: bool = _option(
         None, "--train-patch/--frozen-patch", help="Also train the patch projection.", panel=MODEL
     ),
@@ -78,7 +85,7 @@ def main(
         None, "--circle/--no-circle", help="Hide what lies outside the particle's circle.", panel=MODEL
     ),
     keep: float = _option(
-        None, help="Share of the patches shown in the first four fifths of the training.", panel=TRAINING
+        None, help="Share of the patches shown in all but the last tenth of the training.", panel=TRAINING
     ),
     tau: float = _option(None, help="Temperature of the contrast.", panel=TRAINING),
     momentum: float = _option(None, help="How slowly the momentum copy follows.", panel=TRAINING),
@@ -122,9 +129,9 @@ def main(
     accelerator: str = _option("auto", help="auto, cpu or gpu.", panel=SPEED),
     devices: int = _option(1, help="GPUs per machine.", panel=SPEED),
     num_nodes: int = _option(1, help="Machines.", panel=SPEED),
-    requeue: bool = _option(False, "--requeue", help="Under SLURM: put the job back into the queue.", panel=SPEED),
+    requeue: bool = _option(False, "--requeue", help="SLURM: put the job back into the queue.", panel=SPEED),
 ) -> None:
-    """Train an encoder of particle images without any labels (MoCo v3), for deco-classify and for a first look at a set.
+    """Train an encoder of particle images without labels (MoCo v3), for deco-classify and a first look at a set.
 
     Takes any number of sets, streams them, and writes encoder.safetensors in
     the layout of the released Cryo-IEF weights. With --encode it writes the
@@ -167,7 +174,7 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     from cryosuite.commands.train_hype import tune_process
     from cryosuite.data.workdir import RunDir
     from cryosuite.errors import InputError
-    from cryosuite.methods.iev import Guard, Iev, after_epoch
+    from cryosuite.methods.iev import Guard, Iev, after_epoch, encoder_file
     from cryosuite.methods.iev_options import IevOptions
     from cryosuite.methods.iev_run import make_corpus, sets_from, simulated_from
     from cryosuite.training.launch import process_rank, resolve_accelerator
@@ -188,6 +195,8 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     config = start_run(run, config, resume=values["resume"], overwrite=values["overwrite"])
     if config.get("holds") != "training":
         raise InputError(f"{run.path}: holds features of --encode, not a training")
+    if not values["resume"] and process_rank() == 0:
+        encoder_file(run).unlink(missing_ok=True)  # of a run that was replaced
     chosen = IevOptions.from_dict(config["options"])
     device = resolve_accelerator(values["accelerator"])
     corpus, held = make_corpus(

@@ -29,7 +29,7 @@ class LoadedRun:
     """One epoch of a trained run, ready to be looked at.
 
     z (N, zdim) float32, a row per particle of ``particles``; pixel_size in Angstrom; ``decode`` takes latents
-    (k, zdim) and gives volumes (k, D, D, D) float32 in the grey values of the images.
+    (k, zdim) and gives volumes (k, D, D, D) float32 in the grey values of the images; None: latents without volumes.
     """
 
     name: str
@@ -38,7 +38,7 @@ class LoadedRun:
     epoch: int
     pixel_size: float
     box_size: int
-    decode: Callable[[np.ndarray], np.ndarray]
+    decode: Callable[[np.ndarray], np.ndarray] | None
     config: dict[str, Any] = field(repr=False)
 
 

@@ -20,7 +20,8 @@ from cryosuite.methods.iev_data import Corpus, CorpusLoader, PairBatch
 from cryosuite.methods.iev_options import IevOptions
 from cryosuite.metrics.features import feature_spread, knn_accuracy, pixel_components
 from cryosuite.nets.ief import IefEncoder, make_spec
-from cryosuite.nets.moco import MoCo, momentum_at
+from cryosuite.nets.moco import MoCo, momentum_at, sample_patches, smooth_patches
+from cryosuite.simulate.pool import RINGS, TURNS
 from cryosuite.training.launch import process_rank
 from cryosuite.training.logs import keep_until, read_metrics
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from cryosuite.training.method import Step
 
 MEASURED = 2048  # images of which mean and standard deviation of the grey values are taken
-ALL_SHOWN = 0.8  # of the training: from here on the encoder sees whole images
+ALL_SHOWN = 0.9  # of the training: from here on the encoder sees whole images
 COLLAPSED = 0.3  # spread of the features below which the encoder has learnt nothing but one answer
 
 
@@ -42,11 +43,14 @@ class IevModel(MoCo):
         spec = make_spec(options.size, options.norm2)
         encoder = IefEncoder(spec)
         encoder.set_checkpointing(options.low_memory)
+        if options.patch_start == "smooth":
+            encoder.patch_embed.proj.weight.data.copy_(smooth_patches(spec.patch, spec.dim))
         if not options.train_patch:
             encoder.patch_embed.requires_grad_(False)
         super().__init__(encoder, spec.dim, options.hidden, options.out, options.tau, options.chunk)
         self.register_buffer("grey_mean", torch.tensor(float(mean), dtype=torch.float64))
         self.register_buffer("grey_std", torch.tensor(float(std), dtype=torch.float64))
+        self.guide = nn.Linear(spec.dim, RINGS * TURNS) if options.guide else None
         mask = circle_mask(spec.image_size) if options.circle else np.ones((spec.image_size,) * 2, np.uint8)
         blocks = mask.reshape(spec.grid, spec.patch, spec.grid, spec.patch).any(axis=(1, 3))
         self.register_buffer("inside", torch.from_numpy(blocks.ravel()), persistent=False)
@@ -89,9 +93,13 @@ class Iev:
         with torch.no_grad():
             first, second = (self.view(batch, number, model) for number in (0, 1))
             kept = self.patches(2 * len(first), model, step)
-        loss, found = model(first, second, kept)
-        spread, rank = feature_spread(found)
-        return {"loss": loss, "spread": spread, "effective_rank": rank}
+        contrast, found = model(first, second, kept)
+        spread, rank = feature_spread(found.detach())
+        told = {"contrast": contrast, "spread": spread, "effective_rank": rank}
+        if model.guide is None:
+            return {"loss": contrast} | told
+        miss = guide_loss(model.guide(found), batch.shapes)
+        return {"loss": contrast + self.options.guide * miss, "guide": miss} | told
 
     def patches(self, images: int, model: IevModel, step: Step) -> Tensor | None:
         """The patches shown of each image, (images, k), none of them wholly outside the circle; None: all."""
@@ -126,6 +134,16 @@ class Iev:
             mask = torch.from_numpy(circle_mask(x.shape[-1])).to(x.device) > 0
             x = circled(x, mask, float(-model.grey_mean / model.grey_std))
         return x
+
+
+def guide_loss(guess: Tensor, shapes: Tensor | None) -> Tensor:
+    """Mean square miss of the ring shapes (2 b, 96), over the rows that have any; 0 where none has."""
+    if shapes is None:
+        return 0 * guess.float().sum()
+    truth = shapes.transpose(0, 1).flatten(0, 1)
+    known = torch.isfinite(truth)
+    miss = torch.where(known, guess.float() - torch.where(known, truth, 0), 0)
+    return miss.square().sum() / known.sum().clamp(min=1)
 
 
 def grey_values(corpus: Corpus, circle: bool) -> tuple[float, float]:

@@ -46,7 +46,7 @@ def flip(images: Tensor) -> Tensor:
 
 
 def resample(images: Tensor, rotate: bool, shift: bool, crop: bool) -> Tensor:
-    """Turned by any angle, moved by up to 5 % of the box, a part of .6 to 1 of the area enlarged; edges are mirrored."""
+    """Turned by any angle, moved by up to 5 % of the box, .6 to 1 of the area enlarged; edges are mirrored."""
     b = len(images)
     angle = _uniform(images, 0, 2 * math.pi) if rotate else images.new_zeros(b)
     scale = _uniform(images, *CROP).sqrt() if crop else images.new_ones(b)

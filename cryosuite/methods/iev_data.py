@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from cryosuite.data.encoder_images import EncoderCache, read_encoder_images
-from cryosuite.data.encoder_pixels import CLIP_PERCENT, spline_matrix
+from cryosuite.data.encoder_pixels import CLIP_PERCENT, STANDARD_RANGE, spline_matrix
 from cryosuite.data.loader import read_ahead
 from cryosuite.errors import InputError, notice
-from cryosuite.simulate.pool import Imaging, ProjectionPool, expose
+from cryosuite.simulate.pool import RINGS, TURNS, Imaging, ProjectionPool, expose
 
 if TYPE_CHECKING:
     from cryosuite.data.particles import ParticleSet
@@ -36,7 +36,8 @@ class PairBatch:
 
     index (b,) int64: number of the image in the epoch. images (b, 2, s, s) uint8, no circle. drawn (b,) bool: the two
     views were simulated apart (else both are the same image). label (b,) int64: set, or molecule of a simulated image.
-    kind: "stacks", "simulated" or "mixed".
+    kind: "stacks", "simulated" or "mixed". shapes (b, 2, 96): ``ring_shapes`` of the clean views behind simulated
+    images, NaN for all others; None where nothing was simulated.
     """
 
     index: Tensor
@@ -44,6 +45,7 @@ class PairBatch:
     drawn: Tensor
     label: Tensor
     kind: str = "stacks"
+    shapes: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -52,7 +54,8 @@ class PairBatch:
         """The same batch on another device."""
         moved = {
             name: getattr(self, name).to(device, non_blocking=non_blocking)
-            for name in ("index", "images", "drawn", "label")
+            for name in ("index", "images", "drawn", "label", "shapes")
+            if getattr(self, name) is not None
         }
         return replace(self, **moved)
 
@@ -136,10 +139,11 @@ class PoolSource:
         self.pool, self.size_px, self.prep, self.positives = pool, size_px, prep, positives
         self.imaging, self.weight, self.device = imaging or Imaging(), weight, torch.device(device)
         self.name = f"simulated particles of {len(pool.names)} molecules"
+        self.shapes = pool.shapes()
         self.key = zlib.crc32(repr((pool.names, pool.options, self.imaging, positives)).encode())
 
-    def pairs(self, count: int, seed: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """(images (count, 2, s, s) uint8, molecule (count,) int64), a pure function of ``seed``."""
+    def pairs(self, count: int, seed: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (count, 2, s, s) uint8, molecules (count,) int64, shapes (count, 2, 96): a function of ``seed``."""
         words = np.random.SeedSequence([SIMULATION, *seed]).generate_state(2, np.uint32)
         generator = torch.Generator(device=self.device).manual_seed((int(words[0]) << 31) ^ int(words[1]))
         rng = np.random.default_rng([SIMULATION, 1, *seed])
@@ -157,7 +161,8 @@ class PoolSource:
             clean = torch.from_numpy(np.ascontiguousarray(self.pool.images[rows])).to(self.device)
             noisy = expose(clean, self.pool.options.field, self.imaging, box, generator)
             made.append(eight_bits(noisy, self.size_px, self.prep))
-        return torch.stack([made[0], made[-1]], 1), torch.from_numpy(molecule)
+        shapes = torch.stack([self.shapes[first], self.shapes[second]], 1)
+        return torch.stack([made[0], made[-1]], 1), torch.from_numpy(molecule), shapes
 
 
 def eight_bits(images: Tensor, size: int, prep: str) -> Tensor:
@@ -174,9 +179,13 @@ def eight_bits(images: Tensor, size: int, prep: str) -> Tensor:
         rows[:, :, half] = 0
         images = torch.fft.irfft2(rows, s=(size, size))
     flat = images.flatten(1)
-    cut = int(flat.shape[1] * CLIP_PERCENT / 100) + 1 if prep == "robust" else 1
-    low = flat.topk(cut, largest=False).values[:, -1:]
-    high = flat.topk(cut).values[:, -1:]
+    if prep == "standard":
+        mean, half = flat.mean(1, keepdim=True), STANDARD_RANGE * flat.std(1, correction=0, keepdim=True)
+        low, high = mean - half, mean + half
+    else:
+        cut = int(flat.shape[1] * CLIP_PERCENT / 100) + 1 if prep == "robust" else 1
+        low = flat.topk(cut, largest=False).values[:, -1:]
+        high = flat.topk(cut).values[:, -1:]
     scaled = ((flat - low) / (high - low).clamp(min=1e-12) * 255).clamp(0, 255)
     return scaled.to(torch.uint8).view(images.shape)
 
@@ -209,9 +218,7 @@ class Corpus:
 
     def describe(self, rows: np.ndarray) -> str:
         """A sentence for the message of a training that diverged."""
-        return (
-            f"It happened in images {int(rows.min())} to {int(rows.max())} of an epoch ({len(self.sources)} sets)."
-        )
+        return f"It happened in images {int(rows.min())} to {int(rows.max())} of an epoch ({len(self.sources)} sets)."
 
     def plan(self, epoch: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Of every image of an epoch its source (E,) uint16 and its number in that source's stream (E,) int64.
@@ -319,8 +326,9 @@ class CorpusLoader:
             images = torch.from_numpy(np.ascontiguousarray(stacks))[:, None].expand(-1, 2, -1, -1)
             return PairBatch(torch.from_numpy(index), images, torch.from_numpy(drawn), label, "stacks")
         if drawn.all() and len(endless) == 1:
-            pairs, label = self._simulate(endless[0], count, epoch, batch)
+            pairs, label, shapes = self._simulate(endless[0], count, epoch, batch)
         else:
+            shapes = torch.full((count, 2, RINGS * TURNS), torch.nan)
             pairs = torch.zeros(count, 2, size, size, dtype=torch.uint8, device=self.device)
             if not drawn.all():
                 files = torch.from_numpy(np.flatnonzero(~drawn)).to(self.device)
@@ -328,14 +336,14 @@ class CorpusLoader:
             for s in endless:
                 places = torch.from_numpy(np.flatnonzero(source == s))
                 if len(places):
-                    made, molecule = self._simulate(s, len(places), epoch, batch)
+                    made, molecule, shapes[places] = self._simulate(s, len(places), epoch, batch)
                     pairs[places.to(self.device)] = made
                     label[places] = molecule
         one_image = [self.corpus.sources[s].positives == "augment" for s in endless]
         apart = drawn & ~np.isin(source, [s for s, one in zip(endless, one_image, strict=True) if one])
         kind = "simulated" if apart.all() else "mixed" if apart.any() else "stacks"
-        return PairBatch(torch.from_numpy(index), pairs, torch.from_numpy(apart), label, kind)
+        return PairBatch(torch.from_numpy(index), pairs, torch.from_numpy(apart), label, kind, shapes)
 
-    def _simulate(self, source: int, count: int, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
+    def _simulate(self, source: int, count: int, epoch: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         seed = [self.seed, source, epoch, batch, self.rank]
         return self.corpus.sources[source].pairs(count, seed)

@@ -11,7 +11,13 @@ SIZES = ("vit_tiny", "vit_small", "vit_base")
 AUGMENTATIONS = ("rotate", "flip", "shift", "crop", "blur", "noise", "contrast", "defocus", "sign")
 DEFAULT_AUG = ("rotate", "flip", "shift", "crop", "blur", "noise", "contrast", "defocus")
 POSITIVES = ("augment", "same-view", "same-structure", "mixed")
-CHOICES = {"size": SIZES, "norm2": ("bn", "ln"), "prep": ("ief", "robust"), "positives": POSITIVES}
+CHOICES = {
+    "size": SIZES,
+    "norm2": ("bn", "ln"),
+    "prep": ("ief", "robust", "standard"),
+    "positives": POSITIVES,
+    "patch_start": ("random", "smooth"),
+}
 
 
 @dataclass(frozen=True)
@@ -21,22 +27,26 @@ class IevOptions:
     aug: names in AUGMENTATIONS, drawn anew for each of the two views of an image. positives: what the two views of a
     simulated particle share: one image (augment), molecule and pose under another CTF and noise (same-view), the
     molecule only (same-structure), or one or the other for half of the pairs each (mixed). keep: share of the patches
-    that the encoder is shown in training, all of them in the last fifth (Li et al. 2023 call it FLIP).
+    that the encoder is shown in training, all of them in the last tenth (Li et al. 2023 call it FLIP). guide: weight of
+    a second loss on simulated particles: a linear map of the features must tell the rings of the clean picture
+    (simulate.pool.ring_shapes); a few thousand images then teach what the contrast alone needs millions for.
     """
 
     size: str = "vit_small"
     norm2: str = "bn"  # bn is what the released files have; ln for small batches
-    prep: str = "robust"
+    prep: str = "standard"
     tau: float = 0.2
     momentum: float = 0.99
     m_cos: bool = True  # momentum rises to 1 along a cosine
     hidden: int = 4096  # of projector and predictor
     out: int = 256
+    patch_start: str = "random"  # smooth: cosine patterns of falling gain (nets.moco.smooth_patches)
     train_patch: bool = False  # the patch projection stays random, as MoCo v3 found to be stable
     aug: tuple[str, ...] = DEFAULT_AUG
     positives: str = "same-view"
     circle: bool = True
     keep: float = 1.0
+    guide: float = 0.0
     low_memory: bool = False
     chunk: int = 0  # images through the encoder at once (norm2 ln only); 0: all
 
@@ -58,6 +68,8 @@ class IevOptions:
             raise InputError(f"--momentum {self.momentum}: expected 0 or more and below 1, for example 0.99")
         if not 0 < self.keep <= 1:
             raise InputError(f"--keep {self.keep}: expected above 0 and at most 1, the share of patches shown")
+        if self.guide < 0:
+            raise InputError(f"--guide {self.guide}: expected 0 or more")
         if self.hidden < 1 or self.out < 1 or self.chunk < 0:
             raise InputError("--hidden and --out: expected 1 or more; --chunk: 0 or more")
         if self.chunk and self.norm2 == "bn":
@@ -82,7 +94,17 @@ class Preset:
 
 PRESETS = {
     "tiny": Preset(
-        IevOptions(size="vit_tiny", norm2="ln", hidden=1024, out=128, chunk=32, keep=0.5, positives="mixed"),
+        IevOptions(
+            size="vit_tiny",
+            norm2="ln",
+            hidden=1024,
+            out=128,
+            chunk=32,
+            keep=0.5,
+            positives="mixed",
+            patch_start="smooth",
+            guide=1.0,
+        ),
         {"batch_size": 64, "weight_decay": 0.1, "warmup": 0.05},
         2e-3,
         100_000,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from cryosuite.methods.iev_data import Corpus, PoolSource, Source, StackSource, 
 from cryosuite.methods.iev_options import IevOptions
 from cryosuite.nets.ief import SPECS
 from cryosuite.simulate.pool import Imaging, PoolOptions, ProjectionPool, expose
-from cryosuite.simulate.sources import load_structures
+from cryosuite.simulate.sources import find_files, load_structures
 from cryosuite.simulate.states import State
 from cryosuite.training.runs import particles_path
 
@@ -150,28 +152,44 @@ def make_corpus(
     for number, entry in enumerate(entries):
         path = Path(run.path) / f"images.{number}.u8" if cache else None
         sources.append(StackSource(open_set(entry), size, options.prep, entry.weight, str(entry.path), path))
-    train: list[State] = []
-    held: list[State] = []
+    folder, held = Path(run.path), SimulateOptions(f"phantom:{SMALLEST_GUARD}", "0", seed=simulated.seed + 1000)
     if simulated.structures:
-        train, held = molecules(simulated)
-        pool = ProjectionPool(Path(run.path) / "pool.f16", train, simulated.pool, device)
+        parts = lru_cache(lambda: molecules(simulated))  # read or built once, and only where a pool is missing
+        text = _in_words(simulated)
+        pool = ProjectionPool(folder / "pool.f16", lambda: parts()[0], simulated.pool, device, f"train {text}")
         share = simulated.share if simulated.share is not None else (0.5 if sources else 1.0)
         weight = share / max(1 - share, 1e-9) * sum(source.weight for source in sources) if sources else 1.0
         sources.append(PoolSource(pool, size, options.prep, options.positives, simulated.imaging, weight, device))
+    if simulated.structures and simulated.hold_out.strip() not in ("", "0"):
+        labelled = (lambda: parts()[1], f"held out of {text}")
+    else:
+        labelled = (lambda: molecules(held)[0], _in_words(held))
     corpus = Corpus(sources, epoch_images, size)
-    if not held:
-        phantoms = SimulateOptions(f"phantom:{SMALLEST_GUARD}", "0", pool=simulated.pool, seed=simulated.seed + 1000)
-        held = molecules(phantoms)[0]
-    return corpus, held_out_particles(held, size, options.prep, Path(run.path) / "heldout.f16", simulated.pool)
+    return corpus, held_out_particles(*labelled, size, options.prep, folder / "heldout.f16", simulated.pool)
+
+
+def _in_words(options: SimulateOptions) -> str:
+    """What ``molecules`` depends on, with the sizes of the files."""
+    files = [f"{path.name} {path.stat().st_size}" for path in find_files(options.structures)]
+    return f"{options.structures}; {', '.join(files)}; without {options.hold_out}; seed {options.seed}"
 
 
 def held_out_particles(
-    states: list[State], size: int, prep: str, path: Path, pool: PoolOptions, box: int = GUARD_BOX,
-    snr: float = GUARD_SNR, most: int = 2000, seed: int = 0,
-) -> tuple[Tensor, np.ndarray]:  # fmt: skip
-    """Labelled particles of molecules that are not trained on: (images (n, s, s) uint8, labels (n,))."""
-    views = max(8, min(pool.views, most // len(states)))
-    made = ProjectionPool(path, states, PoolOptions(views, pool.box_size, pool.field, pool.resolution, pool.seed + 1))
+    states: list[State] | Callable[[], list[State]],
+    source: str,
+    size: int,
+    prep: str,
+    path: Path,
+    pool: PoolOptions,
+    box: int = GUARD_BOX,
+    snr: float = GUARD_SNR,
+    seed: int = 0,
+) -> tuple[Tensor, np.ndarray]:
+    """Labelled particles of molecules that are not trained on: (images (n, s, s) uint8, labels (n,)).
+
+    ``states``, ``source``: as ``ProjectionPool`` takes them. snr at 128 pixels; box in pixels.
+    """
+    made = ProjectionPool(path, states, replace(pool, seed=pool.seed + 1), source=source)
     generator = torch.Generator().manual_seed(seed)
     imaging = Imaging(snr=(snr, snr), boxes=(box,), magnify=(1.0, 1.0))
     parts = []
@@ -242,7 +260,10 @@ def simulated_from(values: dict[str, Any]) -> SimulateOptions:
 
 
 def load(run: RunDir, config: dict[str, Any], epoch: int) -> LoadedRun:
-    """Open the features of ``pretrain-iev --encode`` for analyze: latents without volumes."""
+    """Open the features of ``pretrain-iev --encode`` for analyze: latents without volumes.
+
+    Raises InputError for a run that trained an encoder: it has no features yet.
+    """
     particles = open_particles(
         particles_path(config, run), need_poses=False, need_ctf=False, mixed_boxes=True,
         **{name: config.get(name) for name in ("ind", "datadir", "pixel_size", "sign")},
@@ -251,8 +272,5 @@ def load(run: RunDir, config: dict[str, Any], epoch: int) -> LoadedRun:
     if len(z) != len(particles):
         raise InputError(f"{run.z(epoch)}: {len(z)} features for {len(particles)} particles: did the set change?")
 
-    def decode(points: np.ndarray) -> np.ndarray:
-        raise InputError(f"{run.path}: features of an encoder hold no volumes; add --skip-vol")
-
     pixel_size = float(np.median(particles.pixel_size))
-    return LoadedRun("iev", particles, z, epoch, pixel_size, particles.box_size, decode, config)
+    return LoadedRun("iev", particles, z, epoch, pixel_size, particles.box_size, None, config)

@@ -148,7 +148,7 @@ class MoCo(nn.Module):
     def forward(
         self, first: Tensor, second: Tensor, kept: Tensor | None = None, group: object = None
     ) -> tuple[Tensor, Tensor]:
-        """Two views (b, 1, s, s) each -> (loss scalar, features of both (2 b, dim) without gradient).
+        """Two views (b, 1, s, s) each -> (loss scalar, features of both (2 b, dim)).
 
         ``kept`` (2 b, k): the patches of both views that the encoder is shown; None: all. Call ``follow`` before, once
         per step.
@@ -159,7 +159,7 @@ class MoCo(nn.Module):
         with torch.no_grad():
             k1, k2 = self.momentum_projector(self._features(self.momentum_encoder, views, kept)).chunk(2)
         loss = contrastive(q1, k2, self.tau, group) + contrastive(q2, k1, self.tau, group)
-        return loss, features.detach()
+        return loss, features
 
     def _features(self, encoder: nn.Module, images: Tensor, kept: Tensor | None) -> Tensor:
         if not self.chunk:
@@ -177,6 +177,21 @@ class MoCo(nn.Module):
             mine = [p for p in follower.parameters() if p.is_floating_point()]
             theirs = [p.detach() for p in leader.parameters() if p.is_floating_point()]
             torch._foreach_lerp_(mine, theirs, 1 - momentum)
+
+
+def smooth_patches(patch: int, dim: int) -> Tensor:
+    """A start for the patch projection that suits noisy pictures of molecules: (dim, 1, patch, patch), dim <= patch^2.
+
+    Cosine patterns (DCT-II) with the gain 1 / (1 + (r / 3)^2) at r half periods per patch, mixed by a random rotation.
+    A molecule's power falls steeply with frequency and the noise's does not: a random projection passes on noise.
+    """
+    node = torch.arange(patch, dtype=torch.float64)
+    basis = torch.cos(math.pi * (node + 0.5) * node[:, None] / patch) * math.sqrt(2 / patch)  # (frequency, pixel)
+    basis[0] /= math.sqrt(2)
+    patterns = torch.einsum("uy,vx->uvyx", basis, basis).reshape(patch**2, patch, patch)
+    radius2 = (node[:, None].square() + node.square()).reshape(-1)
+    mix = torch.linalg.qr(torch.randn(patch**2, patch**2, dtype=torch.float64))[0][:, :dim]
+    return torch.einsum("kc,kyx->cyx", mix / (1 + radius2 / 9)[:, None], patterns)[:, None].float()
 
 
 def sample_patches(count: int, inside: Tensor, share: float) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -66,24 +67,62 @@ class ProjectionPool:
         images: the pool. labels: (K * views,) int64. names: of the K molecules.
     """
 
-    def __init__(self, path: Path, states: list[State], options: PoolOptions, device: str = "cpu") -> None:
-        """Open the pool at ``path`` or make it there (the record beside it says what it is of)."""
-        self.path, self.options, self.names = Path(path), options, [state.name for state in states]
-        self.labels = np.repeat(np.arange(len(states)), options.views)
-        count = len(states) * options.views
-        shape = (count, options.box_size, options.box_size)
-        sums = [zlib.crc32(state.xyz.tobytes(), zlib.crc32(state.weight.tobytes())) for state in states]
-        key = json.dumps({"format": FORMAT, **asdict(options), "names": self.names, "atoms": sums})
-        record = self.path.with_name(self.path.name + ".json")
-        if not (record.is_file() and self.path.is_file() and record.read_text() == key):
+    def __init__(
+        self,
+        path: Path,
+        states: list[State] | Callable[[], list[State]],
+        options: PoolOptions,
+        device: str = "cpu",
+        source: str = "",
+    ) -> None:
+        """Open the pool at ``path`` or make it there (the record beside it says what it is of).
+
+        ``states`` may be a function that is called only when the pool must be made; then ``source`` says in words what
+        it would give.
+        """
+        self.path, self.options = Path(path), options
+        said = {"format": FORMAT, **asdict(options), "source": source}
+        if not callable(states):
+            said["atoms"] = [zlib.crc32(s.xyz.tobytes(), zlib.crc32(s.weight.tobytes())) for s in states]
+        names = self._recorded(said)
+        if names is None:
+            states = states() if callable(states) else states
+            names = [state.name for state in states]
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            shape = (len(names) * options.views, options.box_size, options.box_size)
             with atomic_path(self.path, needed=2 * int(np.prod(shape))) as temporary:
                 _project(np.memmap(temporary, np.float16, "w+", shape=shape), states, options, device)
-            write_text(record, key)
+            write_text(self._record, json.dumps(said | {"names": names}))
+        self.names = names
+        self.labels = np.repeat(np.arange(len(names)), options.views)
+        shape = (len(self.labels), options.box_size, options.box_size)
         self.images = np.memmap(self.path, np.float16, "r", shape=shape)
+
+    @property
+    def _record(self) -> Path:
+        return self.path.with_name(self.path.name + ".json")
+
+    def _recorded(self, wanted: dict) -> list[str] | None:
+        """The molecules of the file that is there, or None where it is not the one wanted."""
+        try:
+            found = json.loads(self._record.read_text())
+            names = [str(name) for name in found.pop("names")]
+            whole = self.path.stat().st_size == 2 * len(names) * self.options.views * self.options.box_size**2
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+        return names if whole and found == json.loads(json.dumps(wanted)) else None
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def shapes(self) -> Tensor:
+        """``ring_shapes`` of all clean views, each number with mean 0 and sd 1 over the pool: (K * views, 96)."""
+        parts = [
+            ring_shapes(torch.from_numpy(self.images[start : start + 512].astype(np.float32)))
+            for start in range(0, len(self), 512)
+        ]
+        found = torch.cat(parts)
+        return (found - found.mean(0)) / found.std(0).clamp(min=1e-3)
 
 
 def _project(out: np.ndarray, states: list[State], options: PoolOptions, device: str) -> None:
@@ -104,6 +143,25 @@ def _project(out: np.ndarray, states: list[State], options: PoolOptions, device:
                 first = number * options.views + begin
                 out[first : first + len(part)] = images.cpu().numpy().astype(np.float16)
                 shown.advance(len(part))
+
+
+RINGS, TURNS, ANGLES = 12, 8, 64  # of ``ring_shapes``
+
+
+def ring_shapes(images: Tensor) -> Tensor:
+    """What of a picture does not change when it is turned: (b, P, P) -> (b, 96).
+
+    Each of 12 rings is a function of the angle; taken are its mean and the absolute values of its first seven angular
+    Fourier coefficients, as square roots.
+    """
+    b, P = images.shape[:2]
+    radius = (torch.arange(RINGS, device=images.device) + 0.5) / RINGS * 0.8  # of the half width
+    angle = torch.arange(ANGLES, device=images.device) * (2 * torch.pi / ANGLES)
+    places = torch.stack([radius[:, None] * torch.cos(angle), radius[:, None] * torch.sin(angle)], -1) + 1 / P
+    rings = F.grid_sample(images[:, None], places.expand(b, -1, -1, -1).to(images), align_corners=False)[:, 0]
+    waves = torch.fft.rfft(rings, dim=2)[:, :, :TURNS] / ANGLES
+    values = torch.cat([waves[:, :, :1].real, waves[:, :, 1:].abs()], 2).flatten(1)
+    return values.abs().sqrt() * values.sign()
 
 
 def turned(images: Tensor, angle: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
