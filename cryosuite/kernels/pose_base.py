@@ -32,12 +32,13 @@ _MARGIN = 2  # Fourier pixels beyond the disc that the interpolation sees
 
 @dataclass
 class Prepared:
-    """Base slices, computed once and used by many batches: slices (G, H, P) complex of half of the grid.
+    """Base slices, computed once and used by many batches: real and imaginary parts (G, H, P) of half of the grid.
 
     Half of the in-plane angles are enough: a turn by 180 degrees conjugates a slice.
     """
 
-    slices: Tensor
+    real: Tensor
+    imag: Tensor
     groups: Tensor | None  # (G,) ascending, None for one shared volume
     frame: Tensor  # (3, 3), grid rotations are multiplied by it from the right
 
@@ -48,14 +49,9 @@ class Prepared:
         return torch.searchsorted(self.groups, groups)
 
     @functools.cached_property
-    def parts(self) -> tuple[Tensor, Tensor]:
-        """Real and imaginary parts (G, H, P)."""
-        return self.slices.real.contiguous(), self.slices.imag.contiguous()
-
-    @functools.cached_property
     def squares(self) -> Tensor:
         """|S|^2 (G, H, P)."""
-        return torch.view_as_real(self.slices).square().sum(-1)
+        return self.real.square() + self.imag.square()
 
 
 @torch.no_grad()
@@ -88,8 +84,12 @@ def _prepare(source: SliceSource, options: SearchOptions, index: Tensor, frame: 
     n_psi = so3_grid.n_in_plane(options.base_order)
     grid = so3_grid.grid_rotations(options.base_order, frame.dtype, index.device) @ frame
     half = grid.unflatten(0, (-1, n_psi))[:, : n_psi // 2].flatten(0, 1)
-    rows = [source.slices(half[None], options.radius(0), one[None])[0] for one in first]
-    return Prepared(torch.stack(rows), kinds, frame)
+    real, imag = [], []
+    for one in first:
+        slices = source.slices(half[None], options.radius(0), one[None])[0]
+        real.append(slices.real)
+        imag.append(slices.imag)
+    return Prepared(torch.stack(real), torch.stack(imag), kinds, frame)
 
 
 def base_scores(
@@ -109,15 +109,15 @@ def base_scores(
         return _exact(source, g, w, index, options, phases)
     if options.base == "gemm":
         half = so3_grid.n_rotations(options.base_order) // 2
-        if prepared is None or prepared.slices.shape[1:] != (half, len(disc)):
+        if prepared is None or prepared.real.shape[1:] != (half, len(disc)):
             raise ValueError("the base slices must be prepared with the options of the search")
         return _in_grid_order(*_half_scores(prepared, g, w, phases, prepared.slot(source.groups(index))), options)
     step = max(1, _CHUNK // (so3_grid.n_rotations(options.base_order) * len(disc)))
     rows = []
     for start in range(0, g.shape[0], step):
         part = slice(start, start + step)
-        own = Prepared(_turned(source, index[part], disc, options, w.dtype), None, torch.empty(0))
-        slot = torch.arange(len(own.slices), device=g.device)
+        own = Prepared(*_turned(source, index[part], disc, options, w.dtype), None, torch.empty(0))
+        slot = torch.arange(len(own.real), device=g.device)
         rows.append(_half_scores(own, g[part], w[part], phases, slot))
     return _in_grid_order(*(torch.cat(parts) for parts in zip(*rows, strict=True)), options)
 
@@ -173,8 +173,8 @@ def _exact(
 
 def _turned(
     source: SliceSource, index: Tensor, disc: HalfDisc, options: SearchOptions, dtype: torch.dtype
-) -> Tensor:  # (b, H, P) complex
-    """Half grid of base slices of every image's own volume, from one slice per direction."""
+) -> tuple[Tensor, Tensor]:
+    """Half grid of base slices of every image's own volume, from one slice per direction: parts (b, H, P)."""
     frames = so3_grid.view_frames(options.base_order, dtype, index.device)
     radius = min(disc.r_max + _MARGIN, source.box_size // 2)
     slices = source.slices(frames.expand(len(index), -1, 3, 3), radius, index)  # (b, directions, P')
@@ -182,7 +182,7 @@ def _turned(
     even, odd = turn_operators(source.box_size, disc.r_max, radius, n_psi, dtype, index.device)
     real = torch.einsum("bnp,akp->bnak", slices.real, even)
     imag = torch.einsum("bnp,akp->bnak", slices.imag, odd)
-    return torch.complex(real, imag).flatten(1, 2)
+    return real.flatten(1, 2), imag.flatten(1, 2)
 
 
 @functools.lru_cache(maxsize=4)
@@ -228,7 +228,7 @@ def best_shifts(
     """
     if g.device.type == "cpu" and g.dtype == torch.complex64 and loops() is not None:
         return _best_by_loops(prepared, g, phases, slot)
-    real, imag = prepared.parts
+    real, imag = prepared.real, prepared.imag
     H, T = real.shape[1], phases.shape[0]
     step = max(1, _CHUNK // (T * H * 2 + (0 if slot is None else 2 * real[0].numel())))
     found = []
@@ -249,7 +249,7 @@ def best_shifts(
 
 def _best_by_loops(prepared: Prepared, g: Tensor, phases: Tensor, slot: Tensor | None) -> tuple[Tensor, Tensor]:
     """As `best_shifts`: products of a few images at a time, whose best shift is taken while they are in the cache."""
-    parts = prepared.parts
+    parts = prepared.real, prepared.imag
     b, H, T = g.shape[0], parts[0].shape[1], phases.shape[0]
     corr, which = torch.empty(b, 2, H), torch.empty(b, 2, H, dtype=torch.int32)
     slots = torch.zeros(b, dtype=torch.int64) if slot is None else slot
