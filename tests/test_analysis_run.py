@@ -286,3 +286,16 @@ def test_fewer_clusters_and_volumes_leave_no_files_of_earlier_ones(tmp_path):
     assert len(list(out.cluster_indices(0).parent.glob("cluster_*.ind.pkl"))) == 3
     assert len(list(out.pc(1).path.glob("vol_*.mrc"))) == 2
     assert not list(out.pc(1).path.glob("vol_003*"))
+
+
+def test_other_clusterings_take_the_place_of_k_means(tmp_path):
+    z, truth = latents()
+    out = AnalysisDir(tmp_path)
+    options = AnalyzeOptions(cluster="gmm-direct", k="auto", components=0, skip_umap=True)
+    result = analyze(z, decode, out, PIXEL, D, options)
+    labels = read_labels(out.labels)
+    assert result.clusters.count == 3
+    assert all(len(np.unique(labels[truth == group])) == 1 for group in range(3))
+    folder = out.clusters("gmm-direct", 3)
+    assert len(folder.volumes()) == 3 and folder.plot("bic").is_file()
+    assert read_yaml(out.summary)["clustering"] == "gmm-direct"
