@@ -20,7 +20,7 @@ from . import so3_grid
 from .fourier import HalfDisc, half_disc
 from .pose_options import SearchOptions
 from .pose_scores import correlations, loops, shift_phases
-from .pose_sources import SliceSource, in_autocast
+from .pose_sources import SliceSource, VolumeSource, in_autocast
 
 __all__ = ["Prepared", "prepare", "base_scores", "best_shifts", "turn_operators"]
 
@@ -60,10 +60,12 @@ def prepare(
     options: SearchOptions,
     index: Tensor | None = None,  # (n,) int64, all particles that will be searched; not needed for one shared volume
     frame: Tensor | None = None,  # (3, 3) rotation of the whole grid
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
 ) -> Prepared:
-    """Slices of every group of particles at the base level. A turn by 180 degrees conjugates: half the grid is kept."""
-    index = torch.zeros(1, dtype=torch.int64, device=device) if index is None else index
+    """Slices of every group of particles at the base level, on the device of `index`, of the volumes, or as given."""
+    if index is None:
+        device = (source.transform.device if isinstance(source, VolumeSource) else "cpu") if device is None else device
+        index = torch.zeros(1, dtype=torch.int64, device=device)
     kind = index.device.type
     source = in_autocast(source, kind)
     with torch.autocast(kind, enabled=False):
