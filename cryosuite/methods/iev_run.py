@@ -194,7 +194,7 @@ def held_out_particles(
     imaging = Imaging(snr=(snr, snr), boxes=(box,), magnify=(1.0, 1.0))
     parts = []
     for start in range(0, len(made), 64):
-        clean = torch.from_numpy(np.ascontiguousarray(made.images[start : start + 64]))
+        clean = torch.from_numpy(np.array(made.images[start : start + 64]))
         parts.append(eight_bits(expose(clean, pool.field, imaging, box, generator), size, prep))
     return torch.cat(parts), made.labels
 

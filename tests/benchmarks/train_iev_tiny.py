@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 
 from cryosuite.data.encoder_images import circle_mask, normalise
-from cryosuite.data.encoder_weights import SHIPPED, load_encoder
+from cryosuite.data.encoder_weights import SHIPPED, load_encoder, save_encoder
 from cryosuite.methods.iev_run import SimulateOptions, _in_words, held_out_particles, molecules
 from cryosuite.metrics.features import feature_spread, knn_accuracy, pixel_components
 from cryosuite.nets.ief import IefEncoder
@@ -101,7 +100,10 @@ def main() -> None:
     rows = judge(weights, given.work, given.shared)
     (given.work / "judged.json").write_text(json.dumps(rows, indent=1) + "\n")
     if given.install:
-        shutil.copy(weights, SHIPPED)
+        loaded = load_encoder(weights)
+        command = "cryosuite pretrain-iev " + RECIPE.format(train="../shared/data/atomic/train") + " -o RUN"
+        notes = loaded.notes | {"command": command, "made_by": "tests/benchmarks/train_iev_tiny.py"}
+        save_encoder(SHIPPED, loaded.encoder, loaded.prep, loaded.mean, loaded.std, notes)
         print(f"installed as {SHIPPED}")
 
 
