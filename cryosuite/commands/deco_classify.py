@@ -14,9 +14,9 @@ INPUT, POSES, CLASSES, TRAINING, MODEL, MACHINE = (
 RENAMED = {"dim": "width", "features": "n_frequencies", "march": "march_from", "hps_epochs": "search_epochs",
            "re_search": "research_every"}  # fmt: skip
 METHOD = (
-    "encoder", "encoder_size", "encoder_input", "finetune", "bn", "dim", "layers", "features", "feat_sigma", "field",
-    "loss", "window", "march", "march_over", "lr_encoder", "lr_poses", "refine_poses", "start", "classes", "starts",
-    "warmup_images", "hps_epochs", "hold_poses", "re_search", "shift_extent", "cluster", "hand",
+    "encoder", "encoder_size", "encoder_input", "finetune", "bn", "dim", "layers", "features", "feat_sigma",
+    "layer_norm", "field", "loss", "window", "march", "march_over", "lr_encoder", "lr_poses", "refine_poses", "start",
+    "classes", "starts", "warmup_images", "hps_epochs", "hold_poses", "re_search", "shift_extent", "cluster", "hand",
     "low_memory",
 )  # fmt: skip
 TRAIN = {
@@ -115,6 +115,9 @@ def main(
     layers: int = _option(None, help="Its residual layers.", panel=MODEL),
     features: int = _option(None, help="Random frequencies that coordinates are given as.", panel=MODEL),
     feat_sigma: float = _option(None, help="Their spread, in units of half the box.", panel=MODEL),
+    layer_norm: bool = _option(
+        None, "--layer-norm/--no-layer-norm", help="Layer norms in the volume network (as published).", panel=MODEL
+    ),
     field: str = _option(None, help="complex (half the work) or hartley (as published).", panel=MODEL),
     loss: str = _option(None, help="whitened (weighs by the noise) or mse (as published).", panel=MODEL),
     march: float = _option(

@@ -72,10 +72,10 @@ class DecoModel(nn.Module):
             zdim = options.zdim
             self.head = nn.Sequential(nn.LayerNorm(width, eps=1e-6), nn.Linear(width, zdim))
         self.zdim = zdim
+        o = options
         self.field = DecoField(
-            zdim, options.width, options.layers, options.n_frequencies, options.feat_sigma, field=options.field,
-            box_size=box_size, low_memory=options.low_memory,
-        )  # fmt: skip
+            zdim, o.width, o.layers, o.n_frequencies, o.feat_sigma, o.layer_norm, o.field, box_size, o.low_memory
+        )
         self.table: PoseTable | None = None
         white = options.loss == "whitened"
         mean_noise = spectra.noise if white else spectra.noise[:, 1:].mean(1, keepdim=True)

@@ -51,6 +51,7 @@ class DecoOptions:
     layers: int = 3
     n_frequencies: int = 192
     feat_sigma: float = 1.0  # spread of the random frequencies, in units of D/2 (0.5 as published)
+    layer_norm: bool = True
     field: str = "complex"
     loss: str = "whitened"
     window: bool = True
