@@ -114,7 +114,7 @@ def test_features_go_to_analyze(tmp_path: Path) -> None:
     assert (out / "analyze.1" / "labels.pkl").is_file() or list((out / "analyze.1").rglob("labels.pkl"))
     with pytest.raises(InputError, match="prep"):
         command(stack, "--encode", "--weights", tmp_path / "e.safetensors", "--prep", "ief", "-o", tmp_path / "x")
-    with pytest.raises(InputError, match="features of --encode"):
+    with pytest.raises(InputError, match="nothing to resume"):
         command("-o", out, "--overwrite", "--resume")
 
 

@@ -405,7 +405,7 @@ def test_encoder_learns_molecules(tmp_path: Path) -> None:
     torch.manual_seed(0)
     states = make_states(8, seed=3)
     pool = ProjectionPool(tmp_path / "pool.f16", states, PoolOptions(views=250))
-    imaging = Imaging(snr=(0.02, 0.2), boxes=(64,))
+    imaging = Imaging(snr=(0.05, 0.3), boxes=(64,))
     options = preset("tiny", False, chunk=16)[1].options
     source = PoolSource(pool, 112, options.prep, options.positives, imaging)
     corpus = Corpus([source], 1600, 112)
@@ -416,7 +416,7 @@ def test_encoder_learns_molecules(tmp_path: Path) -> None:
     run.path.mkdir()
     guard = Guard(images, labels, method, run)
     training = TrainOptions(
-        epochs=6, batch_size=32, lr=7e-4, weight_decay=0.1, ema=0, precision="bf16", log_every=10, accelerator="cpu"
+        epochs=6, batch_size=32, lr=1e-3, weight_decay=0.1, ema=0, precision="bf16", log_every=10, accelerator="cpu"
     )  # fmt: skip
     fit(method, corpus, run, training, on_epoch=after_epoch(run, options, guard, {}))
     scores = [record for record in read_metrics(run.metrics) if "knn" in record]

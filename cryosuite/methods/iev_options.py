@@ -27,9 +27,10 @@ class IevOptions:
     aug: names in AUGMENTATIONS, drawn anew for each of the two views of an image. positives: what the two views of a
     simulated particle share: one image (augment), molecule and pose under another CTF and noise (same-view), the
     molecule only (same-structure), or one or the other for half of the pairs each (mixed). keep: share of the patches
-    that the encoder is shown in training, all of them in the last tenth (Li et al. 2023 call it FLIP). guide: weight of
-    a second loss on simulated particles: a linear map of the features must tell the rings of the clean picture
-    (simulate.pool.ring_shapes); a few thousand images then teach what the contrast alone needs millions for.
+    that the encoder is shown in training, all of them in the last tenth (Li et al. 2023 call it FLIP; it hurts short
+    trainings, whose features then tell which patches were shown). guide: weight of a second loss on simulated particles:
+    a linear map of the features must tell the rings of the clean picture (simulate.pool.ring_shapes); a few thousand
+    images then teach what the contrast alone needs many more for.
     """
 
     size: str = "vit_small"
@@ -100,13 +101,11 @@ PRESETS = {
             hidden=1024,
             out=128,
             chunk=32,
-            keep=0.5,
-            positives="mixed",
             patch_start="smooth",
             guide=1.0,
         ),
-        {"batch_size": 64, "weight_decay": 0.1, "warmup": 0.05},
-        2e-3,
+        {"batch_size": 32, "weight_decay": 0.1, "warmup": 0.05},
+        8e-3,
         100_000,
     ),
     "default": Preset(IevOptions(), {"batch_size": 512, "weight_decay": 0.1, "warmup": 0.05}, 1.5e-4, 10_000_000),
