@@ -130,7 +130,7 @@ def test_goes_on_exactly_from_any_unit() -> None:
     while not straight.done:
         states.append(torch.load(_stored(straight.state_dict()), weights_only=True))
         straight.advance()
-    for at in (0, 2, 3, 6, 7, 8, 9, len(states) - 1):
+    for at in (1, 3, 7, 9, len(states) - 1):
         again = AbInitio(particles, options)
         again.load_state_dict(states[at])
         _run(again)

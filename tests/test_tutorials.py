@@ -19,6 +19,23 @@ def blocks(name: str) -> list[str]:
 
 
 @pytest.mark.slow
+def test_particles_without_poses(tmp_path):
+    """The whole page: simulate, find poses and classes, judge; the poses are right."""
+    import json
+
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+    for command in blocks("abinitio.md"):
+        done = subprocess.run(
+            ["bash", "-e", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1800
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    scores = json.loads((tmp_path / "run" / "eval.6" / "scores.json").read_text())
+    assert scores["poses"]["rotation_median_deg"] < 5
+    assert (tmp_path / "run" / "clusters.6" / "cluster_000.star").exists()
+
+
+@pytest.mark.slow
 def test_mixtures_sorted_and_polished(tmp_path):
     """The whole page: simulate, sort, polish, judge, look, export; the polished maps are the better ones."""
     import json
