@@ -336,3 +336,25 @@ def test_mirrored_poses_give_the_same_images() -> None:
     there = extract_slices(volume_transform(volume), rotation, disc)
     back = extract_slices(volume_transform(flip_hand(volume)), turned, disc)
     assert torch.allclose(there, back, atol=1e-3 * float(there.abs().max()))
+
+
+@pytest.mark.slow
+def test_length_of_the_latent_is_chosen_and_kept(two, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every length is tried once; an interrupted choice goes on with the next; the result is one of them."""
+    from cryosuite.methods import deco_auto
+
+    monkeypatch.setattr(deco_auto, "ZDIMS", (2, 4))
+    monkeypatch.setattr(deco_auto, "IMAGES_SEEN", 200)
+    run, tried, trial = RunDir(tmp_path), [], deco_auto._trial
+
+    def counted(particles, options, training, zdim):
+        tried.append(zdim)
+        if len(tried) == 2:
+            raise deco_auto.Interrupted("SIGTERM")
+        return trial(particles, options, training, zdim)
+
+    monkeypatch.setattr(deco_auto, "_trial", counted)
+    with pytest.raises(deco_auto.Interrupted):
+        deco_auto.choose_zdim(two[0], run, TINY, QUICK)
+    assert deco_auto.choose_zdim(two[0], run, TINY, QUICK) in (2, 4)
+    assert tried == [2, 4, 4]

@@ -15,7 +15,6 @@ from cryosuite.console import say, table
 from cryosuite.data.loader import BatchLoader
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.workdir import RunDir
-from cryosuite.errors import InputError
 from cryosuite.formats.atomic import write_text
 from cryosuite.kernels import fourier
 from cryosuite.methods.deco import Deco
@@ -31,12 +30,16 @@ IMAGES_SEEN = 32000  # of one trial, over all its epochs
 HARDLY = 1.0  # standard errors of the difference within which a shorter latent is as good
 
 
+class Interrupted(Exception):  # noqa: N818 -- a signal asked for it, nothing is wrong
+    """A trial was stopped; its text is the name of the signal."""
+
+
 def choose_zdim(particles: ParticleSet, run: RunDir, options: DecoOptions, training: TrainOptions) -> int:
     """Train shortly with each length of ``ZDIMS`` on a subset; the shortest whose held-out loss is not clearly worse
     than the best one's.
 
     Poses are those of ``particles``. Results are kept in zdim.json as they come, so an interrupted choice goes on with
-    the next length. Says what it found.
+    the next length. Says what it found. Raises Interrupted where a signal stopped a trial.
     """
     tried = _read(run.zdim)
     lengths = [z for z in ZDIMS if z < len(particles)]
@@ -81,7 +84,7 @@ def _trial(particles: ParticleSet, options: DecoOptions, training: TrainOptions,
         method = Deco(poses, None, epochs)
         fitted = fit(method, trained, RunDir(Path(folder)), short)
         if fitted.stopped:
-            raise InputError("--zdim auto was interrupted; go on with --resume")
+            raise Interrupted(fitted.stopped)
         return held_out(method, fitted.model, particles.subset(held))
 
 

@@ -22,12 +22,12 @@ from cryosuite.formats.pickles import read_latent, safe_load, write_pickle
 from cryosuite.kernels.rotations import six_d_to_matrix
 from cryosuite.methods import LoadedRun
 from cryosuite.methods.deco import Deco
-from cryosuite.methods.deco_auto import choose_zdim
+from cryosuite.methods.deco_auto import Interrupted, choose_zdim
 from cryosuite.methods.deco_encoder import encoder_of_state, open_encoder
 from cryosuite.methods.deco_finish import ClassRow, finish
 from cryosuite.methods.deco_model import DecoModel, PoseTable
 from cryosuite.methods.deco_options import FROM_NOTHING, RANDOM, DecoOptions, Preset
-from cryosuite.methods.deco_start import options_of, start_margins, start_record, voxel_start
+from cryosuite.methods.deco_start import options_of, start_done, start_margins, start_record, voxel_start
 from cryosuite.reconstruct.abinitio import AbInitio
 from cryosuite.training.checkpoint import load_into, load_state
 from cryosuite.training.launch import process_rank, resolve_accelerator
@@ -130,11 +130,12 @@ def train(
     if options.poses == "none" and options.start == "voxel":
         particles, stopped = _started(particles, run, options, training)
         if stopped:
-            if training.requeue and process_rank() == 0:
-                requeue_job(stopped)
-            return Trained(0, stopped, exit_code(stopped))
+            return _stopped(stopped, training)
     if options.zdim_auto:
-        options = options.changed(zdim=choose_zdim(particles, run, options, training), zdim_auto=False)
+        try:
+            options = options.changed(zdim=choose_zdim(particles, run, options, training), zdim_auto=False)
+        except Interrupted as stop:
+            return _stopped(str(stop), training)
     minutes = training.max_minutes
     if minutes is not None:
         training = replace(training, max_minutes=max(minutes - (time.monotonic() - began) / 60, 0.01))
@@ -153,6 +154,13 @@ def train(
     return Trained(epoch, classes=tuple(classes))
 
 
+def _stopped(reason: str, training: TrainOptions) -> Trained:
+    """What comes back when a signal came before the training; the job is put back where that is asked for."""
+    if training.requeue and process_rank() == 0:
+        requeue_job(reason)
+    return Trained(0, reason, exit_code(reason))
+
+
 def _started(
     particles: ParticleSet, run: RunDir, options: DecoOptions, training: TrainOptions
 ) -> tuple[ParticleSet, str]:
@@ -162,11 +170,8 @@ def _started(
         return voxel_start(particles, run, options, training.seed, device, training.max_minutes)
     waited = time.monotonic()
     while time.monotonic() - waited < WAIT_SECONDS:
-        record = start_record(run)
-        if record is not None and record["round"] and record["chunk"] == 0:
-            found = voxel_start(particles, run, options, training.seed, device, 0.001, progress=False)
-            if not found[1]:
-                return found
+        if start_done(run):
+            return voxel_start(particles, run, options, training.seed, device, progress=False)
         time.sleep(2.0)
     raise InputError(f"{run.start}: the first process has not finished the start; do all processes see this folder?")
 

@@ -60,6 +60,7 @@ def voxel_start(
 
     def save() -> None:
         state = {"format": checkpoint.FORMAT, "version": __version__, "state": engine.state_dict(), **identity}
+        state["done"] = engine.done
         checkpoint.save_state(path, state)
 
     stopped = "" if engine.done else _run(engine, save, max_minutes, progress)
@@ -100,6 +101,11 @@ class _Silent:
 
     def __exit__(self, *_: object) -> None:
         pass
+
+
+def start_done(run: RunDir) -> bool:
+    """Whether the start is complete."""
+    return run.start.exists() and bool(checkpoint.load_state(run.start, "a start of deco-classify").get("done"))
 
 
 def start_record(run: RunDir) -> dict[str, Any] | None:
