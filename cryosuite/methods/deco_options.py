@@ -150,7 +150,7 @@ PRESETS = {
             encoder_size="micro",
             width=128,
             n_frequencies=64,
-            zdim=64,
+            layer_norm=False,  # on 16 molecules 10-NN .89 after 8 epochs; with norms .85, and a fifth slower
             lr_encoder=0.3,
             lr_poses=1.0,
         ),
