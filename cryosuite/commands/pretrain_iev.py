@@ -205,7 +205,11 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     )  # fmt: skip
     method = Iev(chosen)
     again = {to: values[key] for key, to in TRAIN.items() if key in typed} if values["resume"] else {}
-    notes = {"command": config["command"], "seed": config["training"]["seed"], "trained_by": "cryosuite pretrain-iev"}
+    command = config["command"]
+    if values["resume"] and values["images"] is not None:  # a longer training: the learning rate rises again
+        again["epochs"] = max(1, count(values["images"], "--images") // config["epoch_images"])
+        command += f" (then --resume --images {values['images']})"
+    notes = {"command": command, "seed": config["training"]["seed"], "trained_by": "cryosuite pretrain-iev"}
     guard = Guard(*held, method, run)
     result = fit(
         method, corpus, run, train_options(config, **again),
@@ -237,7 +241,7 @@ def _options(values: dict[str, Any]) -> tuple[Any, Any, str, int, list[dict], di
         from dataclasses import replace
 
         options = replace(options, aug=tuple(part for part in options.aug if part != "flip"))
-    if values["preset"] == "auto":
+    if values["preset"] == "auto" and not values["resume"]:
         reason = "a GPU is here" if gpu else "no GPU is used"
         notice(f"--preset {name} was chosen because {reason}; --preset tiny, default or paper decides otherwise")
     given = {to: values[key] for key, to in TRAIN.items() if values[key] is not None}
