@@ -358,3 +358,12 @@ def test_length_of_the_latent_is_chosen_and_kept(two, tmp_path: Path, monkeypatc
         deco_auto.choose_zdim(two[0], run, TINY, QUICK)
     assert deco_auto.choose_zdim(two[0], run, TINY, QUICK) in (2, 4)
     assert tried == [2, 4, 4]
+
+
+def test_learning_rate_of_the_encoder_follows_where_it_begins() -> None:
+    """From nothing it learns as fast as the decoder, pre-trained more slowly, and what was typed wins."""
+    assert preset("small", gpu=False)[1].options.lr_encoder == 1.0
+    assert preset("small", gpu=False, encoder="iev-tiny")[1].options.lr_encoder == 0.3
+    assert preset("default", gpu=True, encoder="random")[1].options.lr_encoder == 1.0
+    assert preset("default", gpu=True)[1].options.lr_encoder == 0.1
+    assert preset("small", gpu=False, lr_encoder=0.5)[1].options.lr_encoder == 0.5

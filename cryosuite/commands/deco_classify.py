@@ -101,7 +101,7 @@ def main(
     log_interval: int = _option(50, help="Steps between two lines of metrics.jsonl.", panel=TRAINING),
     seed: int = _option(0, help="Same seed, same result (on one machine).", panel=TRAINING),
     encoder: str = _option(
-        None, help="iev-tiny (shipped), a weights file (Cryo-IEF or pretrain-iev), or random.", panel=MODEL
+        None, help="random (preset small), iev-tiny (shipped), or a weights file (Cryo-IEF, pretrain-iev).", panel=MODEL
     ),
     encoder_size: str = _option(None, help="Of a random encoder: micro, vit_tiny or vit_small.", panel=MODEL),
     encoder_input: str = _option(

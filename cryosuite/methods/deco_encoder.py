@@ -43,7 +43,10 @@ def random_encoder(size: str) -> LoadedEncoder:
     if size not in specs:
         raise InputError(f"--encoder-size {size}: expected one of {', '.join(specs)}")
     spec = replace(specs[size], norm2="ln")  # no statistics of a batch norm exist yet
-    notice("--encoder random: the encoder begins untrained and learns from these particles alone")
+    notice(
+        "--encoder random: the encoder begins untrained and learns from these particles alone (--encoder iev-tiny, or "
+        "a file of weights, gives it a start; on a CPU that costs more time than it saves)"
+    )
     return LoadedEncoder(IefEncoder(spec).eval(), spec, RANDOM_PREP, 0.5, 0.15, "random")
 
 
