@@ -21,7 +21,6 @@ from cryosuite.methods.iev_options import AUGMENTATIONS, IevOptions, preset
 from cryosuite.methods.iev_run import held_out_particles
 from cryosuite.metrics.features import feature_spread, knn_accuracy, pixel_components
 from cryosuite.nets import ief
-from cryosuite.nets.moco import chance_loss
 from cryosuite.simulate.phantoms import make_phantoms
 from cryosuite.simulate.pool import Imaging, PoolOptions, ProjectionPool, expose, ring_shapes, turned
 from cryosuite.simulate.sources import from_phantom
@@ -397,29 +396,3 @@ def test_spread_and_rank_tell_collapse() -> None:
     spread, rank = feature_spread(torch.ones(100, 32) + 1e-3 * torch.randn(100, 1))
     assert float(spread) < 0.01
     assert pixel_components(np.random.default_rng(0).normal(size=(20, 8, 8)), 5).shape == (20, 5)
-
-
-@pytest.mark.slow
-def test_encoder_learns_molecules(tmp_path: Path) -> None:
-    """vit_tiny, eight molecules, 2,000 views, 112 pixels, 300 steps: neighbours gain more than ten points."""
-    torch.manual_seed(0)
-    states = make_states(8, seed=3)
-    pool = ProjectionPool(tmp_path / "pool.f16", states, PoolOptions(views=250))
-    imaging = Imaging(snr=(0.05, 0.3), boxes=(64,))
-    options = preset("tiny", False, chunk=16)[1].options
-    source = PoolSource(pool, 112, options.prep, options.positives, imaging)
-    corpus = Corpus([source], 1600, 112)
-    images, labels = held_out_particles(
-        states, "", 112, options.prep, tmp_path / "h.f16", PoolOptions(views=60), 64, 0.05
-    )  # fmt: skip
-    method, run = Iev(options), RunDir(tmp_path / "run")
-    run.path.mkdir()
-    guard = Guard(images, labels, method, run)
-    training = TrainOptions(
-        epochs=6, batch_size=32, lr=1e-3, weight_decay=0.1, ema=0, precision="bf16", log_every=10, accelerator="cpu"
-    )  # fmt: skip
-    fit(method, corpus, run, training, on_epoch=after_epoch(run, options, guard, {}))
-    scores = [record for record in read_metrics(run.metrics) if "knn" in record]
-    assert scores[-1]["knn"] > scores[-1]["knn_random"] + 0.10
-    losses = [record["contrast"] for record in read_metrics(run.metrics) if "contrast" in record]
-    assert np.mean(losses[-5:]) < chance_loss(32, options.tau) - 0.05
