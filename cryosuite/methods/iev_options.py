@@ -28,9 +28,8 @@ class IevOptions:
     simulated particle share: one image (augment), molecule and pose under another CTF and noise (same-view), the
     molecule only (same-structure), or one or the other for half of the pairs each (mixed). keep: share of the patches
     that the encoder is shown in training, all of them in the last tenth (Li et al. 2023 call it FLIP; not seen to
-    help in short trainings). guide: weight of a second loss on simulated particles: a
-    linear map of the features must tell the rings of the clean picture (simulate.pool.ring_shapes); a few thousand
-    images then teach what the contrast alone needs many more for.
+    help in short trainings). guide: weight of a second loss on simulated particles: a linear map of the features must
+    tell the rings of the clean picture (simulate.pool.ring_shapes); meant for short trainings (tried, not ablated).
     """
 
     size: str = "vit_small"
