@@ -18,7 +18,7 @@ from cryosuite.data.particles import ParticleSet
 from cryosuite.errors import InputError
 from cryosuite.methods.kraqen_codes import finish
 from cryosuite.methods.kraqen_halves import shares_apart
-from cryosuite.methods.kraqen_images import ClusterImages
+from cryosuite.reconstruct.class_images import ClusterImages
 from cryosuite.methods.kraqen_options import KraqenOptions
 from cryosuite.reconstruct.weights import ClassWeights
 

@@ -21,14 +21,13 @@ from cryosuite.console import Progress
 from cryosuite.data.particles import ParticleSet
 from cryosuite.errors import notice
 from cryosuite.kernels import class_slices as kernel
-from cryosuite.kernels import fourier, slices
+from cryosuite.kernels import fourier
 from cryosuite.methods.kraqen_expectation import Expectation
-from cryosuite.methods.kraqen_images import CACHE_GIB
 from cryosuite.methods.kraqen_maps import split_dead
 from cryosuite.methods.kraqen_options import KraqenOptions
 from cryosuite.methods.kraqen_voxel import MEMORY_GIB, VoxelEM
-from cryosuite.reconstruct.class_sums import ClassSums, accumulate
-from cryosuite.reconstruct.polish import polish
+from cryosuite.reconstruct import held_out
+from cryosuite.reconstruct.class_images import CACHE_GIB
 from cryosuite.reconstruct.weights import ClassWeights
 from cryosuite.training.signals import StopSignals
 
@@ -144,7 +143,7 @@ class CrossEM(VoxelEM):
         table = step.table().rows(ascending)
         step.parts = [table]
         if one_group:
-            return self._filtered(self._class_sums(sums, table.rows(np.arange(len(rows))), rows))
+            return held_out.filtered(held_out.class_sums(self.images, sums, table, self.half[rows]))
         return self.local_maps(step.table(rows, self.count))
 
     def _scored(self, volumes, rows, step, disc, acc, signals, bar) -> bool:
@@ -174,49 +173,7 @@ class CrossEM(VoxelEM):
 
     def local_maps(self, p: ClassWeights) -> Tensor:
         """(2, K, d, d, d) filtered half maps of given shares of all N particles."""
-        r_max = self.box // 2
-        if len(self._groups(r_max, 2)) > 1:
-            half, memory = self.half.astype(np.int8), self.memory / 2**30
-            with accumulate(self.particles, p, half, box=self.box, memory_gib=memory) as sums:
-                return self._filtered(sums)
-        disc, found = fourier.half_disc(self.box, r_max, self.device), []
-        used = np.flatnonzero(np.diff(p.indptr))
-        for h in (0, 1):
-            acc = kernel.new_class_accumulator(self.codes, r_max, device=self.device)
-            for chunk in self.chunks(used[self.half[used] == h], r_max):
-                self._insert(acc, chunk, p.rows(chunk.rows), disc)
-            found.append(acc)
-        return self._filtered(self._class_sums(found, p, np.arange(self.count)))
-
-    def _class_sums(self, found: list[kernel.ClassAccumulator], p: ClassWeights, rows: np.ndarray) -> ClassSums:
-        """The accumulators of both half sets as `polish` takes them; p: shares of ``rows``."""
-        counts = np.stack([p.rows(np.flatnonzero(self.half[rows] == h)).usage() for h in (0, 1)], 1)
-        kept = {
-            (k, h): slices.Accumulator(acc.data[k].cpu(), self.box, acc.pad)
-            for h, acc in enumerate(found)
-            for k in range(self.codes)
-        }
-        pixel_size = self.images.pixel_size * self.particles.box_size / self.box
-        return ClassSums(self.codes, self.box, pixel_size, counts, self.box // 2, kept)
-
-    def _filtered(self, sums: ClassSums) -> Tensor:
-        """Half maps of all codes; those without images in one of the halves get the mean of the others."""
-        used = np.flatnonzero((sums.counts > 0).all(1))
-        if not len(used):
-            return torch.zeros(2, self.codes, *(self.box,) * 3)
-        if len(used) < self.codes:
-            sums = _columns(sums, used)
-        found = polish(sums)
-        halves = torch.stack([found.half_a, found.half_b])
-        if len(used) == self.codes:
-            return halves
-        share = torch.from_numpy(sums.counts.sum(1)).float()
-        out = torch.einsum("k,hkxyz->hxyz", share / share.sum(), halves)[:, None].repeat(1, self.codes, 1, 1, 1)
-        out[:, used] = halves
-        return out
-
-
-def _columns(sums: ClassSums, used: np.ndarray) -> ClassSums:
-    """The sums of some classes."""
-    kept = {(at, h): sums.load(int(k), h) for at, k in enumerate(used) for h in (0, 1)}
-    return ClassSums(len(used), sums.box_size, sums.pixel_size, sums.counts[used], sums.r_max, kept)
+        return held_out.half_maps(
+            self.images, p, self.half, device=self.device, memory_gib=self.memory / 2**30, pool=self.pool,
+            threads=self.threads,
+        )  # fmt: skip

@@ -13,8 +13,8 @@ from cryosuite.kernels import class_slices as kernel
 from cryosuite.reconstruct.weights import ClassWeights
 
 if TYPE_CHECKING:
-    from cryosuite.methods.kraqen_images import Chunk
     from cryosuite.methods.kraqen_voxel import VoxelEM
+    from cryosuite.reconstruct.class_images import Chunk
 
 
 class Expectation:

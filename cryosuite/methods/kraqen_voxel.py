@@ -34,9 +34,10 @@ from cryosuite.errors import InputError, notice
 from cryosuite.kernels import assignment, fourier
 from cryosuite.kernels import class_slices as kernel
 from cryosuite.methods.kraqen_expectation import Expectation
-from cryosuite.methods.kraqen_images import CACHE_GIB, Chunk, ClusterImages
 from cryosuite.methods.kraqen_maps import Wiener, code_maps, split_dead
 from cryosuite.methods.kraqen_options import KraqenOptions
+from cryosuite.reconstruct.class_images import CACHE_GIB, Chunk, ClusterImages
+from cryosuite.reconstruct.held_out import class_likelihoods
 from cryosuite.reconstruct.weights import ClassWeights
 from cryosuite.training import checkpoint
 from cryosuite.training.guard import describe_images
@@ -342,16 +343,10 @@ class VoxelEM:
 
     def scores(self, maps: Tensor, rows: np.ndarray, r_max: int) -> np.ndarray:
         """Log-likelihoods (n, K) of some images under maps (K, d, d, d), up to a constant of the image."""
-        disc, out = fourier.half_disc(self.box, r_max, self.device), np.zeros((len(rows), len(maps)))
-        fit = max(1, int(self.memory // kernel.grid_bytes(r_max)))
-        for begin in range(0, len(maps), fit):
-            transforms, at = kernel.class_transforms(maps[begin : begin + fit].to(self.device), r_max), 0
-            for chunk in self.chunks(rows, r_max):
-                h, g = self._sums(transforms, chunk, disc)
-                part = assignment.likelihood_from_sums(h, g).cpu().numpy()
-                out[at : at + len(part), begin : begin + fit] = part
-                at += len(part)
-        return out
+        return class_likelihoods(
+            self.images, maps, rows, r_max, device=self.device, memory_gib=self.memory / 2**30, pool=self.pool,
+            threads=self.threads,
+        )  # fmt: skip
 
     def _maps(self, acc: kernel.ClassAccumulator) -> Tensor:
         if acc.r_max not in self._wiener:

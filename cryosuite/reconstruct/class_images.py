@@ -1,9 +1,9 @@
-"""Whitened coefficients of the particles in the cluster box, as the voxel field of train-kraqen takes them.
+"""Whitened coefficients of the particles in a small box, for scoring images against the maps of many classes.
 
 What a particle adds to a map, values C X / sigma^2 and weights C^2 / sigma^2 on the half disc
 (reconstruct.backproject), is also all that its likelihood under any map needs. Here sigma^2 is the absolute noise power
-of a coefficient, so that likelihoods have their unit. The cluster box is a Fourier crop: a prefix of the particles'
-half disc.
+of a coefficient, so that likelihoods have their unit. The cluster box (of train-kraqen, of `held_out`) is a Fourier
+crop: a prefix of the particles' half disc.
 """
 
 from __future__ import annotations

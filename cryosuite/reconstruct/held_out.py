@@ -1,0 +1,215 @@
+"""Classes settled by images that had no part in the maps they are judged with: expectation maximisation in two halves.
+
+An image that lies in the map it is scored with prefers that map by what its own noise adds to it. With 150 images per
+class at SNR 0.1 this is worth some 180 log units, more than related states differ by: whatever the first partition was,
+it stays. So every class has two half maps, cleaned by the filter of `polish`, and an image is scored with those of the
+other half set. Poses are known and stay as they are.
+
+Used by the voxel field of train-kraqen for its maps, and by deco-classify to settle the classes of a latent space.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cryosuite.console import Progress
+from cryosuite.data.particles import ParticleSet
+from cryosuite.errors import InputError
+from cryosuite.kernels import assignment, fourier, slices
+from cryosuite.kernels import class_slices as kernel
+from cryosuite.reconstruct.class_images import ClusterImages
+from cryosuite.reconstruct.class_sums import ClassSums, accumulate
+from cryosuite.reconstruct.polish import polish
+from cryosuite.reconstruct.weights import ClassWeights
+
+COARSE_BOX, FINE_BOX = 32, 64  # pixels: where the classes are sorted first, and where they are settled
+COARSE_ITERATIONS, FINE_ITERATIONS = 12, 3  # at most
+SETTLED = 2e-3  # share of the images that change their class, below which an iteration is the last
+FEWEST = 4.0  # particles in a half set, below which a class says nothing and is given up
+MEMORY_GIB = 8.0  # of grids held at a time
+
+
+@dataclass
+class Settled:
+    """Shares of N particles in the K classes of the start (some may have become empty).
+
+    changed: share of the particles whose class is another one than at the start. likelihood: mean held-out
+    log-likelihood per image after each iteration, comparable within one box.
+    """
+
+    p: ClassWeights
+    changed: float
+    likelihood: list[float]
+
+
+def settle(
+    particles: ParticleSet,
+    start: ClassWeights,
+    half: np.ndarray | None = None,
+    *,
+    box: int = FINE_BOX,
+    device: torch.device | str = "cpu",
+    progress: str | None = None,
+) -> Settled:
+    """Let all particles choose their classes anew until few change, in a coarse box and then in a finer one.
+
+    Args:
+        particles: N with poses and CTF. start: shares of the N particles in K classes.
+        half: (N,) 0 or 1; default the half sets of the particles. box: of the last iterations, pixels.
+        progress: label of a progress display, None for silence.
+
+    Raises:
+        InputError: no class has particles in both half sets; sizes that do not fit.
+    """
+    if len(start) != len(particles):
+        raise InputError(f"{len(start)} rows of class shares for {len(particles)} particles: one each is needed")
+    half = np.asarray(particles.half_sets() if half is None else half)
+    before, p, likelihood = start.labels(), start, []
+    for size, iterations in ((COARSE_BOX, COARSE_ITERATIONS), (box, FINE_ITERATIONS)):
+        size = min(size, box, particles.box_size)
+        if likelihood and size == min(COARSE_BOX, particles.box_size):
+            break  # the particles have no finer box
+        images = ClusterImages(particles, size)
+        with Progress(iterations, f"{progress}, box {size}", "iterations") if progress else nullcontext() as bar:
+            for _ in range(iterations):
+                p, last, value = _iteration(images, p, half, device)
+                likelihood.append(value)
+                if bar is not None:
+                    bar.advance(1)
+                if last < SETTLED:
+                    break
+    after = p.labels()
+    return Settled(p, float((after != before).mean()), likelihood)
+
+
+def _iteration(
+    images: ClusterImages, p: ClassWeights, half: np.ndarray, device: torch.device | str
+) -> tuple[ClassWeights, float, float]:
+    """New shares, the share of images that changed, and the mean log-likelihood."""
+    used = usable(np.stack([p.rows(np.flatnonzero(half == h)).usage() for h in (0, 1)], 1))
+    if not len(used):
+        raise InputError("no class has particles in both half sets: nothing can be settled (see rlnRandomSubset)")
+    part = p.columns(used)
+    volumes = half_maps(images, part, half, device=device)
+    prior = np.log(np.maximum(part.usage(), 0.5) / max(part.usage().sum(), 0.5))
+    dense, total = np.zeros((len(images), p.n_classes), np.float32), 0.0
+    for h in (0, 1):
+        rows = np.flatnonzero(half == h)
+        logits = class_likelihoods(images, volumes[1 - h], rows, device=device) + prior
+        peak = logits.max(1, keepdims=True)
+        shares = np.exp(logits - peak)
+        sums = shares.sum(1, keepdims=True)
+        total += float((peak + np.log(sums)).sum())
+        dense[np.ix_(rows, used)] = shares / sums
+    dense[images.bad] = 0
+    found = ClassWeights.from_dense(dense)
+    return found, float((found.labels() != p.labels()).mean()), total / max(len(images), 1)
+
+
+def usable(counts: np.ndarray) -> np.ndarray:  # (K, 2) -> classes
+    """The classes with enough particles in both half sets, or with any where none has enough."""
+    enough = np.flatnonzero((counts >= FEWEST).all(1))
+    return enough if len(enough) else np.flatnonzero((counts > 0).all(1))
+
+
+# --- maps and scores, shared with train-kraqen -----------------------------------------------------------------------
+
+
+def half_maps(
+    images: ClusterImages,
+    p: ClassWeights,
+    half: np.ndarray,
+    *,
+    device: torch.device | str = "cpu",
+    memory_gib: float = MEMORY_GIB,
+    pool: object = None,
+    threads: int = 1,
+) -> Tensor:
+    """(2, K, d, d, d) filtered half maps of the classes, of given shares of all N particles.
+
+    Where the grids exceed ``memory_gib`` the sums wait on disk and the images are read once more.
+    """
+    r_max = images.box // 2
+    if 2 * p.n_classes * kernel.grid_bytes(r_max) > memory_gib * 2**30:
+        with accumulate(images.particles, p, half.astype(np.int8), box=images.box, memory_gib=memory_gib) as sums:
+            return filtered(sums)
+    disc, found = fourier.half_disc(images.box, r_max, device), []
+    used = np.flatnonzero(np.diff(p.indptr))
+    for h in (0, 1):
+        acc = kernel.new_class_accumulator(p.n_classes, r_max, device=device)
+        for chunk in images.chunks(used[half[used] == h], r_max):
+            table = p.rows(chunk.rows)
+            rows = tuple(torch.from_numpy(part) for part in (table.data, table.indices, table.indptr))
+            values = (value.to(device) for value in (chunk.values, chunk.weights))
+            kernel.insert_classes(acc, *values, rows, chunk.rotation.to(device), disc, pool, threads)
+        found.append(acc)
+    return filtered(class_sums(images, found, p, half))
+
+
+def class_sums(
+    images: ClusterImages, found: list[kernel.ClassAccumulator], p: ClassWeights, half: np.ndarray
+) -> ClassSums:
+    """The accumulators of both half sets as `polish` takes them; p: shares of the images, half: (n,) of each."""
+    counts = np.stack([p.rows(np.flatnonzero(half == h)).usage() for h in (0, 1)], 1)
+    kept = {
+        (k, h): slices.Accumulator(acc.data[k].cpu(), images.box, acc.pad)
+        for h, acc in enumerate(found)
+        for k in range(p.n_classes)
+    }
+    pixel_size = images.pixel_size * images.particles.box_size / images.box
+    return ClassSums(p.n_classes, images.box, pixel_size, counts, images.box // 2, kept)
+
+
+def filtered(sums: ClassSums) -> Tensor:
+    """Half maps (2, K, d, d, d) of all classes; those without images in one half get the mean of the others."""
+    size = sums.box_size
+    used = np.flatnonzero((sums.counts > 0).all(1))
+    if not len(used):
+        return torch.zeros(2, sums.n_classes, size, size, size)
+    part = sums if len(used) == sums.n_classes else _columns(sums, used)
+    found = polish(part)
+    halves = torch.stack([found.half_a, found.half_b])
+    if part is sums:
+        return halves
+    share = torch.from_numpy(sums.counts.sum(1)[used]).float()
+    mean = torch.einsum("k,hkxyz->hxyz", share / share.sum(), halves)
+    out = mean[:, None].repeat(1, sums.n_classes, 1, 1, 1)
+    out[:, used] = halves
+    return out
+
+
+def _columns(sums: ClassSums, used: np.ndarray) -> ClassSums:
+    """The sums of some classes."""
+    kept = {(at, h): sums.load(int(k), h) for at, k in enumerate(used) for h in (0, 1)}
+    return ClassSums(len(used), sums.box_size, sums.pixel_size, sums.counts[used], sums.r_max, kept)
+
+
+def class_likelihoods(
+    images: ClusterImages,
+    maps: Tensor,  # (K, d, d, d)
+    rows: np.ndarray,
+    r_max: int | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    memory_gib: float = MEMORY_GIB,
+    pool: object = None,
+    threads: int = 1,
+) -> np.ndarray:
+    """Log-likelihoods (n, K) of some images under maps, up to a constant of the image."""
+    r_max = images.box // 2 if r_max is None else r_max
+    disc, out = fourier.half_disc(images.box, r_max, device), np.zeros((len(rows), len(maps)))
+    fit = max(1, int(memory_gib * 2**30 // kernel.grid_bytes(r_max)))
+    for begin in range(0, len(maps), fit):
+        transforms, at = kernel.class_transforms(maps[begin : begin + fit].to(device), r_max), 0
+        for chunk in images.chunks(rows, r_max):
+            values = (value.to(device) for value in chunk[1:])
+            h, g = kernel.class_sums(transforms, *values, disc, pool, threads)
+            part = assignment.likelihood_from_sums(h, g).cpu().numpy()
+            out[at : at + len(part), begin : begin + fit] = part
+            at += len(part)
+    return out
