@@ -40,14 +40,14 @@ FLAT = 1e-9  # of the scale of a problem: turns about an axis that the map says 
 
 
 def pixel_grid(
-    size: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    size: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:  # (D, D, 3)
     """k of every pixel, [row, column] -> (kx, ky, 0); pixel D//2 is the origin, Nyquist (D/2 pixels) = 1."""
     return _plane(_axis(size, 1, device, dtype))
 
 
 def patch_grid(
-    size: int, patch: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    size: int, patch: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:  # (T, 3)
     """k at the centres of the patches (half a pixel off a pixel when the patch is even), row-major, T = (D / patch)^2.
 
@@ -56,7 +56,7 @@ def patch_grid(
     return _plane(_axis(size, patch, device, dtype)).flatten(0, 1)
 
 
-def _axis(size: int, patch: int, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+def _axis(size: int, patch: int, device: torch.device | str | None, dtype: torch.dtype) -> Tensor:
     if patch < 1 or size % patch or size % 2:
         raise ValueError(f"an even image size that is a multiple of the patch is needed, not {size} and {patch}")
     centre = torch.arange(size // patch, device=device, dtype=torch.float64) * patch + (patch - 1) / 2
