@@ -86,8 +86,10 @@ class Multiview(nn.Module):
         self._initialise()
 
     def make_tables(self) -> None:
-        """Compute the rotary tables, which no file holds; again after a start on the meta device."""
+        """Compute what no file holds, the positions of the patches; again after a start on the meta device."""
         spec = self.spec
+        if spec.head == "affine":
+            self.head.make_tables(spec)
         for name, dim in (("enc", spec.enc_dim // spec.enc_heads), ("dec", spec.dec_dim // spec.dec_heads)):
             for part, table in zip(("cos", "sin"), rope_table(spec.grid, dim), strict=True):
                 self.register_buffer(f"{name}_{part}", table, persistent=False)

@@ -101,6 +101,10 @@ class AffineHead(nn.Module):
         self.out = Linear(CODE, 10)
         self.shift = nn.Sequential(Linear(d, CODE), nn.GELU(), Linear(CODE, 2))
         self.pool = nn.Sequential(Linear(d, d), nn.GELU(), Linear(d, d))
+        self.make_tables(spec)
+
+    def make_tables(self, spec: MultiviewSpec) -> None:
+        """Compute the centres of the patches, which no file holds."""
         self.register_buffer("grid", patch_grid(spec.size, spec.patch), persistent=False)
 
     def forward(self, x: Tensor) -> Heads:  # (..., T, d)
