@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -98,13 +98,16 @@ def origin(particles: ParticleSet) -> Origin:
     return found or here
 
 
-def export_particles(particles: ParticleSet, out: Path | str, binned: bool = False, poses: bool = False) -> Path:
+def export_particles(
+    particles: ParticleSet, out: Path | str, binned: bool = False, poses: bool = False,
+    columns: Mapping[str, np.ndarray] | None = None,
+) -> Path:  # fmt: skip
     """Write the rows of ``particles`` to ``out``: .star, .cs (from a cs source), or .pkl with original indices.
 
     Rows are those of the original, un-binned set (``binned``: of the work directory itself); every column, block and
     uid of the source is kept, and the order is that of ``particles``. With ``poses`` the set's own poses stand in place
-    of the source's. Raises InputError for other endings, a .cs of
-    particles that cryoSPARC never saw, and a source that is gone.
+    of the source's. ``columns`` (n,) are added to the particle table of a star file. Raises InputError for other
+    endings, a .cs of particles that cryoSPARC never saw, and a source that is gone.
     """
     out = Path(out)
     suffix = out.suffix.lower()
@@ -123,7 +126,9 @@ def export_particles(particles: ParticleSet, out: Path | str, binned: bool = Fal
     if poses and metadata is not None:
         metadata = with_poses(metadata, particles)
     if suffix == ".star":
-        write_star(out, _star_blocks(particles, start, metadata, out, binned, poses))
+        blocks = _star_blocks(particles, start, metadata, out, binned, poses)
+        name = metadata.block if isinstance(metadata, ParticleTables) else "particles"
+        write_star(out, {**blocks, name: blocks[name].assign(**(columns or {}))})
     elif isinstance(metadata, np.ndarray):
         write_cs(out, metadata)
     else:

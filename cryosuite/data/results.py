@@ -173,6 +173,95 @@ class ClustersDir:
 
 
 @dataclass(frozen=True)
+class PosesDir:
+    """A folder with the poses that ``fastar-infer`` found for a particle set, and the map they give."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
+
+    @property
+    def poses(self) -> Path:
+        """Rotations and shifts as cryoDRGN writes them, one row per particle of the set."""
+        return self.path / "poses.pkl"
+
+    @property
+    def star(self) -> Path:
+        """The particle table with RELION's angles, origins in Angstrom, half sets and confidence."""
+        return self.path / "poses.star"
+
+    @property
+    def index(self) -> Path:
+        """Original index of each row."""
+        return self.path / "index.pkl"
+
+    @property
+    def confidence(self) -> Path:
+        """(N, 3) score, score relative to views from the same side, margin over the best other pose."""
+        return self.path / "confidence.npy"
+
+    @property
+    def rejected(self) -> Path:
+        """Original indices of particles that were left out of the map."""
+        return self.path / "rejected.ind.pkl"
+
+    @property
+    def kept(self) -> Path:
+        """Original indices of the others, as ``--ind`` takes them."""
+        return self.path / "kept.ind.pkl"
+
+    @property
+    def map(self) -> Path:
+        """The backprojected map."""
+        return self.path / "map.mrc"
+
+    def half(self, number: int) -> Path:
+        """A half map, 1 or 2."""
+        return self.path / f"half_map_{number}.mrc"
+
+    @property
+    def mask(self) -> Path:
+        """The soft mask found in the map."""
+        return self.path / "mask.mrc"
+
+    @property
+    def fsc(self) -> Path:
+        """FSC of the half maps, one row per shell, and whether the reference may have made it."""
+        return self.path / "fsc.csv"
+
+    @property
+    def plot(self) -> Path:
+        """Picture of these curves."""
+        return self.path / "fsc.png"
+
+    @property
+    def flipped_map(self) -> Path:
+        """The other hand of the map, where the images cannot tell it."""
+        return self.path / "map_flipped.mrc"
+
+    @property
+    def flipped_poses(self) -> Path:
+        """The poses that belong to it."""
+        return self.path / "poses_flipped.pkl"
+
+    @property
+    def timing(self) -> Path:
+        """Seconds of every stage and images per second."""
+        return self.path / "timing.json"
+
+    @property
+    def truth(self) -> Path:
+        """Errors against true poses, where they were given."""
+        return self.path / "truth.json"
+
+    @property
+    def summary(self) -> Path:
+        """What was done and found; written last, so its presence says that the folder is complete."""
+        return self.path / "infer.yaml"
+
+
+@dataclass(frozen=True)
 class ScoresDir:
     """A folder with the scores of two maps or of a run against its truth."""
 
