@@ -114,6 +114,21 @@ def test_particles_left_out_of_the_maps_get_poses_all_the_same() -> None:
     assert found.reconstruction.count == 250
 
 
+def test_rivals_are_tried_too() -> None:
+    """A third of the poses is 90 degrees off, and the right one stands second: it is found."""
+    particles, _ = blob_particles([sharp(32)], 300, 1.0, seed=7)
+    rotation, shift = shaken(particles, 8.0, 0.5)
+    wrong = rotation.copy()
+    turn = expmap(torch.tensor([[np.pi / 2, 0, 0]], dtype=torch.float32)).numpy()[0]
+    wrong[::3] = turn @ wrong[::3]
+    both = np.stack([wrong, rotation], 1)
+    options = RefineOptions(rounds=2)
+    alone = degrees_off(refine(particles, wrong, shift, options=options).rotation, particles)
+    error = degrees_off(refine(particles, both, shift, options=options).rotation, particles)
+    assert np.median(alone[::3]) > 45
+    assert np.median(error[::3]) < 3 and (error < 10).mean() > 0.9
+
+
 def test_the_same_twice_and_progress() -> None:
     """Determinism; every image of every round is counted, whatever the batch."""
     particles, _ = blob_particles([blobs(24, 0)], 90, 1.0, seed=6)

@@ -91,7 +91,7 @@ class RefineResult:
 
 def refine(
     particles: ParticleSet,
-    rotation: np.ndarray,  # (N, 3, 3)
+    rotation: np.ndarray,  # (N, 3, 3) or (N, k, 3, 3)
     shift: np.ndarray | None,  # (N, 2) fraction of the box
     half: np.ndarray | None = None,  # (N,) 0 or 1
     maps: Tensor | Sequence[Tensor] | None = None,  # (D, D, D), or one per half set
@@ -105,7 +105,8 @@ def refine(
 
     Args:
         particles: images with CTF (the set's own poses are not looked at).
-        rotation, shift: poses to begin with, as CONVENTIONS has them; no shifts: zeros.
+        rotation, shift: poses to begin with, as CONVENTIONS has them; no shifts: zeros. Of k rotations per particle the
+            first makes the first maps; the first round searches around them all.
         half: half set of every particle; default the set's own.
         maps: what the FIRST round matches to instead of backprojected half maps: one map for both or one for each, in
             the particles' box, of any grey scale. Below their resolution the halves are then not independent.
@@ -154,7 +155,9 @@ class _Refiner:
         device: torch.device,
     ) -> None:
         n = len(particles)
-        self.rotation = np.array(rotation, np.float32)
+        given = np.array(rotation, np.float32)
+        self.tried = given if given.ndim == 4 else None
+        self.rotation = given if given.ndim != 4 else given[:, 0].copy()
         self.shift = np.zeros((n, 2), np.float32) if shift is None else np.array(shift, np.float32)
         if self.rotation.shape != (n, 3, 3) or self.shift.shape != (n, 2):
             raise InputError(
@@ -222,6 +225,7 @@ class _Refiner:
             self.score[rows] = found.score[:, 0].cpu().numpy()
             self.margin[rows] = pose_search.margin(found).cpu().numpy()
             self.advance(len(rows))
+        self.tried = None
         moved = geodesic_deg(torch.from_numpy(before), torch.from_numpy(self.rotation))
         return {
             "round": number + 1, "cone": cone, "radius": radius, "moved_deg": float(moved.median()),
@@ -239,9 +243,9 @@ class _Refiner:
     ) -> Candidates:
         """Best poses of some images within a ball of small turns."""
         rows = index.cpu().numpy()
-        rotation = torch.from_numpy(self.rotation[rows]).to(self.device)
+        begin = self.rotation[rows, None] if self.tried is None else self.tried[rows]
         shift = torch.from_numpy(self.shift[rows]).to(self.device) * source.box_size
-        tried = turns @ rotation[:, None]
+        tried = (turns @ torch.from_numpy(begin).to(self.device)[:, :, None]).flatten(1, 2)
         count = tried.shape[1]
         carried = Candidates(tried, shift[:, None].expand(-1, count, 2), tried.new_zeros(len(rows), count))
         return pose_search.search(source, values, transfer, index, options, carried)

@@ -1,0 +1,228 @@
+"""What a pose network answers for a batch of particles: poses, rival poses, and how sure it is."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from cryosuite.errors import InputError
+from cryosuite.kernels import so3_grid
+from cryosuite.methods.fastar_images import Window
+from cryosuite.methods.fastar_reference import Reference, template_views
+from cryosuite.nets.multiview import Multiview, MultiviewSpec
+
+ORDER = 2  # of the grid whose cells are scored: 4,608 rotations 15 degrees apart
+TOP = 8  # cells that are looked at one level finer
+NEAR = 20.0  # degrees within which a cell and the regression say the same
+RIVALS = 4  # poses handed on to a refinement
+
+
+@dataclass
+class Answer:
+    """Poses of a batch.
+
+    rotation (b, 3, 3), shift (b, 2) fraction of the NETWORK's field, rivals (b, K, 3, 3) poses worth trying, the answer
+    first. score (b,): probability that the truth is within 20 degrees as the network sees it. margin (b,): logarithm of
+    the odds against the best cell farther away.
+    """
+
+    rotation: Tensor
+    shift: Tensor
+    rivals: Tensor
+    score: Tensor
+    margin: Tensor
+
+
+class Predictor(Protocol):
+    """Anything that poses images (b, C, s, s); ``rows`` (b,) are their places in the set."""
+
+    spec: MultiviewSpec
+
+    def __call__(self, images: Tensor, rows: Tensor) -> Answer: ...
+
+
+class Clock:
+    """Seconds per stage. On a GPU by events, so that nothing waits for it until the totals are asked for."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.cuda = torch.device(device).type == "cuda"
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Count what is done inside to a stage."""
+        if self.cuda:
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            yield
+            last.record()
+            self._events.append((stage, first, last))
+            return
+        began = time.perf_counter()
+        yield
+        self.seconds[stage] += time.perf_counter() - began
+
+    def totals(self) -> dict[str, float]:
+        """Seconds of each stage so far."""
+        if self._events:
+            torch.cuda.synchronize()
+            for stage, first, last in self._events:
+                self.seconds[stage] += first.elapsed_time(last) / 1000
+            self._events.clear()
+        return dict(self.seconds)
+
+
+def autocast(precision: str, device: torch.device | str) -> Callable[[], contextlib.AbstractContextManager]:
+    """What a network is run inside: bfloat16 products ("bf16") or nothing ("32")."""
+    kind = torch.device(device).type
+    if precision == "bf16":
+        return lambda: torch.autocast(kind, torch.bfloat16)
+    return contextlib.nullcontext
+
+
+class TargetPredictor:
+    """Poses against templates of a known map, each image by itself.
+
+    Args:
+        model: in target mode. reference, window: of the particles. templates: how many views are shown.
+    """
+
+    def __init__(
+        self,
+        model: Multiview,
+        reference: Reference,
+        window: Window,
+        templates: int = 12,
+        device: torch.device | str = "cpu",
+        precision: str = "32",
+        clock: Clock | None = None,
+    ) -> None:
+        self.model, self.spec, self.device = model.to(device).eval(), model.spec, torch.device(device)
+        self.clock = clock or Clock(device)
+        self.within = autocast(precision, device)
+        images, rotation = template_views(reference.volume, window, templates, self.spec.in_channels)
+        with torch.inference_mode(), self.within(), self.clock("templates"):
+            maps = self.model.maps_of(rotation.to(device))
+            self.cache = self.model.templates(images[None].to(device), maps[None])
+            self.cells = Cells(self.model, self.device) if self.spec.grid_head else None
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor, rows: Tensor) -> Answer:
+        """Answers for images (b, C, s, s)."""
+        with self.within(), self.clock("encode"):
+            tokens = self.model.encode(images.to(self.device))
+        with self.within(), self.clock("decode"):
+            heads = self.model.heads(self.model.against(self.cache, tokens[None]))
+        with self.clock("Kabsch"):
+            found = self.model.poses(heads)
+            rotation, shift = found.rotation[0], found.shift[0]
+        if self.cells is None:
+            score = found.confidence[0]
+            return Answer(rotation, shift, rotation[:, None], score, torch.zeros_like(score))
+        with self.clock("grid"):
+            return self.cells.answer(heads.pooled[0], rotation, shift)
+
+
+class Cells:
+    """The grid head: scores of the cells of SO(3), and what they and the regression come to together."""
+
+    def __init__(self, model: Multiview, device: torch.device) -> None:
+        self.model = model
+        self.coarse = so3_grid.grid_rotations(ORDER, device=device)
+        self.codes = model.cell_codes(self.coarse)
+        self.fine_codes = model.cell_codes(so3_grid.grid_rotations(ORDER + 1, device=device))
+
+    def answer(self, pooled: Tensor, regression: Tensor, shift: Tensor) -> Answer:
+        """The regression where it lies within 20 degrees of the best cell, else that cell, one level finer."""
+        logits = self.model.grid_scores(pooled, codes=self.codes).float()  # (b, G)
+        chance = logits.softmax(1)
+        best = logits.topk(TOP, 1).indices
+        child = so3_grid.children_at(best, ORDER)  # (b, TOP, 8)
+        scores = (self.fine_codes[child] @ pooled.float()[:, None, :, None]).squeeze(-1) * pooled.shape[-1] ** -0.5
+        finest = child.gather(2, scores.argmax(2, keepdim=True)).squeeze(2)  # (b, TOP)
+        fine = so3_grid.rotations_at(finest, ORDER + 1, regression.dtype)
+        value = scores.amax(2)
+        first = fine.gather(1, value.argmax(1)[:, None, None, None].expand(-1, 1, 3, 3))[:, 0]
+        rotation = torch.where(_close(regression, first)[:, None, None], regression, first)
+        near = _traces(rotation, self.coarse) > 1 + 2 * math.cos(math.radians(NEAR))
+        mass = (chance * near).sum(1)
+        inside = torch.where(near, logits, -torch.inf).amax(1)
+        outside = torch.where(near, -torch.inf, logits).amax(1)
+        rivals = _apart(torch.cat([rotation[:, None], regression[:, None], fine], 1), value)
+        return Answer(rotation, shift, rivals, mass, inside - outside)
+
+
+def _traces(a: Tensor, b: Tensor) -> Tensor:
+    """trace(a^T b) of rotations (n, 3, 3) with (G, 3, 3): (n, G)."""
+    return a.flatten(1) @ b.flatten(1).T
+
+
+def _close(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum((-1, -2)) > 1 + 2 * math.cos(math.radians(NEAR))
+
+
+def _apart(poses: Tensor, value: Tensor) -> Tensor:
+    """RIVALS poses (b, K, 3, 3): the answer, the regression, then the best cells 20 degrees from those already taken.
+
+    poses: (b, 2 + TOP, 3, 3), answer and regression before the cells. value: (b, TOP) of the cells. Where there are not
+    enough poses apart the best that are left fill up.
+    """
+    b, n = poses.shape[:2]
+    flat = poses.flatten(2)
+    near = flat @ flat.transpose(1, 2) > 1 + 2 * math.cos(math.radians(NEAR))
+    top = value.amax(1, keepdim=True)
+    order = torch.cat([top + 2, top + 1, value], 1)  # (b, n)
+    blocked = torch.zeros(b, n, dtype=torch.bool, device=poses.device)
+    taken = blocked.clone()
+    chosen = []
+    for _ in range(min(RIVALS, n)):
+        penalty = 1e4 * taken + 1e2 * blocked
+        pick = (order - penalty).argmax(1, keepdim=True)
+        chosen.append(pick)
+        taken = taken.scatter(1, pick, True)
+        blocked = blocked | near.gather(1, pick[..., None].expand(-1, 1, n))[:, 0]
+    rows = torch.arange(b, device=poses.device)[:, None]
+    return poses[rows, torch.cat(chosen, 1)]
+
+
+class StarPredictor:
+    """Poses of a set of images relative to the first of them (ab initio), ours or the released network's."""
+
+    def __init__(
+        self, model: Multiview, device: torch.device | str = "cpu", precision: str = "32", clock: Clock | None = None
+    ) -> None:
+        self.model, self.spec, self.device = model.to(device).eval(), model.spec, torch.device(device)
+        self.clock, self.within = clock or Clock(device), autocast(precision, device)
+
+    @torch.inference_mode()
+    def encode(self, images: Tensor, rows: Tensor) -> Tensor:
+        """Tokens (b, T, d) of images (b, C, s, s), each by itself."""
+        with self.within(), self.clock("encode"):
+            return self.model.encode(images.to(self.device))
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotations (N, 3, 3) in the frame of view 0, shifts (N, 2), confidence (N,) of tokens (N, T, d)."""
+        with self.within(), self.clock("decode"):
+            heads = self.model.heads(self.model.star(tokens[None]))
+        with self.clock("Kabsch"):
+            found = self.model.poses(heads)
+        return found.rotation[0], found.shift[0], found.confidence[0]
+
+
+def require_spec(spec: MultiviewSpec, mode: str, source: str) -> None:
+    """InputError where a network cannot do what is asked of it."""
+    if mode == "target" and (spec.head != "affine" or spec.role != "two"):
+        raise InputError(
+            f"{source}: the published network knows no reference map: leave --map and --model out and add "
+            "--experimental, or take weights of `cryosuite train-fastar --mode target`"
+        )
