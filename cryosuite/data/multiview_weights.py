@@ -33,7 +33,7 @@ ENDING = ".safetensors"
 FOLDER_FILE = f"weights{ENDING}"  # what a training run leaves in its folder
 KIND = "cryosuite multiview"
 OURS = ("format", "kind", "spec")  # metadata that is not a note
-MAX_SIZE = 1 << 14  # of any number in a spec: a file that claims more lies
+MAX_SIZE, MAX_DEPTH = 1 << 13, 128  # of the numbers in a spec: a file that claims more lies
 
 
 def load_multiview(path: str | os.PathLike, spec: MultiviewSpec | None = None) -> tuple[Multiview, dict[str, str]]:
@@ -57,11 +57,10 @@ def load_multiview(path: str | os.PathLike, spec: MultiviewSpec | None = None) -
     header = read_safetensors_header(path)
     stored = _read_spec(path, header.metadata.get("spec", ""))
     if spec is not None and stored != spec:
+        what = "preset" if stored in SPECS.values() else "network"
         raise InputError(
-            f"{path}: a checkpoint of another preset: it is {spec_name(stored)}, not {spec_name(spec)}: give "
-            f"--preset {spec_name(stored)}, or other weights"
-            if stored in SPECS.values()
-            else f"{path}: a checkpoint of another network: {spec_name(stored)}, not {spec_name(spec)}"
+            f"{path}: a checkpoint of another {what}: it is {spec_name(stored)}, not {spec_name(spec)}: give the "
+            "preset it was trained with, or other weights"
         )
     with torch.device("meta"):
         wanted = {name: tuple(value.shape) for name, value in Multiview(stored).state_dict().items()}
@@ -160,7 +159,8 @@ def _read_spec(path: Path, text: str) -> MultiviewSpec:
         values = json.loads(text)
         if not isinstance(values, dict) or values.keys() != asdict(released()).keys():
             raise ValueError("other fields than a network of this version has")
-        if any(isinstance(value, int) and value > MAX_SIZE for value in values.values()):
+        large = [n for n, v in values.items() if isinstance(v, int) and v > (MAX_DEPTH if "depth" in n else MAX_SIZE)]
+        if large:
             raise ValueError("sizes that no network has")
         return MultiviewSpec(**values)
     except (ValueError, TypeError, RecursionError) as error:
