@@ -26,6 +26,7 @@ COMMANDS = {
     "train-kraqen": ("train_kraqen", "Train"),
     "pretrain-iev": ("pretrain_iev", "Train"),
     "deco-classify": ("deco_classify", "Train"),
+    "fastar-infer": ("fastar_infer", "Reconstruct"),
     "polish": ("polish", "Reconstruct"),
     "analyze": ("analyze", "Look"),
     "eval-fsc": ("eval_fsc", "Look"),

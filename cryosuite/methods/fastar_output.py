@@ -154,12 +154,15 @@ def write_summary(out: PosesDir, facts: Mapping[str, Any]) -> None:
     write_yaml(out.summary, facts)
 
 
-def require_free(out: PosesDir, overwrite: bool) -> None:
-    """InputError when the folder holds poses already; with ``overwrite`` what says that it is complete is removed."""
+def require_free(out: PosesDir, overwrite: bool, clear: bool = True) -> None:
+    """InputError when the folder holds poses already; with ``overwrite`` files of an earlier run are removed (``clear``:
+    now)."""
     if not out.summary.exists() and not out.poses.exists():
         return
     if not overwrite:
         raise InputError(f"{out.path}: holds poses already. Add --overwrite to replace them, or choose another -o.")
+    if not clear:
+        return
     stale = (out.summary, out.flipped_map, out.flipped_poses, out.truth, out.map, out.half(1), out.half(2), out.fsc,
              out.mask, out.plot)  # fmt: skip
     for path in stale:

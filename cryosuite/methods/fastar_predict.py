@@ -53,13 +53,23 @@ class Clock:
     """Seconds per stage. On a GPU by events, so that nothing waits for it until the totals are asked for."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.cuda = torch.device(device).type == "cuda"
+        self.device = torch.device(device)
+        self.cuda = self.device.type == "cuda"
         self.seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._all: str | None = None
+
+    @contextlib.contextmanager
+    def everything(self, stage: str) -> Iterator[None]:
+        """Count all stages that are named inside as this one."""
+        self._all = stage
+        yield
+        self._all = None
 
     @contextlib.contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         """Count what is done inside to a stage."""
+        stage = self._all or stage
         if self.cuda:
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             first.record()
@@ -211,12 +221,14 @@ class StarPredictor:
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotations (N, 3, 3) in the frame of view 0, shifts (N, 2), confidence (N,) of tokens (N, T, d)."""
+        """Rotations (..., N, 3, 3) in the frame of view 0, shifts (..., N, 2), confidence (..., N) of sets of tokens
+        (..., N, T, d); at most one leading dimension."""
         with self.within(), self.clock("decode"):
-            heads = self.model.heads(self.model.star(tokens[None]))
+            heads = self.model.heads(self.model.star(tokens if tokens.ndim == 4 else tokens[None]))
         with self.clock("Kabsch"):
             found = self.model.poses(heads)
-        return found.rotation[0], found.shift[0], found.confidence[0]
+        values = found.rotation, found.shift, found.confidence
+        return values if tokens.ndim == 4 else tuple(value[0] for value in values)
 
 
 def require_spec(spec: MultiviewSpec, mode: str, source: str) -> None:

@@ -139,7 +139,7 @@ def pose_report(
     """Everything one wants to know of predicted poses whose truth is known, each number beside its level of chance.
 
     Aligned: one global rotation Q of the volume, the rotation nearest to sum R^T R_true, fitted three times, the last
-    two without the worst fifth; for both hands, of which the better median wins; the nearest of the symmetry mates
+    two without the worst fifth, or none; for both hands; the best median wins; the nearest of the symmetry mates
     (rotations S that leave the volume as it is); shifts up to one origin in the volume by least squares. Chance is the
     same protocol on predictions shuffled among the particles: it absorbs what fit, hand, symmetry and preferred views
     give away.
@@ -156,11 +156,11 @@ def pose_report(
         best = None
         for hand in (False, True):
             own = MIRROR @ R @ MIRROR if hand else R
-            Q = fit_frame(own, truth)
-            aligned = nearest_mates(own @ Q, truth, mates)
-            score = float(np.median(angles(aligned, truth)))
-            if best is None or score < best[0]:
-                best = (score, aligned, hand)
+            for Q in (np.eye(3), fit_frame(own, truth)):  # where nearly all is wrong the fit is worth nothing
+                aligned = nearest_mates(own @ Q, truth, mates)
+                score = float(np.median(angles(aligned, truth)))
+                if best is None or score < best[0]:
+                    best = (score, aligned, hand)
         _, aligned, hand = best
         raw = pose_numbers(nearest_mates(R, truth, mates), truth, t - moves[1], box_size)
         fitted = pose_numbers(aligned, truth, _without_origin(t - moves[1], truth), box_size)
