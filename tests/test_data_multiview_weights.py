@@ -22,7 +22,7 @@ from cryosuite.nets.multiview import SPECS, Multiview, MultiviewSpec, released
 from cryosuite.nets.multiview_weights import UNUSED, adapt_released, released_table
 
 OURS = MultiviewSpec(16, 4, 32, 2, 2, 48, 2, 3)
-TINY = MultiviewSpec(16, 4, 32, 2, 2, 48, 2, 3, "patch", "table", "dense", False, 1)  # of the released layout
+TINY = MultiviewSpec(16, 4, 32, 2, 2, 48, 2, 3, "patch", "table", "dense", False, 1, 0)  # of the released layout
 State = dict[str, Tensor]
 
 

@@ -18,7 +18,7 @@ from cryosuite.nets.multiview import SPECS, Multiview, MultiviewSpec, confidence
 from cryosuite.nets.multiview_heads import DenseHead, Heads, pixel_shuffle, poses
 
 SMALL = MultiviewSpec(16, 4, 32, 2, 2, 48, 2, 3)
-TABLE = MultiviewSpec(16, 4, 32, 2, 2, 48, 2, 3, "patch", "table", "dense", False, 1)
+TABLE = MultiviewSpec(16, 4, 32, 2, 2, 48, 2, 3, "patch", "table", "dense", False, 1, 0)
 PUBLISHED = {"micro": (4.7, 0.10), "nano64": (7.6, 0.71), "tiny64": (19.2, 1.74), "small64": (50, 4.75)}
 
 

@@ -16,6 +16,7 @@ Everything is batched over leading dimensions and stays on its device.
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ __all__ = [
     "dense_map",
     "map_error",
     "best_rotation",
+    "local_mean",
     "kabsch_tokens",
     "kabsch_dense",
     "mirror",
@@ -155,6 +157,24 @@ def best_rotation(
     the identity, H that is not finite NaN.
     """
     return _BestRotation.apply(H)
+
+
+def local_mean(
+    scores: Tensor,  # (..., G) logits over rotations
+    rotations: Tensor,  # (G, 3, 3)
+    near_deg: float = 20.0,
+) -> tuple[Tensor, Tensor]:  # (..., 3, 3), (...)
+    """The mean rotation about the best of many, finer than their spacing, and the probability that lies near it.
+
+    Chordal mean (Hartley et al. 2013) of the rotations within ``near_deg`` of the one with the largest score, weighted
+    by the softmax of all scores; the second number is the sum of those weights.
+    """
+    flat = rotations.flatten(-2)
+    chance = scores.softmax(-1)
+    best = flat[scores.argmax(-1)]  # (..., 9)
+    near = best @ flat.T >= 1 + 2 * math.cos(math.radians(near_deg))
+    weight = chance * near
+    return best_rotation((weight @ flat).unflatten(-1, (3, 3))), weight.sum(-1)
 
 
 class _BestRotation(torch.autograd.Function):

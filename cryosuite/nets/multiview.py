@@ -3,14 +3,18 @@
 A shared encoder reads every image alone. A decoder of layers in pairs then ties the images of a set into a star: View
 Integration lets the reference ask all others, View Update lets every other ask the reference as just updated; others
 never see each other, so the cost is linear in their number. One class builds the published network (``released()``) and
-ours, which has two uses:
+ours, which has three uses:
 
 - ab initio, ``star``: view 0 is the reference and gives the frame; the others may come in any order and number.
+- against a target by looking, ``match``: rotations are scored by comparing an image with the target's projections.
 - against a target, ``templates`` and ``against``: noise-free projections of known rotation take the reference's place.
   They ask each other only, once per target; what is said of an image depends on nothing but that image and the target.
 
     model = Multiview(SPECS["micro"])
     tokens = model.encode(images)                                # (b, T, enc_dim)
+    seen = model.match(model.encode(projections)).vector         # (G, d), once per target, at rotations (G, 3, 3)
+    scores = model.match_scores(model.match(tokens).vector, seen)
+    rotation, mass = kernels.planar.local_mean(scores, rotations)
     cache = model.templates(pictures, model.maps_of(rotations))  # once per target
     heads = model.heads(model.against(cache, tokens[None]))
     model.poses(heads).rotation                                  # (1, b, 3, 3)
@@ -29,6 +33,8 @@ from cryosuite.nets.multiview_heads import (
     DenseHead,
     DenseHeads,
     Heads,
+    Match,
+    Matcher,
     Poses,
     RotationCode,
     confidence,
@@ -41,6 +47,7 @@ __all__ = [
     "SPECS",
     "DenseHeads",
     "Heads",
+    "Match",
     "Multiview",
     "MultiviewSpec",
     "Poses",
@@ -81,6 +88,7 @@ class Multiview(nn.Module):
             self.map_embed = nn.Sequential(Linear(9, d), nn.GELU(), Linear(d, d))
             self.head = AffineHead(spec)
             self.picture = Linear(d, spec.patch**2)
+        self.matcher = Matcher(spec) if spec.match_dim else None
         self.rotation_code = RotationCode(d) if spec.grid_head else None
         self.make_tables()
         self._initialise()
@@ -182,6 +190,21 @@ class Multiview(nn.Module):
             pairs = zip(self.downstream_heads, self._parts(x), strict=True)
             return torch.cat([head.denoised(part) for head, part in pairs], 1)
 
+    def match(self, tokens: Tensor) -> Match:  # (..., T, enc_dim)
+        """The vectors by which images are compared, and their shifts, in float32, from tokens of ``encode``.
+
+        Raises ValueError for a spec without them.
+        """
+        if self.matcher is None:
+            raise ValueError("this network has no vectors to compare images by")
+        with full_precision(tokens):
+            return self.matcher(self.enc_norm(tokens.float()))
+
+    def match_scores(self, vector: Tensor, others: Tensor) -> Tensor:  # (..., n, d), (..., G, d) -> (..., n, G)
+        """Logits over G candidates whose clean projections have the vectors ``others``, in float32."""
+        with full_precision(vector):
+            return self.matcher.scores(vector, others)
+
     def poses(self, heads: Heads | DenseHeads) -> Poses:
         """Rotation, shift and confidence of each image (multiview_heads.poses)."""
         return poses(heads, self.spec)
@@ -233,6 +256,8 @@ class Multiview(nn.Module):
             last = [layer for head in self.downstream_heads for layer in (head.proj, head.proj_fvalue)]
         else:
             last = [self.head.out, self.head.shift[-1], self.picture]
+        if self.matcher is not None:
+            last.append(self.matcher.shift[-1])
         for layer in last:
             nn.init.normal_(layer.weight, std=0.0 if self.spec.head == "dense" else 0.01)
 

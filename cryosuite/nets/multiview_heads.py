@@ -17,6 +17,7 @@ from cryosuite.nets.ief import Linear
 from cryosuite.nets.multiview_spec import CODE, NECK, ROTATION_FEATURES, MultiviewSpec
 
 LOGIT_RANGE = (-10.0, 8.0)  # confidence from 1.00005 to 2982
+MAX_SCALE = 100.0  # of the products of two vectors of length 1
 EPS = 1e-6
 
 
@@ -55,6 +56,15 @@ class Poses:
     rotation: Tensor
     shift: Tensor
     confidence: Tensor
+
+
+@dataclass
+class Match:
+    """What images (...) are compared by: vector (..., match_dim) of length 1, and the shift (..., 2) that centres each,
+    as CONVENTIONS have it, fraction of the box."""
+
+    vector: Tensor
+    shift: Tensor
 
 
 def confidence(logit: Tensor) -> Tensor:
@@ -134,6 +144,31 @@ class RotationCode(nn.Module):
         for i, layer in enumerate(self.layers):
             x = layer(F.gelu(x) if i else x)
         return x
+
+
+class Matcher(nn.Module):
+    """Encoder tokens -> a vector per image, near for images of one object from one side: phi(R) by looking.
+
+    A rotation is scored by the product of a particle's vector with that of the target's clean projection at that
+    rotation, read by the same encoder. Comparing pictures is learnt in a hundredth of the images that it takes to learn
+    how molecules look from elsewhere, and holds for molecules never seen. Patches keep their places: they are joined,
+    not averaged.
+    """
+
+    def __init__(self, spec: MultiviewSpec) -> None:
+        super().__init__()
+        wide = spec.tokens * spec.match_width
+        self.reduce = Linear(spec.enc_dim, spec.match_width)
+        self.out = Linear(wide, spec.match_dim)
+        self.shift = nn.Sequential(Linear(wide, CODE), nn.GELU(), Linear(CODE, 2))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
+
+    def forward(self, x: Tensor) -> Match:  # (..., T, enc_dim)
+        x = self.reduce(x).flatten(-2)
+        return Match(F.normalize(self.out(x), dim=-1), self.shift(x))
+
+    def scores(self, vector: Tensor, others: Tensor) -> Tensor:  # (..., n, d), (..., G, d) -> (..., n, G)
+        return vector.float() @ (others.float() * self.log_scale.exp().clamp(max=MAX_SCALE)).transpose(-1, -2)
 
 
 class Norm2d(nn.Module):

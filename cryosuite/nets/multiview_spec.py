@@ -25,6 +25,7 @@ class MultiviewSpec:
         head: "affine" (c, a, b and a confidence per patch, a shift per image) or "dense" (per pixel, released).
         grid_head: whether cells of a rotation grid can be scored.
         in_channels: 1, or 2 with the phase-flipped image beside the image.
+        match_dim: length of the vectors that images are compared by, 0 for none.
 
     Raises ValueError for sizes that do not go together.
     """
@@ -42,10 +43,11 @@ class MultiviewSpec:
     head: str = "affine"
     grid_head: bool = True
     in_channels: int = 2
+    match_dim: int = 256
 
     def __post_init__(self) -> None:
         numbers = [value for value in asdict(self).values() if type(value) is int]
-        if len(numbers) != 9 or min(numbers) < 1 or type(self.grid_head) is not bool:
+        if len(numbers) != 10 or min(numbers[:9]) < 1 or self.match_dim < 0 or type(self.grid_head) is not bool:
             raise ValueError("the sizes of a network must be whole numbers from 1, its grid head yes or no")
         if (self.stem, self.role, self.head) not in [(s, r, h) for s in STEMS for r in ROLES for h in HEADS]:
             raise ValueError(f"unknown stem {self.stem}, role {self.role} or head {self.head}")
@@ -67,6 +69,11 @@ class MultiviewSpec:
         return self.size // self.patch
 
     @property
+    def match_width(self) -> int:
+        """Numbers that each patch contributes to the vector of its image."""
+        return 64 if self.tokens <= 16 else 32
+
+    @property
     def tokens(self) -> int:
         """Patches per image, T."""
         return self.grid**2
@@ -74,7 +81,7 @@ class MultiviewSpec:
 
 def released() -> MultiviewSpec:
     """The published network: 532,573,952 parameters, and 788,224 more in its file that it never uses."""
-    return MultiviewSpec(128, 16, 1024, 24, 16, 768, 12, 12, "patch", "table", "dense", False, 1)
+    return MultiviewSpec(128, 16, 1024, 24, 16, 768, 12, 12, "patch", "table", "dense", False, 1, 0)
 
 
 SPECS = {
@@ -102,12 +109,16 @@ def stem_channels(spec: MultiviewSpec) -> list[int]:
 def flops(spec: MultiviewSpec, n_views: int, templates: int = 0) -> float:
     """Floating point operations of one image's forward pass, products only, without the grid head.
 
-    ``n_views`` images in one star; with ``templates`` the image is matched against that many cached ones instead. A
-    training step costs three times as much.
+    ``n_views`` images in one star; with ``templates`` the image is shown that many cached ones instead; with 0 of both
+    it is only encoded and turned into the vector it is compared by. A training step costs three times as much.
     """
     t, d, e = spec.tokens, spec.dec_dim, spec.enc_dim
     encoder = spec.enc_depth * t * (12 * e * e + 2 * t * e)
     decoder = t * (8 + 4 + 2) * d * d + 2 * t * t * d  # of one image in a layer; keys and values are counted apart
+    if not templates and not n_views:
+        wide = t * spec.match_width
+        match = t * e * spec.match_width + wide * (spec.match_dim + CODE) + 2 * CODE
+        return 2.0 * (_stem_products(spec) + encoder + match)
     if templates:
         star = spec.dec_depth * (decoder + 2 * t * templates * t * d)
     else:
@@ -115,16 +126,18 @@ def flops(spec: MultiviewSpec, n_views: int, templates: int = 0) -> float:
         # each View Integration asks for keys of all others, and the View Updates for those of the reference, once
         layer = n_views * decoder + 2 * n_views * t * d * d + 2 * (2 * others * t * t * d)
         star = spec.dec_depth * layer / n_views
-    stem, size = 0.0, spec.size
-    if spec.stem == "conv":
-        channels = stem_channels(spec)
-        for before, after in zip(channels[:-1], channels[1:], strict=True):
-            size //= 2
-            stem += size * size * before * after * 9
-    else:
-        stem = t * spec.in_channels * spec.patch**2 * e
     if spec.head == "dense":
         head = t * (d * NECK + 9 * NECK * NECK + NECK * 4 * spec.patch**2)
     else:
         head = t * (d * CODE + CODE * 10) + d * (2 * CODE + 2 * d) + 2 * CODE
-    return 2.0 * (stem + encoder + t * e * d + star + head)
+    return 2.0 * (_stem_products(spec) + encoder + t * e * d + star + head)
+
+
+def _stem_products(spec: MultiviewSpec) -> float:
+    if spec.stem == "patch":
+        return float(spec.tokens * spec.in_channels * spec.patch**2 * spec.enc_dim)
+    channels, size, total = stem_channels(spec), spec.size, 0
+    for before, after in zip(channels[:-1], channels[1:], strict=True):
+        size //= 2
+        total += size * size * before * after * 9
+    return float(total)
