@@ -14,11 +14,12 @@ from sklearn.metrics import adjusted_rand_score
 from cryosuite.data.images import ArrayImages
 from cryosuite.data.workdir import RunDir
 from cryosuite.errors import UserNotice
-from cryosuite.methods.kraqen_codes import finish, merge, overlap_groups
+from cryosuite.methods.kraqen_codes import finish, merge
 from cryosuite.methods.kraqen_cross import CrossEM, engine_for
 from cryosuite.methods.kraqen_options import KraqenOptions
 from cryosuite.methods.kraqen_voxel import VoxelEM, VoxelResult
 from cryosuite.reconstruct.class_sums import accumulate
+from cryosuite.reconstruct.held_out import overlap_groups
 from cryosuite.reconstruct.polish import polish
 from cryosuite.reconstruct.weights import ClassWeights
 

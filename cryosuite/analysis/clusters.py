@@ -12,7 +12,7 @@ information criterion is almost the lowest. All functions take finite latents (M
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +149,16 @@ def _neighbours(scores: np.ndarray, near: int) -> np.ndarray:
     np.fill_diagonal(distance, np.inf)
     limit = np.partition(distance, near - 1, axis=1)[:, near - 1 : near]
     return distance <= limit
+
+
+def regrouped(found: Clusters, z: np.ndarray, labels: np.ndarray) -> Clusters:
+    """Other labels (M,) in the place of those that were found, numbered and centred in the same way.
+
+    The criterion of the numbers that were tried stays; the probabilities of the labels go with the old labels.
+    """
+    _, labels = np.unique(labels, return_inverse=True)
+    new = _grouping(z, labels, None, found.how, found.dimensions, int(labels.max()) + 1)
+    return replace(new, bic=found.bic, stability=found.stability, asked=found.asked)
 
 
 # how many -----------------------------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ RENAMED = {"dim": "width", "features": "n_frequencies", "march": "march_from", "
 METHOD = (
     "encoder", "encoder_size", "encoder_input", "finetune", "bn", "dim", "layers", "features", "feat_sigma",
     "layer_norm", "field", "loss", "window", "march", "march_over", "lr_encoder", "lr_poses", "refine_poses", "start",
-    "classes", "starts", "warmup_images", "hps_epochs", "hold_poses", "re_search", "shift_extent", "cluster", "hand",
-    "low_memory",
+    "classes", "starts", "warmup_images", "hps_epochs", "hold_poses", "re_search", "shift_extent", "cluster", "settle",
+    "hand", "low_memory",
 )  # fmt: skip
 TRAIN = {
     "num_epochs": "epochs", "batch_size": "batch_size", "lr": "lr", "warmup": "warmup", "wd": "weight_decay",
@@ -78,6 +78,13 @@ def main(
     ),
     k: str = _option("auto", "-k", "--k", help="Number of classes, or auto (BIC, shown in bic.png).", panel=CLASSES),
     cluster: str = _option(None, help="gmm-umap16 (as published), gmm-direct or kmeans.", panel=CLASSES),
+    settle: bool = _option(
+        None,
+        "--settle/--no-settle",
+        help="Let the images choose their classes anew, by half maps they have no part in; default: where all "
+        "classes share one frame, except with --preset paper.",
+        panel=CLASSES,
+    ),  # fmt: skip
     num_epochs: int = _option(None, "-n", "--num-epochs", help="Times all images are seen.", panel=TRAINING),
     batch_size: int = _option(None, "-b", "--batch-size", help="Images per step, over all GPUs.", panel=TRAINING),
     lr: float = _option(None, help="Learning rate of the decoder.", panel=TRAINING),

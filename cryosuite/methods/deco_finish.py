@@ -11,7 +11,7 @@ import numpy as np
 
 from cryosuite.analysis import plots
 from cryosuite.analysis.class_files import write_classes
-from cryosuite.analysis.clusters import Clusters, cluster, plot_choice
+from cryosuite.analysis.clusters import Clusters, cluster, plot_choice, regrouped
 from cryosuite.analysis.polished import polish_to
 from cryosuite.console import say
 from cryosuite.data.results import ClustersDir, PolishDir, run_clusters, run_polish
@@ -22,8 +22,12 @@ from cryosuite.formats.mrc import write_map
 from cryosuite.formats.pickles import write_pickle
 from cryosuite.methods import LoadedRun
 from cryosuite.methods.deco_options import DecoOptions
+from cryosuite.reconstruct.held_out import settle
 from cryosuite.reconstruct.polish import PolishOptions
 from cryosuite.reconstruct.weights import ClassWeights
+from cryosuite.training.launch import resolve_accelerator
+
+MORE = 1.5  # clusters per class found, before twins are joined
 
 
 @dataclass
@@ -48,6 +52,9 @@ def finish(run: RunDir, loaded: LoadedRun, options: DecoOptions, seed: int, file
         shutil.rmtree(folder.path)
     folder.path.mkdir(parents=True)
     found = classify(loaded.z, options, seed)
+    one_frame = options.poses == "known" or options.classes == 1  # classes found apart have frames of their own
+    if options.settle and one_frame and found.k > 1:
+        found = settled(loaded, found, options, seed)
     write_pickle(folder.labels, found.labels)
     write_pickle(run.labels(epoch), found.labels)
     _write_centres(folder, found)
@@ -75,6 +82,30 @@ def finish(run: RunDir, loaded: LoadedRun, options: DecoOptions, seed: int, file
 def classify(z: np.ndarray, options: DecoOptions, seed: int) -> Clusters:
     """Classes of latents as the options say."""
     return cluster(z, how=options.cluster, k=options.k or "auto", seed=seed)
+
+
+def settled(loaded: LoadedRun, found: Clusters, options: DecoOptions, seed: int) -> Clusters:
+    """The classes once the images themselves have chosen, by half maps that they are not part of.
+
+    Latents tell which particles are alike, but a cluster in them may hold two states or a part of one. So there are
+    half as many clusters again to begin with; particles choose anew until few change, and classes that hardly any
+    particle tells apart are joined (`reconstruct.held_out`). With ``k`` given exactly so many are left.
+    """
+    many = min(math.ceil(MORE * found.k), len(loaded.z) // 2)
+    start = cluster(loaded.z, "kmeans", many, seed).labels
+    try:
+        result = settle(
+            loaded.particles, ClassWeights.from_labels(start), count=options.k, progress="settle the classes",
+            device=resolve_accelerator("auto"),
+        )  # fmt: skip
+    except InputError as error:
+        notice(f"the classes stay as the latents gave them: {error}")
+        return found
+    labels, own = result.p.labels(), result.groups[start]
+    labels = np.where(labels >= 0, labels, np.where(own >= 0, own, 0))  # unreadable images stay with their cluster
+    new = regrouped(found, loaded.z, labels)
+    say(f"{found.k} classes of latents; {new.k} once the images had chosen ({result.changed:.0%} of them another one)")
+    return new
 
 
 def _write_centres(folder: ClustersDir, found: Clusters) -> None:

@@ -72,6 +72,7 @@ class DecoOptions:
     shift_extent: float = 0.1
     cluster: str = "gmm-umap16"
     k: int = 0  # 0: chosen by BIC
+    settle: bool = True  # let the images choose their classes anew, by half maps they are not part of
     hand: str = "auto"
     low_memory: bool = False
 
@@ -170,6 +171,7 @@ PRESETS = {
             lr_poses=1.0,
             start="network",
             encoder_input="raw",
+            settle=False,
         ),
         {"lr": 1e-4, "epochs": 100, "batch_size": 192, "warmup": 0.01, "lr_final": 0.16, "weight_decay": 0.01,
          "grad_clip": 0.0, "ema": 0.0},

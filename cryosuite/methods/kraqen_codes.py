@@ -13,6 +13,7 @@ from torch import Tensor
 from cryosuite.kernels import assignment, fourier
 from cryosuite.kernels import class_slices as kernel
 from cryosuite.methods.kraqen_twins import correlation_groups, twin_groups
+from cryosuite.reconstruct.held_out import FINE_BOX, JOIN_AT, JOIN_ITERATIONS, overlap_groups
 from cryosuite.reconstruct.weights import ClassWeights
 
 if TYPE_CHECKING:
@@ -24,9 +25,7 @@ TWINS = 0.97  # corrected correlation above which codes are one state, with the 
 MERGE_RADIUS = 0.25  # of D: coarser detail decides which codes are twins
 AGREEMENT = 0.3  # correlation of a code's half maps below which nothing can be said about it
 AFTER_MERGE = 3  # iterations on all images once twins are one
-FUSE_AT, FUSE_ITERATIONS, FUSE_ROUNDS = 3.0, 6, 2  # temperature at which twins become one, for how long, how often
-OVERLAP = 0.7  # of the shares of two codes, above which they are one
-FINE_BOX = 64  # of the last iterations, with held-out scores
+FUSE_ROUNDS = 2  # of joining twins
 COMPONENTS = 16  # of the embedding at most
 UNUSED = 0.5  # particles
 
@@ -35,7 +34,7 @@ def merge(result: VoxelResult, rule: str = "auto") -> tuple[VoxelResult, np.ndar
     """Make one code of twins, drop unused codes, number the rest by use, and let all images choose again.
 
     Args:
-        rule: "overlap" lets the codes compete at three times the Bayes temperature, where codes that tell few images
+        rule: "overlap" lets the codes compete at 2.5 times the Bayes temperature, where codes that tell few images
             apart become equal, and joins those that share their images (`overlap_groups`); "likelihood" merges where
             images of the other half set prefer the joint map (`kraqen_twins`); "correlation" codes whose half maps
             correlate above .97 once corrected for noise, within D/4 (KRAQEN.md, section 5; measured: it leaves twins
@@ -80,7 +79,7 @@ def _fused(engine: VoxelEM, p: ClassWeights) -> tuple[ClassWeights, np.ndarray]:
     """Shares of the same K codes after a while at a raised temperature, and the (K,) group of each code."""
     groups = np.arange(p.n_classes)
     for _ in range(FUSE_ROUNDS):
-        merged = refine(engine, p.merged(groups), FUSE_ITERATIONS, FUSE_AT).p
+        merged = refine(engine, p.merged(groups), JOIN_ITERATIONS, JOIN_AT).p
         found = overlap_groups(merged)
         onto = np.unique(groups, return_index=True)[1]  # the first code of each group stands for it
         p = replace(merged, indices=onto.astype(np.int32)[merged.indices], n_classes=p.n_classes)
@@ -88,16 +87,6 @@ def _fused(engine: VoxelEM, p: ClassWeights) -> tuple[ClassWeights, np.ndarray]:
         if len(np.unique(groups)) == len(np.unique(before)):
             break
     return p, groups
-
-
-def overlap_groups(p: ClassWeights) -> np.ndarray:
-    """(K,) group of each code: codes j, k are one where sum_i p_ij p_ik > .7 min(sum_i p_ij^2, sum_i p_ik^2).
-
-    Shares at a raised temperature: what two codes tell apart by fewer log units than that is gone.
-    """
-    overlap = (p.matrix.T @ p.matrix).toarray()
-    own = np.maximum(overlap.diagonal(), 1.0)  # less than one particle makes no twin of anything
-    return assignment.merge_groups(torch.from_numpy(overlap / np.minimum.outer(own, own)), OVERLAP).numpy()
 
 
 def _grouped(p: ClassWeights, groups: np.ndarray) -> ClassWeights:

@@ -10,8 +10,11 @@ Used by the voxel field of train-kraqen for its maps, and by deco-classify to se
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +31,9 @@ from cryosuite.reconstruct.polish import polish
 from cryosuite.reconstruct.weights import ClassWeights
 
 COARSE_BOX, FINE_BOX = 32, 64  # pixels: where the classes are sorted first, and where they are settled
-COARSE_ITERATIONS, FINE_ITERATIONS = 12, 3  # at most
+COARSE_ITERATIONS, AGAIN, FINE_ITERATIONS = 12, 4, 3  # at most: before twins are joined, after it, in the fine box
+JOIN_AT, JOIN_ITERATIONS = 2.5, 6  # temperature at which twins become one, and for how long
+OVERLAP = 0.7  # of the shares of two classes, above which they are one
 SETTLED = 2e-3  # share of the images that change their class, below which an iteration is the last
 FEWEST = 4.0  # particles in a half set, below which a class says nothing and is given up
 MEMORY_GIB = 8.0  # of grids held at a time
@@ -36,13 +41,15 @@ MEMORY_GIB = 8.0  # of grids held at a time
 
 @dataclass
 class Settled:
-    """Shares of N particles in the K classes of the start (some may have become empty).
+    """Shares of N particles in the classes that are left.
 
-    changed: share of the particles whose class is another one than at the start. likelihood: mean held-out
-    log-likelihood per image after each iteration, comparable within one box.
+    groups: (K,) int64, which of them each class of the start has gone into; -1: given up.
+    changed: share of the particles that end in another class than the one theirs went into.
+    likelihood: mean held-out log-likelihood per image after each iteration, comparable within one box.
     """
 
     p: ClassWeights
+    groups: np.ndarray
     changed: float
     likelihood: list[float]
 
@@ -52,16 +59,19 @@ def settle(
     start: ClassWeights,
     half: np.ndarray | None = None,
     *,
+    join: bool = True,
+    count: int = 0,
     box: int = FINE_BOX,
     device: torch.device | str = "cpu",
     progress: str | None = None,
 ) -> Settled:
-    """Let all particles choose their classes anew until few change, in a coarse box and then in a finer one.
+    """Let all particles choose their classes anew, join classes that are one, and settle in a finer box.
 
     Args:
-        particles: N with poses and CTF. start: shares of the N particles in K classes.
-        half: (N,) 0 or 1; default the half sets of the particles. box: of the last iterations, pixels.
-        progress: label of a progress display, None for silence.
+        particles: N with poses and CTF. start: shares of the N particles in K classes, better too many than too few.
+        half: (N,) 0 or 1; default the half sets of the particles.
+        join: make one class of twins (`overlap_groups`). count: join until so many are left, whether alike or not.
+        box: of the last iterations, pixels. progress: label of a progress display, None for silence.
 
     Raises:
         InputError: no class has particles in both half sets; sizes that do not fit.
@@ -69,46 +79,103 @@ def settle(
     if len(start) != len(particles):
         raise InputError(f"{len(start)} rows of class shares for {len(particles)} particles: one each is needed")
     half = np.asarray(particles.half_sets() if half is None else half)
-    before, p, likelihood = start.labels(), start, []
-    for size, iterations in ((COARSE_BOX, COARSE_ITERATIONS), (box, FINE_ITERATIONS)):
-        size = min(size, box, particles.box_size)
-        if likelihood and size == min(COARSE_BOX, particles.box_size):
-            break  # the particles have no finer box
-        images = ClusterImages(particles, size)
-        with Progress(iterations, f"{progress}, box {size}", "iterations") if progress else nullcontext() as bar:
-            for _ in range(iterations):
-                p, last, value = _iteration(images, p, half, device)
-                likelihood.append(value)
-                if bar is not None:
-                    bar.advance(1)
-                if last < SETTLED:
-                    break
-    after = p.labels()
-    return Settled(p, float((after != before).mean()), likelihood)
+    coarse, fine = (min(size, box, particles.box_size) for size in (COARSE_BOX, FINE_BOX))
+    total = COARSE_ITERATIONS + (JOIN_ITERATIONS + AGAIN if join else 0) + (FINE_ITERATIONS if fine > coarse else 0)
+    progress_bar = Progress(total, progress, "iterations") if progress else nullcontext()
+    with progress_bar as bar, _threads_of_torch() as (pool, threads):
+        how = {"device": device, "pool": pool, "threads": threads}
+        engine = _Settling(ClusterImages(particles, coarse), half, how, bar)
+        p, groups = engine.run(start, COARSE_ITERATIONS), np.arange(start.n_classes)
+        if join:
+            warm = engine.run(p, JOIN_ITERATIONS, JOIN_AT, until_settled=False)
+            groups = overlap_groups(warm, count)
+            p = engine.run(warm.merged(groups), AGAIN)
+        if fine > coarse:
+            engine.images = ClusterImages(particles, fine)
+            p = engine.run(p, FINE_ITERATIONS)
+    kept = np.flatnonzero(p.usage() > 0.5)
+    place = np.full(p.n_classes, -1, np.int64)
+    place[kept] = np.arange(len(kept))
+    groups = place[groups]
+    p = p.columns(kept)
+    before = start.labels()
+    return Settled(p, groups, float((p.labels() != np.where(before < 0, -1, groups[before])).mean()), engine.likelihood)
 
 
-def _iteration(
-    images: ClusterImages, p: ClassWeights, half: np.ndarray, device: torch.device | str
-) -> tuple[ClassWeights, float, float]:
-    """New shares, the share of images that changed, and the mean log-likelihood."""
-    used = usable(np.stack([p.rows(np.flatnonzero(half == h)).usage() for h in (0, 1)], 1))
-    if not len(used):
-        raise InputError("no class has particles in both half sets: nothing can be settled (see rlnRandomSubset)")
-    part = p.columns(used)
-    volumes = half_maps(images, part, half, device=device)
-    prior = np.log(np.maximum(part.usage(), 0.5) / max(part.usage().sum(), 0.5))
-    dense, total = np.zeros((len(images), p.n_classes), np.float32), 0.0
-    for h in (0, 1):
-        rows = np.flatnonzero(half == h)
-        logits = class_likelihoods(images, volumes[1 - h], rows, device=device) + prior
-        peak = logits.max(1, keepdims=True)
-        shares = np.exp(logits - peak)
-        sums = shares.sum(1, keepdims=True)
-        total += float((peak + np.log(sums)).sum())
-        dense[np.ix_(rows, used)] = shares / sums
-    dense[images.bad] = 0
-    found = ClassWeights.from_dense(dense)
-    return found, float((found.labels() != p.labels()).mean()), total / max(len(images), 1)
+def overlap_groups(p: ClassWeights, count: int = 0) -> np.ndarray:
+    """(K,) group of each class: classes j, k are one where sum_i p_ij p_ik > .7 min(sum_i p_ij^2, sum_i p_ik^2).
+
+    Shares at a raised temperature: what two classes tell apart by fewer log units than that is gone. With ``count``
+    the pairs that overlap most are joined until so many classes are left.
+    """
+    overlap = (p.matrix.T @ p.matrix).toarray()
+    own = np.maximum(overlap.diagonal(), 1.0)  # less than one particle makes no twin of anything
+    overlap = torch.from_numpy(overlap / np.minimum.outer(own, own))
+    if not count:
+        return assignment.merge_groups(overlap, OVERLAP).numpy()
+    groups = np.arange(p.n_classes)
+    above, right = np.triu_indices(len(overlap), 1)
+    for pair in np.argsort(-overlap[above, right].numpy(), kind="stable"):
+        if len(np.unique(groups)) <= count:
+            break
+        groups[groups == groups[right[pair]]] = groups[above[pair]]
+    groups = np.unique(groups, return_inverse=True)[1]
+    return groups
+
+
+@contextmanager
+def _threads_of_torch() -> Iterator[tuple[ThreadPoolExecutor, int]]:
+    """Compiled loops in as many threads as torch had; torch itself in one, or sums would depend on their number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            yield pool, threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Settling:
+    """Iterations on one set of images; ``likelihood`` grows by one entry in each."""
+
+    def __init__(self, images: ClusterImages, half: np.ndarray, how: dict[str, Any], bar: Progress | None) -> None:
+        self.images, self.half, self.how, self.bar = images, half, how, bar
+        self.likelihood: list[float] = []
+
+    def run(
+        self, p: ClassWeights, iterations: int, temperature: float = 1.0, until_settled: bool = True
+    ) -> ClassWeights:
+        """Shares after some iterations, or after the first in which hardly an image changed its class."""
+        for done in range(iterations):
+            before, p = p.labels(), self._iteration(p, temperature)
+            settled = until_settled and (p.labels() != before).mean() < SETTLED
+            if self.bar is not None:
+                self.bar.advance(iterations - done if settled else 1)
+            if settled:
+                break
+        return p
+
+    def _iteration(self, p: ClassWeights, temperature: float) -> ClassWeights:
+        """New shares: of Bayes at temperature 1."""
+        images, half = self.images, self.half
+        used = usable(np.stack([p.rows(np.flatnonzero(half == h)).usage() for h in (0, 1)], 1))
+        if not len(used):
+            raise InputError("no class has particles in both half sets: nothing can be settled (see rlnRandomSubset)")
+        part = p.columns(used)
+        volumes = half_maps(images, part, half, **self.how)
+        prior = np.log(np.maximum(part.usage(), 0.5) / max(part.usage().sum(), 0.5))
+        dense, total = np.zeros((len(images), p.n_classes), np.float32), 0.0
+        for h in (0, 1):
+            rows = np.flatnonzero(half == h)
+            logits = (class_likelihoods(images, volumes[1 - h], rows, **self.how) + prior) / temperature
+            peak = logits.max(1, keepdims=True)
+            shares = np.exp(logits - peak)
+            sums = shares.sum(1, keepdims=True)
+            total += float((peak + np.log(sums)).sum()) * temperature
+            dense[np.ix_(rows, used)] = shares / sums
+        dense[images.bad] = 0
+        self.likelihood.append(total / max(len(images), 1))
+        return ClassWeights.from_dense(dense)
 
 
 def usable(counts: np.ndarray) -> np.ndarray:  # (K, 2) -> classes

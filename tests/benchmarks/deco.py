@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--family", choices=("known", "abinitio", "finetune", "zdim"), required=True)
     parser.add_argument("--set", required=True)
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--k", type=int, help="classes; default: as many as there are")
+    parser.add_argument("--k", type=int, help="classes; default: auto, ab initio as many as there are")
     parser.add_argument("--encoder", help="default: that of deco-classify")
     parser.add_argument("options", nargs="*", help="after --: more options of deco-classify")
     asked = parser.parse_args()
@@ -64,9 +64,11 @@ def variants(family: str, encoder: str | None) -> list[tuple[str, list[str]]]:
 
 def deco(source: Path, run: Path, seed: int, asked: argparse.Namespace, more: list[str]) -> Done:
     """One run of the command on one thread."""
-    k = asked.k or int(np.max(read_labels(source / "labels.pkl"))) + 1
+    k = str(asked.k or "auto")
+    if asked.family == "abinitio" and not asked.k:  # without poses the number of maps must be said
+        k = str(int(np.max(read_labels(source / "labels.pkl"))) + 1)
     command = [*CRYOSUITE, "deco-classify", str(source), "-o", str(run), "--seed", str(seed), "--overwrite"]
-    return once(run, [*command, "-k", str(k), "--threads", "1", *more, *asked.options])
+    return once(run, [*command, "-k", k, "--threads", "1", *more, *asked.options])
 
 
 def judge(source: Path, run: Path) -> dict:
