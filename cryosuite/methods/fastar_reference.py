@@ -70,7 +70,7 @@ def _from_map(path: Path, box: int, pixel_size: float, low_pass: float) -> Tenso
     if len(set(data.shape)) != 1:
         raise InputError(f"{path}: a cubic map is needed, not {' x '.join(map(str, data.shape))}")
     if data.shape[-1] % 2:
-        data = F.pad(data, (0, 1) * 3)  # the origin, voxel D // 2, stays where it is
+        data = F.pad(data, (1, 0) * 3)  # the origin moves with the content to the new voxel D // 2
     own = found.pixel_size
     if not own:
         if data.shape[-1] != box:
