@@ -18,6 +18,7 @@ from tables_maps import (
     results,
     spread,
 )
+from tables_poses import deco_table, search_table
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 SPEED = {
@@ -130,11 +131,14 @@ def latest() -> dict[str, str]:
         tables["mix16"] = mix_table()
     if speed := results(RESULTS, "kraqen_speed.json"):
         tables["kraqen-speed"] = kraqen_speed_table(speed[0])
+    if search := results(RESULTS, "pose_search_speed.json"):
+        tables["pose-search"] = search_table(search[0])
     polished = results(RESULTS, "polish_*.json")
     for name, found, make in (
         ("kraqen", results(RESULTS, "kraqen_*_s*.json"), kraqen_table),
         ("polish", [one for one in polished if "true" in one["rows"]], polish_table),
         ("methods", [one for one in polished if set(one["rows"]) - {"true"}], methods_table),
+        ("deco", results(RESULTS, "deco_[ak]*_s*.json"), deco_table),
         ("ablation", results(RESULTS, "ablation_*.json"), ablation_table),
     ):
         if found:
