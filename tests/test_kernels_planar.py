@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from cryosuite.kernels import planar
 from cryosuite.kernels.fourier import fft2c, half_disc
 from cryosuite.kernels.rotations import euler_to_matrix, expmap, geodesic_deg, kabsch, random_rotations
 from cryosuite.kernels.slices import extract_slices, volume_transform
+from cryosuite.kernels.so3_grid import grid_rotations
 
 SIZES = [(32, 8), (64, 8), (128, 16), (24, 6), (16, 1)]
 J = torch.diag(torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64))
@@ -227,6 +230,23 @@ def test_maps_of_many_leading_dimensions_keep_them() -> None:
     assert planar.dense_map(c, a, b, 32, 8).shape == (2, 3, 4, 32, 32, 3)
     assert torch.allclose(planar.kabsch_tokens(c, a, b, None, 32, 8), R, atol=1e-5)
     assert torch.allclose(planar.kabsch_dense(planar.dense_map(c, a, b, 32, 8)), R, atol=1e-5)
+
+
+def test_the_local_mean_is_finer_than_the_grid_and_deaf_to_rivals_far_away() -> None:
+    cells = grid_rotations(2)
+    truth, rival = random_rotations(2 * 40, torch.Generator().manual_seed(3)).view(2, 40, 3, 3)
+    keep = geodesic_deg(truth, rival) > 60
+    truth, rival = truth[keep], rival[keep]
+
+    def peak(R: Tensor) -> Tensor:
+        return (R.flatten(-2) @ cells.flatten(-2).T - 3) * 10
+
+    scores = torch.logaddexp(peak(truth), peak(rival) - 1)
+    found, mass = planar.local_mean(scores, cells)
+    best = cells[scores.argmax(-1)]
+    assert geodesic_deg(found, truth).median() < 3 < 5 < geodesic_deg(best, truth).median()
+    share = 1 / (1 + math.exp(-1))
+    assert (mass < share + 0.02).all() and mass.mean() == pytest.approx(share, abs=0.1)
 
 
 def test_three_points_by_hand() -> None:

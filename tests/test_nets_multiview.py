@@ -46,9 +46,9 @@ def template_cache(net: Multiview, sets: int = 1, count: int = 5, seed: int = 2)
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_presets_have_the_sizes_of_the_design(name: str) -> None:
-    """Stem, heads and the score of rotations add a little to the star of the table."""
+    """Stem, heads and what rotations are scored with add a little to the star of the table."""
     spec, (millions, gflops) = SPECS[name], PUBLISHED[name]
-    assert 1.0 < parameter_count(spec) / 1e6 / millions < 1.08
+    assert 1.0 < parameter_count(spec) / 1e6 / millions < 1.25
     assert 1.0 < flops(spec, 8) / 1e9 / gflops < 1.08
 
 
@@ -73,6 +73,9 @@ def test_the_cost_is_counted_right(name: str) -> None:
             with FlopCounterMode(display=False) as counted:
                 net.heads(net.against(cache, net.encode(x)[None]))
             assert counted.get_total_flops() == pytest.approx(n * flops(spec, 0, templates=n), rel=1e-6)
+            with FlopCounterMode(display=False) as counted:
+                net.match(net.encode(x))
+            assert counted.get_total_flops() == pytest.approx(n * flops(spec, 0), rel=1e-6)
 
 
 def turned(x: Tensor, grid: int) -> Tensor:
@@ -269,20 +272,43 @@ def test_every_parameter_learns_in_its_mode() -> None:
     batch, pictures = images(4), images(1, 3, seed=8)
     cache = net.templates(pictures, net.maps_of(random_rotations(3)[None]))
     tokens = net.encode(batch)[None]
-    for x, idle in (
-        (net.against(cache, tokens), {"hand"}),
-        (
-            net.star(tokens, torch.ones(1)),
-            {"map_embed.0.weight", "map_embed.0.bias", "map_embed.2.weight", "map_embed.2.bias"},
-        ),
-    ):
+    embed = {name for name, _ in net.named_parameters() if name.startswith("map_embed.")}
+    for x, idle in ((net.against(cache, tokens), {"hand"}), (net.star(tokens, torch.ones(1)), embed)):
         net.zero_grad()
-        said = net.heads(x)
+        said, match = net.heads(x), net.match(tokens)
         total = sum(getattr(said, name).square().mean() for name in ("c", "a", "b", "conf_logit", "shift"))
-        total = total + net.grid_scores(said.pooled, random_rotations(5)).square().mean()
-        (total + net.denoised(x).square().mean()).backward(retain_graph=True)
+        total = total + net.grid_scores(said.pooled, random_rotations(5)).square().mean() + match.shift.square().mean()
+        total = total + net.match_scores(match.vector, match.vector)[..., 0].sum() + net.denoised(x).square().mean()
+        total.backward(retain_graph=True)
         without = {name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()}
         assert without == idle
+
+
+@torch.no_grad()
+def test_images_are_compared_each_by_itself() -> None:
+    net = model()
+    tokens = net.encode(images(6))
+    match = net.match(tokens)
+    assert torch.allclose(match.vector.norm(dim=-1), torch.ones(6)) and match.shift.shape == (6, 2)
+    assert torch.allclose(net.match(tokens[2:3]).vector[0], match.vector[2], atol=1e-6)
+    scores = net.match_scores(match.vector.view(2, 3, -1), match.vector.view(2, 3, -1))  # each set with its own
+    assert scores.shape == (2, 3, 3) and torch.equal(scores.argmax(-1), torch.arange(3).expand(2, 3))
+    assert scores.amax() == pytest.approx(net.matcher.log_scale.exp().item(), rel=1e-5)
+    net.matcher.log_scale.fill_(50)
+    assert net.match_scores(match.vector, match.vector).amax() < 101
+    with torch.autocast("cpu", torch.bfloat16):
+        assert net.match(tokens).vector.dtype == torch.float32
+    with pytest.raises(ValueError, match="no vectors"):
+        model(replace(SMALL, match_dim=0)).match(tokens)
+
+
+@torch.no_grad()
+def test_like_images_match_before_any_training() -> None:
+    """Why matching learns fast: the vectors of a fresh network already keep likeness."""
+    torch.manual_seed(0)
+    net, x = Multiview(SMALL), images(50)
+    first, second = (net.match(net.encode(x + 0.3 * noise(*x.shape, seed=seed))).vector for seed in (5, 6))
+    assert (net.match_scores(first, second).argmax(-1) == torch.arange(50)).float().mean() > 0.9
 
 
 def test_exact_heads_give_the_exact_pose_whatever_doubtful_patches_say() -> None:
@@ -360,7 +386,7 @@ def test_a_network_begins_the_same_from_the_same_seed_and_says_little() -> None:
     "change",
     [
         {"size": 18}, {"patch": 3}, {"patch": 12, "size": 24}, {"enc_dim": 30}, {"dec_heads": 5}, {"stem": "none"},
-        {"head": "dense"}, {"enc_depth": 0}, {"in_channels": 3}, {"grid_head": 1}, {"dec_dim": 48.0},
+        {"head": "dense"}, {"enc_depth": 0}, {"in_channels": 3}, {"match_dim": -1}, {"grid_head": 1}, {"dec_dim": 48.0},
     ],
 )  # fmt: skip
 def test_sizes_that_do_not_go_together_are_refused(change: dict) -> None:

@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 SQUARINGS = 24  # tells eigenvalues apart that differ by 1e-6 of the largest
+CENTRINGS = 2  # a window about the best of a grid is up to half a step off
 FLAT = 1e-9  # of the scale of a problem: turns about an axis that the map says less about get no larger gradient
 
 
@@ -166,15 +167,18 @@ def local_mean(
 ) -> tuple[Tensor, Tensor]:  # (..., 3, 3), (...)
     """The mean rotation about the best of many, finer than their spacing, and the probability that lies near it.
 
-    Chordal mean (Hartley et al. 2013) of the rotations within ``near_deg`` of the one with the largest score, weighted
-    by the softmax of all scores; the second number is the sum of those weights.
+    Chordal mean (Hartley et al. 2013), weighted by the softmax of all scores, of the rotations within ``near_deg``
+    first of the one with the largest score, then of that mean, CENTRINGS times; the second number is the sum of their
+    weights.
     """
     flat = rotations.flatten(-2)
     chance = scores.softmax(-1)
-    best = flat[scores.argmax(-1)]  # (..., 9)
-    near = best @ flat.T >= 1 + 2 * math.cos(math.radians(near_deg))
-    weight = chance * near
-    return best_rotation((weight @ flat).unflatten(-1, (3, 3))), weight.sum(-1)
+    centre = rotations[scores.argmax(-1)]
+    for _ in range(1 + CENTRINGS):
+        near = centre.flatten(-2) @ flat.T >= 1 + 2 * math.cos(math.radians(near_deg))
+        weight = chance * near
+        centre = best_rotation((weight @ flat).unflatten(-1, (3, 3)))
+    return centre, weight.sum(-1)
 
 
 class _BestRotation(torch.autograd.Function):
