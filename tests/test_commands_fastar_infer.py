@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,9 @@ def folder(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     for name in ("target", "ab-initio"):
         save_multiview(folder / f"{name}.safetensors", Multiview(SPEC), {"mode": name})
+    small = replace(SPEC, enc_dim=32, enc_depth=1, enc_heads=2, dec_dim=32, dec_depth=1, dec_heads=2)
+    for name, spec in (("looks", small), ("regresses", replace(small, match_dim=0))):
+        save_multiview(folder / f"{name}.safetensors", Multiview(spec), {"mode": "target"})
     return folder
 
 
@@ -165,11 +169,14 @@ def test_a_model_instead_of_a_map(folder, oracle, shared, tmp_path, monkeypatch)
     assert summary["low_pass_A"] == 25 and summary["reference"].endswith(model.name)
 
 
-def test_a_real_network_twice(folder, tmp_path, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("kind", ["looks", "regresses"])
+def test_a_real_network_twice(folder, tmp_path, monkeypatch, capsys, kind) -> None:
     """Random weights: poses are chance, the command says that they are doubtful, and says the same twice."""
     poses = []
     for name in ("a", "b"):
-        assert run(monkeypatch, *target(folder, tmp_path / name, "--refine", 0, "--precision", "32")) == 0
+        command = target(folder, tmp_path / name, "--refine", 0, "--precision", "32")
+        command[command.index("--weights") + 1] = folder / f"{kind}.safetensors"
+        assert run(monkeypatch, *command) == 0
         poses.append(read_poses(PosesDir(tmp_path / name).poses))
     assert np.array_equal(poses[0][0], poses[1][0]) and np.array_equal(poses[0][1], poses[1][1])
     assert "not sure of its poses" in capsys.readouterr().err

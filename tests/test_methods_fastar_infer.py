@@ -23,8 +23,8 @@ from cryosuite.kernels.rotations import geodesic_deg, random_rotations
 from cryosuite.methods import fastar_infer as infer
 from cryosuite.methods.fastar_images import Preparation, Window, choose_window
 from cryosuite.methods.fastar_output import judge
-from cryosuite.methods.fastar_predict import Cells, Clock, TargetPredictor
-from cryosuite.methods.fastar_reference import gyration, load_reference, template_views
+from cryosuite.methods.fastar_predict import Cells, Clock, MatchPredictor, TargetPredictor
+from cryosuite.methods.fastar_reference import Views, gyration, load_reference, template_views
 from cryosuite.methods.fastar_star import StarOptions
 from cryosuite.metrics.poses import pose_report
 from cryosuite.nets.multiview import Multiview
@@ -210,6 +210,27 @@ def test_an_answer_depends_on_its_image_alone(network) -> None:
     assert torch.allclose(whole.score[4:5], alone.score, atol=1e-5)
     assert whole.rivals.shape == (9, 4, 3, 3) and torch.equal(whole.rivals[:, 0], whole.rotation)
     assert set(predictor.clock.totals()) >= {"templates", "encode", "decode", "Kabsch", "grid"}
+
+
+def test_looking_finds_the_view_of_a_clean_picture(network) -> None:
+    """Even with random weights an image's vector is nearest to that of the same view; the answer lies between cells."""
+    volume = blobs(32, 3, count=12)
+    reference = infer.Reference(volume, 20.0, "map", 0.17)
+    predictor = MatchPredictor(network, reference, NO_CTF, order=1)
+    assert predictor.bank.shape == (576, SPEC.match_dim)
+    images = Views(volume, NO_CTF)(predictor.cells[100:104])
+    with torch.no_grad():
+        network.matcher.log_scale.fill_(np.log(100.0))
+    answer = predictor(images, torch.arange(4))
+    with torch.inference_mode():
+        scores = network.match_scores(network.match(network.encode(images)).vector, predictor.bank)
+    assert scores.argmax(1).tolist() == [100, 101, 102, 103]
+    assert answer.rotation.shape == (4, 3, 3) and answer.rivals.shape == (4, 4, 3, 3)
+    assert (geodesic_deg(answer.rotation, predictor.cells[100:104]) < 25).all()
+    assert torch.linalg.det(answer.rotation).allclose(torch.ones(4), atol=1e-4)
+    assert ((answer.score > 0) & (answer.score <= 1)).all()
+    rivals = geodesic_deg(answer.rivals[:, 1, None], answer.rivals[:, 2:])
+    assert float(rivals.min()) > 19.9
 
 
 class Peaked:

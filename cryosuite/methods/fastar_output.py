@@ -155,8 +155,8 @@ def write_summary(out: PosesDir, facts: Mapping[str, Any]) -> None:
 
 
 def require_free(out: PosesDir, overwrite: bool, clear: bool = True) -> None:
-    """InputError when the folder holds poses already; with ``overwrite`` files of an earlier run are removed (``clear``:
-    now)."""
+    """InputError when the folder holds poses already; with ``overwrite`` those of an earlier run are removed, if told
+    to (``clear``)."""
     if not out.summary.exists() and not out.poses.exists():
         return
     if not overwrite:

@@ -15,12 +15,15 @@ from torch import Tensor
 
 from cryosuite.errors import InputError
 from cryosuite.kernels import so3_grid
+from cryosuite.kernels.planar import local_mean
 from cryosuite.methods.fastar_images import Window
-from cryosuite.methods.fastar_reference import Reference, template_views
+from cryosuite.methods.fastar_reference import Reference, Views, template_views
 from cryosuite.nets.multiview import Multiview, MultiviewSpec
 
 ORDER = 2  # of the grid whose cells are scored: 4,608 rotations 15 degrees apart
 TOP = 8  # cells that are looked at one level finer
+WIDE = 128  # cells among which rivals are looked for
+BANK = 512  # projections encoded at a time
 NEAR = 20.0  # degrees within which a cell and the regression say the same
 RIVALS = 4  # poses handed on to a refinement
 
@@ -142,6 +145,45 @@ class TargetPredictor:
             return self.cells.answer(heads.pooled[0], rotation, shift)
 
 
+class MatchPredictor:
+    """Poses by looking: an image's vector is compared with those of the map's projections at all cells of a grid.
+
+    Args: as TargetPredictor; ``order`` of the grid: 2 has 4,608 projections, 15 degrees apart.
+    """
+
+    def __init__(
+        self,
+        model: Multiview,
+        reference: Reference,
+        window: Window,
+        order: int = ORDER,
+        device: torch.device | str = "cpu",
+        precision: str = "32",
+        clock: Clock | None = None,
+    ) -> None:
+        self.model, self.spec, self.device = model.to(device).eval(), model.spec, torch.device(device)
+        self.clock, self.within = clock or Clock(device), autocast(precision, device)
+        self.cells = so3_grid.grid_rotations(order, device=device)
+        views = Views(reference.volume, window, self.spec.in_channels, device)
+        with torch.inference_mode(), self.within(), self.clock("templates"):
+            parts = self.cells.split(BANK)
+            self.bank = torch.cat([self.model.match(self.model.encode(views(part))).vector.float() for part in parts])
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor, rows: Tensor) -> Answer:
+        """Answers for images (b, C, s, s): the mean of the cells near the best one, by their chances."""
+        with self.within(), self.clock("encode"):
+            match = self.model.match(self.model.encode(images.to(self.device)))
+        with self.clock("grid"):
+            scores = self.model.match_scores(match.vector, self.bank)
+            rotation, mass = local_mean(scores, self.cells, NEAR)
+            best = scores.topk(WIDE, 1)
+            rivals = _apart(rotation[:, None], self.cells[best.indices], best.values)
+            near = _traces(rotation, self.cells) > 1 + 2 * math.cos(math.radians(NEAR))
+            other = torch.where(near, -torch.inf, scores).amax(1)
+            return Answer(rotation, match.shift.float(), rivals, mass, best.values[:, 0] - other)
+
+
 class Cells:
     """The grid head: scores of the cells of SO(3), and what they and the regression come to together."""
 
@@ -154,20 +196,17 @@ class Cells:
     def answer(self, pooled: Tensor, regression: Tensor, shift: Tensor) -> Answer:
         """The regression where it lies within 20 degrees of the best cell, else that cell, one level finer."""
         logits = self.model.grid_scores(pooled, codes=self.codes).float()  # (b, G)
-        chance = logits.softmax(1)
-        best = logits.topk(TOP, 1).indices
-        child = so3_grid.children_at(best, ORDER)  # (b, TOP, 8)
-        scores = (self.fine_codes[child] @ pooled.float()[:, None, :, None]).squeeze(-1) * pooled.shape[-1] ** -0.5
-        finest = child.gather(2, scores.argmax(2, keepdim=True)).squeeze(2)  # (b, TOP)
-        fine = so3_grid.rotations_at(finest, ORDER + 1, regression.dtype)
-        value = scores.amax(2)
-        first = fine.gather(1, value.argmax(1)[:, None, None, None].expand(-1, 1, 3, 3))[:, 0]
+        best = logits.topk(WIDE, 1)
+        child = so3_grid.children_at(best.indices[:, :TOP], ORDER)  # (b, TOP, 8)
+        scores = (self.fine_codes[child] @ pooled.float()[:, None, :, None]).flatten(1)
+        finest = child.flatten(1).gather(1, scores.argmax(1, keepdim=True))[:, 0]
+        first = so3_grid.rotations_at(finest, ORDER + 1, regression.dtype)
         rotation = torch.where(_close(regression, first)[:, None, None], regression, first)
         near = _traces(rotation, self.coarse) > 1 + 2 * math.cos(math.radians(NEAR))
-        mass = (chance * near).sum(1)
+        mass = (logits.softmax(1) * near).sum(1)
         inside = torch.where(near, logits, -torch.inf).amax(1)
         outside = torch.where(near, -torch.inf, logits).amax(1)
-        rivals = _apart(torch.cat([rotation[:, None], regression[:, None], fine], 1), value)
+        rivals = _apart(torch.stack([rotation, regression], 1), self.coarse[best.indices], best.values)
         return Answer(rotation, shift, rivals, mass, inside - outside)
 
 
@@ -180,28 +219,24 @@ def _close(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum((-1, -2)) > 1 + 2 * math.cos(math.radians(NEAR))
 
 
-def _apart(poses: Tensor, value: Tensor) -> Tensor:
-    """RIVALS poses (b, K, 3, 3): the answer, the regression, then the best cells 20 degrees from those already taken.
+def _apart(first: Tensor, cells: Tensor, value: Tensor) -> Tensor:
+    """RIVALS poses (b, RIVALS, 3, 3): the ``first`` (b, k, 3, 3), then the best cells 20 degrees from those taken.
 
-    poses: (b, 2 + TOP, 3, 3), answer and regression before the cells. value: (b, TOP) of the cells. Where there are not
-    enough poses apart the best that are left fill up.
+    cells (b, n, 3, 3) with their scores (b, n). Where there are not enough poses apart the best of the others fill up.
     """
-    b, n = poses.shape[:2]
-    flat = poses.flatten(2)
+    flat = torch.cat([first, cells], 1).flatten(2)
     near = flat @ flat.transpose(1, 2) > 1 + 2 * math.cos(math.radians(NEAR))
-    top = value.amax(1, keepdim=True)
-    order = torch.cat([top + 2, top + 1, value], 1)  # (b, n)
-    blocked = torch.zeros(b, n, dtype=torch.bool, device=poses.device)
-    taken = blocked.clone()
-    chosen = []
-    for _ in range(min(RIVALS, n)):
-        penalty = 1e4 * taken + 1e2 * blocked
-        pick = (order - penalty).argmax(1, keepdim=True)
-        chosen.append(pick)
-        taken = taken.scatter(1, pick, True)
-        blocked = blocked | near.gather(1, pick[..., None].expand(-1, 1, n))[:, 0]
-    rows = torch.arange(b, device=poses.device)[:, None]
-    return poses[rows, torch.cat(chosen, 1)]
+    k = first.shape[1]
+    blocked = near[:, :k].any(1)[:, k:]
+    taken = torch.zeros_like(blocked)
+    chosen = list(first.unbind(1))
+    rows = torch.arange(len(cells), device=cells.device)
+    for _ in range(RIVALS - k):
+        pick = (value - 1e6 * taken - 1e3 * blocked).argmax(1)
+        chosen.append(cells[rows, pick])
+        taken[rows, pick] = True
+        blocked = blocked | near[rows, k + pick][:, k:]
+    return torch.stack(chosen, 1)
 
 
 class StarPredictor:

@@ -162,15 +162,30 @@ def gyration(volume: Tensor) -> float:
     return square**0.5 / D
 
 
+class Views:
+    """Noise-free views of a map as a network takes them, from any direction.
+
+    Args:
+        volume: (D, D, D). window: of the particles, and the network's size. channels: 1 or 2.
+    """
+
+    def __init__(self, volume: Tensor, window: Window, channels: int = 2, device: torch.device | str = "cpu") -> None:
+        start = window.box // 2 - window.width // 2
+        inner = volume[(slice(start, start + window.width),) * 3]
+        size = min(window.size, window.width)
+        inner = fourier.fourier_crop_volume(inner.contiguous(), size)
+        if size < window.size:
+            inner = _padded_spectrum(inner, window.size)
+        self.transform, self.channels = volume_transform(inner.to(device)), channels
+        self.disc = fourier.half_disc(window.size, device=device)
+
+    def __call__(self, rotation: Tensor) -> Tensor:  # (n, 3, 3) -> (n, C, s, s)
+        """The views."""
+        slices = extract_slices(self.transform, rotation, self.disc)
+        return template_input(fourier.from_half_disc(slices, self.disc))[:, : self.channels]
+
+
 def template_views(volume: Tensor, window: Window, count: int, channels: int = 2) -> tuple[Tensor, Tensor]:
-    """Noise-free views of a map from fixed directions: images (M, C, s, s) as the network takes them, (M, 3, 3)."""
-    start = window.box // 2 - window.width // 2
-    inner = volume[(slice(start, start + window.width),) * 3]
-    size = min(window.size, window.width)
-    inner = fourier.fourier_crop_volume(inner.contiguous(), size)
-    if size < window.size:
-        inner = _padded_spectrum(inner, window.size)
+    """Views of a map from ``count`` fixed directions (M, C, s, s), and their rotations (M, 3, 3)."""
     rotation = hemisphere(count)
-    disc = fourier.half_disc(window.size)
-    images = fourier.from_half_disc(extract_slices(volume_transform(inner), rotation, disc), disc)
-    return template_input(images)[:, :channels], rotation
+    return Views(volume, window, channels)(rotation), rotation

@@ -30,7 +30,14 @@ from cryosuite.methods.fastar_infer import (
     predict_target,
     settle_hand,
 )
-from cryosuite.methods.fastar_predict import Clock, Predictor, StarPredictor, TargetPredictor, require_spec
+from cryosuite.methods.fastar_predict import (
+    Clock,
+    MatchPredictor,
+    Predictor,
+    StarPredictor,
+    TargetPredictor,
+    require_spec,
+)
 from cryosuite.methods.fastar_reference import Reference, gyration, load_reference
 from cryosuite.methods.fastar_star import StarOptions
 from cryosuite.metrics.poses import pose_report
@@ -108,12 +115,14 @@ def resolve_precision(name: str, device: str) -> str:
 def make_target(
     model: Multiview, reference: Reference, window: Any, templates: int, device: str, precision: str, clock: Clock
 ) -> Predictor:  # fmt: skip
-    """The predictor of target mode; a place for tests to put another one."""
+    """The predictor of target mode: by looking where the network can, else by regression against templates."""
+    if model.matcher is not None:
+        return MatchPredictor(model, reference, window, device=device, precision=precision, clock=clock)
     return TargetPredictor(model, reference, window, templates, device, precision, clock)
 
 
 def make_star(model: Multiview, device: str, precision: str, clock: Clock) -> StarPredictor:
-    """The predictor of ab-initio mode; a place for tests to put another one."""
+    """The predictor of ab-initio mode."""
     return StarPredictor(model, device, precision, clock)
 
 
