@@ -239,7 +239,7 @@ def test_the_local_mean_is_finer_than_the_grid_and_deaf_to_rivals_far_away() -> 
     truth, rival = truth[keep], rival[keep]
 
     def peak(R: Tensor) -> Tensor:
-        return (R.flatten(-2) @ cells.flatten(-2).T - 3) * 10
+        return (R.flatten(-2) @ cells.flatten(-2).T - 3) * 30
 
     scores = torch.logaddexp(peak(truth), peak(rival) - 1)
     found, mass = planar.local_mean(scores, cells)
