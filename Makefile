@@ -46,6 +46,8 @@ bench: $(VENV)/installed $(VENV)-cryodrgn/installed
 	$(BENCH)/speed.py
 	$(BENCH)/kraqen_speed.py
 	$(BENCH)/pose_search_speed.py
+	$(BENCH)/deco_decoder_speed.py
+	$(BENCH)/deco_step_speed.py
 	$(BENCH)/hype_vs_vae.py
 	$(BENCH)/mixture.py --structures $(BENCH_SHARED)/data/atomic/bench
 	$(BENCH)/kraqen.py --work $(BENCH_WORK)
@@ -53,4 +55,6 @@ bench: $(VENV)/installed $(VENV)-cryodrgn/installed
 	$(BENCH)/polish.py --work $(BENCH_WORK) --family polish --seeds 0 --rows true,kraqen
 	$(BENCH)/polish.py --work $(BENCH_WORK) --family methods --seeds 0 --rows true,kraqen,hype,cryodrgn
 	$(BENCH)/ablation.py --work $(BENCH_WORK)
+	$(BENCH)/deco.py --work $(BENCH_WORK)/deco --family known --set $(BENCH_WORK)/sim/mix16-d32-snr0.1-n8000-s{seed} --seeds 0,1,2
+	$(BENCH)/deco.py --work $(BENCH_WORK)/deco --family known --set $(BENCH_WORK)/sim/ribo16-d64-snr0.1-n2400-s{seed} --seeds 0,1,2
 	$(BIN)/python tests/benchmarks/tables.py
