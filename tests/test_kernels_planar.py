@@ -249,6 +249,18 @@ def test_the_local_mean_is_finer_than_the_grid_and_deaf_to_rivals_far_away() -> 
     assert (mass < share + 0.02).all() and mass.mean() == pytest.approx(share, abs=0.1)
 
 
+def test_autocast_does_not_touch_rotations() -> None:
+    R, cells = rotations(20, dtype=torch.float32), grid_rotations(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        c, a, b = planar.token_map(R, 32, 8)
+        found = planar.kabsch_tokens(c, a, b, None, 32, 8)
+        X = planar.dense_map(c, a, b, 32, 8)
+        others = planar.kabsch_dense(X), planar.relative(R.view(2, 10, 3, 3)), planar.released_pose(X)[0]
+        mean, _ = planar.local_mean(torch.randn(20, len(cells)), cells)
+    assert (found - R).abs().max() < 1e-5 and (others[0] - R).abs().max() < 1e-5
+    assert all(part.dtype == torch.float32 for part in (c, *others, mean))
+
+
 def test_three_points_by_hand() -> None:
     """A quarter turn about z read from three weighted vectors: H summed with pencil and paper."""
     X = torch.zeros(2, 2, 3, dtype=torch.float64)

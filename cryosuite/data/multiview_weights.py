@@ -33,6 +33,7 @@ ENDING = ".safetensors"
 FOLDER_FILE = f"weights{ENDING}"  # what a training run leaves in its folder
 KIND = "cryosuite multiview"
 OURS = ("format", "kind", "spec")  # metadata that is not a note
+MAX_NOTE = 20_000  # characters of a note
 MAX_SIZE, MAX_DEPTH = 1 << 13, 128  # of the numbers in a spec: a file that claims more lies
 
 
@@ -66,7 +67,7 @@ def load_multiview(path: str | os.PathLike, spec: MultiviewSpec | None = None) -
         wanted = {name: tuple(value.shape) for name, value in Multiview(stored).state_dict().items()}
     require_match({name: entry.shape for name, entry in header.entries.items()}, wanted, path, spec_name(stored))
     state = {name: torch.from_numpy(array) for name, array in read_safetensors(header).items()}
-    notes = {key: printable(value, 2000) for key, value in header.metadata.items() if key not in OURS}
+    notes = {key: printable(value, MAX_NOTE) for key, value in header.metadata.items() if key not in OURS}
     return _filled(stored, state, path), notes
 
 

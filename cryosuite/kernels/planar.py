@@ -10,18 +10,24 @@ A map is linear, so each patch of an image needs three vectors only: its value c
 derivatives a (along x) and b (along y), X = c + u a + v b with (u, v) the distance from the centre in the units of k,
 2/D per pixel. For the map of R, a and b are the first two rows of R and c = kx a + ky b.
 
-Everything is batched over leading dimensions and stays on its device.
+Everything is batched over leading dimensions, stays on its device, and is computed in the precision it comes in also
+under autocast: a product of rotations in bfloat16 is off by degrees.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
+
 __all__ = [
+    "precise",
     "patch_grid",
     "pixel_grid",
     "token_map",
@@ -40,6 +46,20 @@ __all__ = [
 SQUARINGS = 24  # tells eigenvalues apart that differ by 1e-6 of the largest
 CENTRINGS = 2  # a window about the best of a grid is up to half a step off
 FLAT = 1e-9  # of the scale of a problem: turns about an axis that the map says less about get no larger gradient
+
+
+def precise(function: Callable[..., T]) -> Callable[..., T]:
+    """Run a function with autocast off on the device of its first argument, a tensor."""
+
+    @functools.wraps(function)
+    def run(first: Tensor, *args: Any, **kwargs: Any) -> T:
+        kind = first.device.type
+        if kind == "meta" or not torch.is_autocast_enabled(kind):
+            return function(first, *args, **kwargs)
+        with torch.autocast(kind, enabled=False):
+            return function(first, *args, **kwargs)
+
+    return run
 
 
 def pixel_grid(
@@ -71,6 +91,7 @@ def _plane(axis: Tensor) -> Tensor:  # (n,) -> (n, n, 3)
     return torch.stack([x, y, torch.zeros_like(x)], -1)
 
 
+@precise
 def token_map(
     rotation: Tensor,  # (..., 3, 3)
     size: int,
@@ -113,6 +134,7 @@ def map_error(
     return dc + _spread(size, patch) * (da + db)
 
 
+@precise
 def kabsch_tokens(
     c: Tensor,  # (..., T, 3)
     a: Tensor,  # (..., T, 3)
@@ -133,6 +155,7 @@ def kabsch_tokens(
     return best_rotation(torch.cat([H[..., :2, :] + flat, H[..., 2:, :]], -2))
 
 
+@precise
 def kabsch_dense(
     x: Tensor,  # (..., D, D, 3)
     conf: Tensor | None = None,  # (..., D, D)
@@ -147,6 +170,7 @@ def _moments(grid: Tensor, x: Tensor, conf: Tensor | None) -> Tensor:  # (D, D, 
     return weighted.flatten(-3, -2).transpose(-1, -2) @ x.flatten(-3, -2)
 
 
+@precise
 def best_rotation(
     H: Tensor,  # (..., 3, 3)
 ) -> Tensor:  # (..., 3, 3)
@@ -160,6 +184,7 @@ def best_rotation(
     return _BestRotation.apply(H)
 
 
+@precise
 def local_mean(
     scores: Tensor,  # (..., G) logits over rotations
     rotations: Tensor,  # (G, 3, 3)
@@ -261,6 +286,7 @@ def mirror(rotation: Tensor) -> Tensor:  # (..., 3, 3)
     return rotation * sign
 
 
+@precise
 def relative(rotation: Tensor) -> Tensor:  # (..., n, 3, 3)
     """R_i R_0^T: the views of a set in the frame of the first, which itself gets the identity."""
     return rotation @ rotation[..., :1, :, :].transpose(-1, -2)
@@ -278,6 +304,7 @@ def released_grid(
     return _plane(torch.linspace(-1, 1, size, device=device, dtype=torch.float64).to(dtype))
 
 
+@precise
 def released_pose(
     x: Tensor,  # (..., D, D, 3) planar maps X0 R + h of the released network
     conf: Tensor | None = None,  # (..., D, D)

@@ -150,9 +150,9 @@ class Matcher(nn.Module):
     """Encoder tokens -> a vector per image, near for images of one object from one side: phi(R) by looking.
 
     A rotation is scored by the product of a particle's vector with that of the target's clean projection at that
-    rotation, read by the same encoder. Comparing pictures is learnt in a hundredth of the images that it takes to learn
-    how molecules look from elsewhere, and holds for molecules never seen. Patches keep their places: they are joined,
-    not averaged.
+    rotation, read by the same encoder. To compare pictures is learnt fast and holds for molecules never seen: the micro
+    encoder was 13 degrees off on such after 20,000 images of SNR 10 and 32 pixels, when the star was still at
+    chance after 50,000. Patches keep their places: they are joined, not averaged.
     """
 
     def __init__(self, spec: MultiviewSpec) -> None:
