@@ -24,6 +24,7 @@ COMMANDS = {
     "backproject": ("backproject", "Reconstruct"),
     "train-hype": ("train_hype", "Train"),
     "train-kraqen": ("train_kraqen", "Train"),
+    "train-fastar": ("train_fastar", "Train"),
     "pretrain-iev": ("pretrain_iev", "Train"),
     "deco-classify": ("deco_classify", "Train"),
     "fastar-infer": ("fastar_infer", "Reconstruct"),

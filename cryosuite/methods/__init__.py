@@ -21,6 +21,7 @@ METHODS = {
     "kraqen": "cryosuite.methods.kraqen_run",
     "deco": "cryosuite.methods.deco_run",
     "iev": "cryosuite.methods.iev_run",
+    "fastar": "cryosuite.methods.fastar_run",
 }
 
 

@@ -81,7 +81,8 @@ def phantom_beads(
 
     Args:
         count: M. generator: all randomness; the molecules are made on its device. beads: K, a multiple of 12.
-        symmetric: share of molecules with a rotation axis (along z; turn them by ``turned``). radius: of gyration, from, to.
+        symmetric: share of molecules with a rotation axis (along z; turn them by ``turned``). radius: of gyration,
+            from, to.
 
     Raises ValueError where K is no multiple of 12 (the copies of C2, C3 and C4 must fit).
     """
@@ -125,7 +126,7 @@ def phantom_beads(
 
 
 def _copies(xyz: Tensor, weight: Tensor, width: Tensor, fold: Tensor, out: Tensor) -> Beads:
-    """Cn molecules about z: bead j becomes copy j mod n of bead j // n, moved outwards by ``out`` of the unit's size."""
+    """Cn molecules about z: bead j becomes copy j mod n of bead j // n, moved out by ``out`` of the unit's size."""
     j = torch.arange(xyz.shape[1], device=xyz.device)
     # beads are shuffled by a fixed stride (coprime to K) so that the unit's first beads come from all lobes
     stride = next(s for s in range(xyz.shape[1] // 3 | 1, xyz.shape[1]) if math.gcd(s, xyz.shape[1]) == 1)
@@ -255,7 +256,7 @@ def project_beads(
     the beads' Gaussians at the pixel centres, the box's origin being pixel D // 2.
     """
     rows = max(1, CHUNK // (size * beads.xyz.shape[1]))
-    parts = []
+    parts = [beads.xyz.new_zeros(0, size, size)]
     for start in range(0, len(which), rows):
         part = slice(start, start + rows)
         k = which[part]

@@ -9,7 +9,7 @@ white noise is added, which is the same thing.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cryosuite.kernels.ctf import CtfParams, ctf
 from cryosuite.kernels.density import MOLMAP_SIGMA
-from cryosuite.kernels.rotations import quaternion_to_matrix
+from cryosuite.kernels.rotations import expmap, quaternion_to_matrix
 from cryosuite.simulate.beads import Beads, phantom_beads, project_beads
 from cryosuite.simulate.dataset import ENTROPY
 
@@ -35,13 +35,19 @@ class ViewOptions:
     molecule between a floor and ten times that, and the floor falls log-linearly from start to end over the first
     ``curriculum`` images. views: (start, end) likewise (all N from the beginning where both are equal). ctf: share of
     batches with CTF, from ``ctf_from`` (share of the curriculum) on. blind: share of batches in which the CTF is not
-    told. low_pass: of templates, A (as ChimeraX molmap counts it). structures: share of molecules from the library.
+    told. low_pass: of templates and candidates, A (as ChimeraX molmap counts it). structures: share of molecules from
+    the library. templates: views from fixed directions, 0 for none. hard: candidates per particle beside the one that
+    is right within ``jitter_deg`` (-1: no candidates at all); they lie about ``hard_deg`` from it (both: sd of each
+    component of the turn, degrees).
     """
 
     size: int = 32
     images: int = 256
     views: tuple[int, int] = (32, 32)
-    templates: int = 12
+    templates: int = 0
+    hard: int = 1
+    jitter_deg: float = 4.0
+    hard_deg: float = 25.0
     beads: int = 96
     curriculum: int = 400_000
     snr: tuple[float, float] = (10.0, 0.1)
@@ -58,14 +64,19 @@ class ViewOptions:
     box_angstrom: tuple[float, float] = (130.0, 390.0)
     low_pass: tuple[float, float] = (12.0, 28.0)
 
+    def with_images(self, images: int) -> ViewOptions:
+        """The same for another number of images."""
+        return replace(self, images=images)
+
 
 @dataclass
 class FastarBatch:
     """S molecules; images as the network takes them (``network_input``), poses in the conventions of the house.
 
     index (S,) int64. images (S, N, 2, D, D). rotation (S, N, 3, 3). shift (S, N, 2) fraction of the box that centres.
-    known (S, N) bool: False for junk. templates (S, M, 2, D, D), template_rotation (S, M, 3, 3). mates (S, G, 3, 3).
-    snr (S,).
+    known (S, N) bool: False for junk. candidates (S, K, 2, D, D): noise-free views of which each particle has one of
+    nearly its own rotation, candidate_rotation (S, K, 3, 3). templates (S, M, 2, D, D), template_rotation (S, M, 3, 3):
+    the same for all molecules. mates (S, G, 3, 3). snr (S,).
     """
 
     index: Tensor
@@ -73,6 +84,8 @@ class FastarBatch:
     rotation: Tensor
     shift: Tensor
     known: Tensor
+    candidates: Tensor
+    candidate_rotation: Tensor
     templates: Tensor
     template_rotation: Tensor
     mates: Tensor
@@ -86,20 +99,24 @@ class FastarBatch:
         return FastarBatch(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
 
 
-def hemisphere(count: int, device: torch.device | str = "cpu") -> Tensor:  # (M, 3, 3)
-    """Rotations of templates: viewing directions (third rows) on a Fibonacci lattice over the upper half sphere.
+def template_rotations(count: int, device: torch.device | str = "cpu") -> Tensor:  # (M, 3, 3)
+    """Rotations of templates, spread evenly over all of SO(3) by super-Fibonacci spirals (Alexa, CVPR 2022).
 
-    The other half would show mirror images of these. In-plane angle: the smallest rotation that brings the direction
-    to z. Always the same for the same ``count``.
+    Always the same for the same ``count``. With 48 the nearest is 34 degrees away on average and never more than 63:
+    every image has a template that looks like it, in-plane angle and all. (Views over half a sphere at one in-plane
+    angle, the other choice, leave an image up to 180 degrees from all of them, and the network learnt nothing from
+    those in the time we had.)
     """
-    k = torch.arange(count, dtype=torch.float64) + 0.5
-    z = 1 - k / count
-    angle = math.pi * (3 - math.sqrt(5)) * k
-    half = torch.acos(z) / 2  # the axis lies in the plane, at right angles to the direction
+    s = torch.arange(count, dtype=torch.float64) + 0.5
+    inner, outer = (s / count).sqrt(), (1 - s / count).sqrt()
+    alpha, beta = 2 * math.pi * s / math.sqrt(2), 2 * math.pi * s / 1.533751168755204288118041
     quaternion = torch.stack(
-        [torch.cos(half), torch.sin(half) * torch.sin(angle), -torch.sin(half) * torch.cos(angle), 0 * z], 1
+        [inner * torch.sin(alpha), inner * torch.cos(alpha), outer * torch.sin(beta), outer * torch.cos(beta)], 1
     )
     return quaternion_to_matrix(quaternion).float().to(device)
+
+
+hemisphere = template_rotations
 
 
 def soft_disc(size: int, device: torch.device | str = "cpu") -> Tensor:  # (D, D)
@@ -155,7 +172,7 @@ class ViewSets:
     ) -> None:
         self.options, self.seed, self.device, self.parts = options, seed, torch.device(device), parts
         self.library = None if library is None else library.to(self.device)
-        self.hemisphere = hemisphere(options.templates, self.device)
+        self.template_rotation = template_rotations(options.templates, self.device)
         fy = torch.fft.fftfreq(options.size, device=self.device)
         fx = torch.fft.rfftfreq(options.size, device=self.device)
         self.frequency = torch.stack([g.reshape(-1) for g in torch.broadcast_tensors(fx[None], fy[:, None])], 1)
@@ -204,7 +221,7 @@ class ViewSets:
         return _either(use, taken, phantoms), torch.where(use, real, edge)
 
     def directions(self, sets: int, count: int, generator: torch.Generator) -> Tensor:  # (S, N, 3, 3)
-        """Rotations: uniform, or for a share of the molecules around one preferred direction with any in-plane angle."""
+        """Rotations: uniform, or for a share of the molecules about one preferred direction, any in-plane angle."""
         o, device = self.options, self.device
         view = torch.randn(sets, count, 3, generator=generator, device=device)
         view = view / view.norm(dim=-1, keepdim=True)
@@ -241,24 +258,45 @@ class ViewSets:
         low, high = math.log(self.snr_floor(seen)), math.log(min(10 * self.snr_floor(seen), max(o.snr)))
         snr = torch.exp(low + (high - low) * torch.rand(sets, generator=generator, device=device))
         images, flipped = self._exposed(clean, edge, snr, self.progress(seen) >= o.ctf_from, generator)
-        drawn = self.templates(beads, edge, generator)
+        near = self.candidates(rotation, generator)
+        marks = self.template_rotation.expand(sets, -1, -1, -1)
+        clear = self.noise_free(beads, edge, torch.cat([near, marks], 1), generator)
+        split = near.shape[1]
         return FastarBatch(
             index=which + number * sets, images=network_input(images, flipped), rotation=rotation, shift=shift,
-            known=known, templates=drawn, template_rotation=self.hemisphere.expand(sets, -1, -1, -1),
-            mates=beads.mates, snr=snr,
+            known=known, candidates=clear[:, :split], candidate_rotation=near, templates=clear[:, split:],
+            template_rotation=marks, mates=beads.mates, snr=snr,
         )  # fmt: skip
 
-    def templates(self, beads: Beads, edge: Tensor, generator: torch.Generator) -> Tensor:  # (S, M, 2, D, D)
-        """Noise-free views from the fixed directions, low-passed by a Gaussian."""
-        o, device, sets = self.options, self.device, len(beads)
+    def candidates(self, rotation: Tensor, generator: torch.Generator) -> Tensor:  # (S, N, 3, 3) -> (S, K, 3, 3)
+        """For each particle a rotation that is nearly right and ``hard`` that are not."""
+        o = self.options
+        if o.hard < 0:
+            return rotation[:, :0]
+        spread = [o.jitter_deg] + o.hard * [o.hard_deg]
+        turns = torch.randn(len(spread), *rotation.shape[:2], 3, generator=generator, device=self.device)
+        angle = torch.tensor(spread, device=self.device).view(-1, 1, 1, 1) * (math.pi / 180)
+        return torch.cat(list(expmap(turns * angle) @ rotation), 1)
+
+    def views_of(self, number: int, rotation: Tensor, resolution: float = 20.0) -> Tensor:
+        """Noise-free views (S, K, 2, D, D) of the molecules of batch ``number`` at rotations (K, 3, 3); S as at the end
+        of the curriculum."""
+        sets = self.options.images // min(self.options.views[1], self.options.images)
+        beads, edge = self.molecules(sets, self.generator(number))
+        fixed = replace(self.options, low_pass=(resolution, resolution))
+        plain = ViewSets(fixed, device=self.device)
+        return plain.noise_free(beads, edge, rotation.expand(sets, -1, -1, -1), self.generator(0))
+
+    def noise_free(self, beads: Beads, edge: Tensor, rotation: Tensor, generator: torch.Generator) -> Tensor:
+        """Centred views (S, K, 2, D, D) without noise, low-passed by a Gaussian, as the network takes them."""
+        o, device, (sets, count) = self.options, self.device, rotation.shape[:2]
         low, high = o.low_pass
         resolution = low + (high - low) * torch.rand(sets, generator=generator, device=device)
         blur = MOLMAP_SIGMA * resolution / edge
-        which = torch.arange(sets, device=device).repeat_interleave(o.templates)
-        turns = self.hemisphere.repeat(sets, 1, 1)
+        which = torch.arange(sets, device=device).repeat_interleave(count)
         still = torch.zeros(len(which), 2, device=device)
-        images = project_beads(beads, which, turns, still, o.size, blur[which])
-        return template_input(images.view(sets, o.templates, o.size, o.size))
+        images = project_beads(beads, which, rotation.flatten(0, 1), still, o.size, blur[which])
+        return template_input(images.view(sets, count, o.size, o.size))
 
     def _with_neighbours(self, clean: Tensor, beads: Beads, generator: torch.Generator) -> Tensor:
         """The first few particles of each set get another copy of the molecule beside them, mostly out of the picture.

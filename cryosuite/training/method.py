@@ -33,7 +33,8 @@ class Method(Protocol):
     Optional attributes the loop looks for: ``options`` (a dataclass; kept in the checkpoint and compared on resume),
     ``parameter_groups(model) -> list[dict]`` (for AdamW; ``lr_scale`` multiplies the learning rate of a group),
     ``unused_parameters`` (True where some parameters get no gradient in some steps), ``loader(particles, batch_size,
-    rank, processes, seed=, device=)`` (batches of its own, with the verbs of ``GlobalBatches``).
+    rank, processes, seed=, device=)`` (batches of its own, with the verbs of ``GlobalBatches``), ``lr_factor(step)``
+    (factor on the learning rate instead of the usual cosine).
     """
 
     name: str

@@ -117,7 +117,8 @@ class Session:
 
     def descend(self, batch: Batch, step: Step) -> tuple[dict[str, Tensor], Tensor]:
         """One optimiser step; returns the named losses and the gradient norm, still on the device."""
-        factor = lr_factor(step.index, step.total, self.options.warmup, self.options.lr_final)
+        own = getattr(self.method, "lr_factor", None)
+        factor = own(step) if own else lr_factor(step.index, step.total, self.options.warmup, self.options.lr_final)
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.lr * group.get("lr_scale", 1.0) * factor
         losses = self._gradients_within_memory(batch, step)
