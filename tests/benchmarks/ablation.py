@@ -26,7 +26,7 @@ NETWORK = ["--channels", "8", "--features", "32", "--width", "64", "--layers", "
 TRIPLANE, KERNEL = ["--field", "triplane"], ["--kernel", "epanechnikov"]
 ROWS: dict[str, list[str]] = {
     "full": [*TRIPLANE, *PUBLISHED, *KERNEL, *ANNEALED],
-    "voxels instead of the tri-plane": ["--field", "voxel", *PUBLISHED, *KERNEL, *ANNEALED],
+    "voxels instead of the tri-plane": ["--field", "voxel", "--m-step", "wiener", *PUBLISHED, *KERNEL, *ANNEALED],
     "Fourier features instead of the tri-plane": ["--field", "fourier", *PUBLISHED, *KERNEL, *ANNEALED],
     "Gaussian kernel": [*TRIPLANE, *PUBLISHED, "--kernel", "gaussian", *ANNEALED],
     "no kernel": [*TRIPLANE, *PUBLISHED, "--kernel", "none", *ANNEALED],
