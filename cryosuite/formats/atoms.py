@@ -21,25 +21,33 @@ _SUFFIXES = (".pdb", ".ent", ".cif", ".mmcif")
 @dataclass(frozen=True)
 class Atoms:
     """Atoms of a model: ``xyz`` float64 (n, 3) in A, ``atomic_number`` int64 (n,), ``mass`` float64 (n,) in Da,
-    ``chain`` str (n,), ``residue_index`` int64 (n,), ``name`` of the entry."""
+    ``chain`` str (n,), ``residue_index`` int64 (n,), ``b_iso`` (A^2) and ``occupancy`` float64 (n,), ``atom_name``,
+    ``residue_name`` and ``residue_label`` (the author's number with insertion code) str (n,), ``kind`` str (n,) one of
+    protein, nucleic, water, ion, other; ``name`` of the entry."""
 
     xyz: np.ndarray
     atomic_number: np.ndarray
     mass: np.ndarray
     chain: np.ndarray
     residue_index: np.ndarray
+    b_iso: np.ndarray
+    occupancy: np.ndarray
+    atom_name: np.ndarray
+    residue_name: np.ndarray
+    residue_label: np.ndarray
+    kind: np.ndarray
     name: str = ""
 
     def __len__(self) -> int:
         return len(self.xyz)
 
 
-def read_atoms(path: str | os.PathLike) -> Atoms:
+def read_atoms(path: str | os.PathLike, waters: bool = False) -> Atoms:
     """Read a model (.pdb, .ent, .cif, .mmcif, each also .gz), as deposited: no symmetry is applied, first model only.
 
-    Waters and hydrogens (and deuterium) are dropped; of alternate locations the one of highest occupancy is kept, the
-    first of equal ones. ``residue_index`` is label_seq_id where the file has it, else the author's number. Raises
-    InputError for a missing, unreadable or empty model.
+    Hydrogens (and deuterium) are dropped, waters too unless asked for; of alternate locations the one of highest
+    occupancy is kept, the first of equal ones. ``residue_index`` is label_seq_id where the file has it, else the
+    author's number. Raises InputError for a missing, unreadable or empty model.
     """
     path = existing_file(path, "atomic model")
     stem = str(path).lower().removesuffix(".gz")
@@ -50,7 +58,7 @@ def read_atoms(path: str | os.PathLike) -> Atoms:
     try:
         structure = gemmi.read_structure(str(path))
         structure.setup_entities()
-        atoms = _collect(structure)
+        atoms = _collect(structure, waters)
     except UnicodeDecodeError:
         raise InputError(f"{path}: cannot read this atomic model: some names are not text") from None
     except Exception as error:  # gemmi raises several types for damaged text
@@ -62,30 +70,49 @@ def read_atoms(path: str | os.PathLike) -> Atoms:
     return atoms if atoms.name else replace(atoms, name=Path(stem).stem)
 
 
-def _collect(structure: gemmi.Structure) -> Atoms:
+def _collect(structure: gemmi.Structure, waters: bool) -> Atoms:
     """The atoms of the first model as arrays."""
-    xyz, number, mass, chains, residues = [], [], [], [], []
+    rows: list[tuple] = []
     for chain in structure[0] if len(structure) else ():
         for residue in chain:
-            if residue.is_water():
+            if residue.is_water() and not waters:
                 continue
             index = residue.label_seq if residue.label_seq is not None else residue.seqid.num
-            for atom in _one_location(residue):
-                if atom.element.is_hydrogen:
-                    continue
-                xyz.append(atom.pos.tolist())
-                number.append(atom.element.atomic_number)
-                mass.append(atom.element.weight)
-                chains.append(chain.name)
-                residues.append(index if index is not None else 0)
+            kept = [atom for atom in _one_location(residue) if not atom.element.is_hydrogen]
+            of_residue = (chain.name, index or 0, residue.name, str(residue.seqid), _kind(residue, len(kept)))
+            for atom in kept:
+                element = atom.element
+                rows.append((atom.pos.tolist(), element.atomic_number, element.weight, atom.b_iso, atom.occ, atom.name)
+                            + of_residue)  # fmt: skip
+    columns = list(zip(*rows, strict=True)) if rows else [()] * 11
     return Atoms(
-        xyz=np.array(xyz, np.float64).reshape(-1, 3),
-        atomic_number=np.array(number, np.int64),
-        mass=np.array(mass, np.float64),
-        chain=np.array(chains, str),
-        residue_index=np.array(residues, np.int64),
+        xyz=np.array(columns[0], np.float64).reshape(-1, 3),
+        atomic_number=np.array(columns[1], np.int64),
+        mass=np.array(columns[2], np.float64),
+        b_iso=np.array(columns[3], np.float64),
+        occupancy=np.array(columns[4], np.float64),
+        atom_name=np.array(columns[5], str),
+        chain=np.array(columns[6], str),
+        residue_index=np.array(columns[7], np.int64),
+        residue_name=np.array(columns[8], str),
+        residue_label=np.array(columns[9], str),
+        kind=np.array(columns[10], str),
         name=structure.name,
     )
+
+
+def _kind(residue: gemmi.Residue, n_atoms: int) -> str:
+    """What a residue is: protein, nucleic, water, ion (one atom) or other (ligands, sugars, lipids)."""
+    import gemmi
+
+    if residue.is_water():
+        return "water"
+    known = gemmi.find_tabulated_residue(residue.name)
+    if known.is_amino_acid():
+        return "protein"
+    if known.is_nucleic_acid():
+        return "nucleic"
+    return "ion" if n_atoms == 1 else "other"
 
 
 def _one_location(residue: gemmi.Residue) -> list[gemmi.Atom]:

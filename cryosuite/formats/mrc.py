@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import warnings
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import mrcfile
@@ -31,7 +31,8 @@ class Map:
     """A density map.
 
     ``data`` float32 (z, y, x); ``pixel_size`` (A) of x or None; ``origin`` (A, x y z) and ``nstart`` (voxels, x y z) as
-    the header has them; ``axes`` (mapc, mapr, maps) of the file; ``voxel_size`` (A, x y z) or None.
+    the header has them; ``axes`` (mapc, mapr, maps) of the file; ``voxel_size`` (A, x y z) or None; ``angles`` of the
+    cell (degrees); ``header`` the bytes before the data, for a writer that wants the same header again.
     """
 
     data: np.ndarray
@@ -41,6 +42,8 @@ class Map:
     axes: tuple[int, int, int] = (1, 2, 3)
     voxel_size: tuple[float, float, float] | None = None
     path: Path | None = None
+    angles: tuple[float, float, float] = (90.0, 90.0, 90.0)
+    header: bytes = field(default=b"", repr=False)
 
     @property
     def placement(self) -> tuple[float, float, float]:
@@ -51,12 +54,12 @@ class Map:
         return tuple(start * width for start, width in zip(self.nstart, size, strict=True))
 
 
-def read_map(path: str | os.PathLike) -> Map:
+def read_map(path: str | os.PathLike, cubic: bool = True) -> Map:
     """Read a map (.mrc, .map, .ccp4, also .gz) as float32 (z, y, x), axes put in order.
 
-    Pixel size is xlen / mx (mx = nx for all but cropped maps). Notices say when the header has no pixel size, when
-    voxels are not cubic or the cell is not rectangular. Raises InputError as ``read_header`` does, and for a file that
-    holds several volumes.
+    Pixel size is xlen / mx (mx = nx for all but cropped maps). Notices say when the header has no pixel size or, where
+    the caller needs cubic voxels (``cubic``), when they are not. Raises InputError as ``read_header`` does, and for a
+    file that holds several volumes.
     """
     path = existing_file(path, "map")
     with open_mrc(path) as stream:
@@ -66,13 +69,14 @@ def read_map(path: str | os.PathLike) -> Map:
                 f"{path}: holds {header.n_volumes} volumes (space group {header.ispg}): one map per file is expected; "
                 "split the file"
             )
-        raw = _read_data(path, stream, header)
+        extended, raw = _read_data(path, stream, header)
     for problem in header.problems:
         notice(problem)
     data = np.frombuffer(raw, header.dtype).reshape(header.nz, header.ny, header.nx)
     to_xyz = [header.axes.index(axis) for axis in (1, 2, 3)]  # file axis (0 fastest) that holds x, y, z
     data = data.transpose([2 - to_xyz[2], 2 - to_xyz[1], 2 - to_xyz[0]]).astype(np.float32, order="C")
-    _warn_shape(header)
+    if cubic:
+        _warn_shape(header)
     return Map(
         data=data,
         pixel_size=header.pixel_size,
@@ -81,18 +85,21 @@ def read_map(path: str | os.PathLike) -> Map:
         axes=header.axes,
         voxel_size=header.voxel_size,
         path=path,
+        angles=header.angles,
+        header=header.raw + extended,
     )
 
 
-def _read_data(path: Path, stream: object, header: MrcHeader) -> bytes:
-    """The data block; from a gz file piece by piece, so that a lying header costs no memory."""
-    pieces: list[bytes] = []
+def _read_data(path: Path, stream: object, header: MrcHeader) -> tuple[bytes, bytes]:
+    """The extended header and the data block; from a gz file piece by piece, so that a lying header costs no memory."""
+    extended, pieces = [], []
     try:
         left = header.data_offset - 1024
         while left > 0:
             skipped = stream.read(min(left, _CHUNK))
             if not skipped:
                 break
+            extended.append(skipped)
             left -= len(skipped)
         left = header.data_bytes
         while left > 0:
@@ -109,7 +116,7 @@ def _read_data(path: Path, stream: object, header: MrcHeader) -> bytes:
         raise InputError(f"{path}: truncated: expected {expected} bytes, found {expected - left}; copy the file again")
     if trailing:
         notice(f"{path}: bytes behind the last section are ignored")
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    return b"".join(extended), pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def _warn_shape(header: MrcHeader) -> None:

@@ -33,7 +33,8 @@ class MrcHeader:
 
     nx, ny, nz count columns, rows and sections as they lie in the file; ``nstart`` too; ``axes`` = (mapc, mapr, maps)
     says which of x = 1, y = 2, z = 3 they are. ``origin`` (A), ``voxel_size`` (A) are (x, y, z). ``pixel_size`` is that
-    of x, or None where the header has none. ``problems`` are sentences for the user about what was odd but readable.
+    of x, or None where the header has none. ``angles`` (degrees) are those of the cell: alpha, beta, gamma. ``raw`` are
+    the 1024 bytes themselves. ``problems`` are sentences for the user about what was odd but readable.
     """
 
     path: Path
@@ -55,6 +56,8 @@ class MrcHeader:
     n_volumes: int
     compressed: bool
     problems: tuple[str, ...] = field(default=())
+    angles: tuple[float, float, float] = (90.0, 90.0, 90.0)
+    raw: bytes = field(default=b"", repr=False)
 
     @property
     def data_bytes(self) -> int:
@@ -130,6 +133,8 @@ def parse_header(path: Path, stream: BinaryIO) -> MrcHeader:
         n_volumes=max(1, nz // mz) if stacked_volumes else 1,
         compressed=compressed,
         problems=tuple(problems),
+        angles=_angles(header),
+        raw=raw,
     )
 
 
@@ -194,6 +199,12 @@ def _voxel_size(path: Path, header: np.void, problems: list[str]) -> tuple[float
         problems.append(f"{path}: the header gives no pixel size (found {sizes[0]:.4g} A)")
         return None
     return tuple(size if ok else sizes[0] for size, ok in zip(sizes, good, strict=True))
+
+
+def _angles(header: np.void) -> tuple[float, float, float]:
+    """Cell angles in degrees; old writers leave zeros, which means 90."""
+    angles = tuple(float(header["cellb"][name]) for name in ("alpha", "beta", "gamma"))
+    return angles if any(angles) else (90.0, 90.0, 90.0)
 
 
 def _axes(path: Path, header: np.void, problems: list[str]) -> tuple[int, int, int]:

@@ -26,6 +26,7 @@ __all__ = [
     "from_half_disc",
     "fourier_crop",
     "fourier_crop_volume",
+    "resize_axis",
     "hartley",
     "phase_shift",
     "window_mask",
@@ -226,6 +227,26 @@ def _crop_last(values: Tensor, size: int) -> Tensor:
     half = torch.fft.rfft(values, dim=-1)[..., : size // 2 + 1]
     # the origin moves from D/2 to size/2: both are the phase (-1)^k, so nothing is left to do
     return torch.fft.irfft(half, n=size, dim=-1) * (size / D)
+
+
+def resize_axis(
+    values: Tensor,  # (..., n, ...) real
+    size: int,
+    dim: int = -1,
+) -> Tensor:  # (..., size, ...) real
+    """Resample one axis of any length, even or odd, by cropping or padding its transform; grey values are kept.
+
+    Sample 0 stays where it is and the axis covers the same (periodic) length. The pair of coefficients at a Nyquist
+    frequency is summed or split, as sampling does: enlarging and going back gives the same values.
+    """
+    n = values.shape[dim]
+    if n == size:
+        return values
+    common = min(n, size)
+    half = torch.fft.rfft(values, dim=dim).narrow(dim, 0, common // 2 + 1)
+    if common % 2 == 0:
+        half.select(dim, common // 2).mul_(2.0 if size < n else 0.5)
+    return torch.fft.irfft(half, n=size, dim=dim) * (size / n)
 
 
 def _check_crop(box_size: int, size: int) -> None:
