@@ -310,7 +310,9 @@ def test_target_mode_from_prediction_to_map(molecule) -> None:
     )  # fmt: skip
     before = pose_report(result.predicted.rotation, particles.rotation, result.predicted.shift, particles.shift, 32)
     assert before.raw["median_deg"] > 9 and report.raw["median_deg"] < 3
-    assert report.raw["under_10_deg"] > 0.9  # rivals were tried: the wrong ones are found too
+    assert report.raw["under_10_deg"] > 0.9  # the unsure were searched for: the wrong ones are found too
+    assert result.predicted.facts["searched_everywhere"] == int(oracle.wrong.sum())
+    assert np.array_equal(result.predicted.rotation, oracle.rotation.numpy())  # what was predicted stays as it was
     assert report.raw["shift_median_px"] < 0.5 < before.raw["shift_median_px"]
     assert result.hand == "reference"
     score = torch.corrcoef(torch.stack([result.reconstruction.map.flatten(), volume.flatten()]))[0, 1]
@@ -318,6 +320,17 @@ def test_target_mode_from_prediction_to_map(molecule) -> None:
     assert {"load", "refine", "back-project"} <= set(result.seconds)
     # the unsure ones were left out of the map
     assert oracle.wrong[torch.from_numpy(result.judged.rejected)].float().mean() > 0.5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_rivals_alone_find_what_was_wrong(molecule) -> None:
+    """Nobody is searched for: the true pose is found where the network named it second."""
+    particles, volume = molecule
+    oracle = TargetOracle(particles.rotation, particles.shift, bad=0.2)
+    result = targeted(particles, volume, oracle, rescue=0.0)
+    report = pose_report(result.posed.rotation, particles.rotation, result.posed.shift, particles.shift, 32)
+    assert "searched_everywhere" not in result.predicted.facts
+    assert report.raw["under_10_deg"] > 0.9
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -12,7 +12,7 @@ from hype_toy import blob_particles, blobs
 from cryosuite.data.particles import ParticleSet
 from cryosuite.errors import InputError
 from cryosuite.kernels.rotations import expmap, geodesic_deg
-from cryosuite.reconstruct.refine import RefineOptions, ball, refine
+from cryosuite.reconstruct.refine import RefineOptions, ball, refine, search_everywhere
 
 NOISE = np.sqrt(10.0)  # images of unit variance: a signal to noise ratio of 0.1
 
@@ -127,6 +127,18 @@ def test_rivals_are_tried_too() -> None:
     error = degrees_off(refine(particles, both, shift, options=options).rotation, particles)
     assert np.median(alone[::3]) > 45
     assert np.median(error[::3]) < 3 and (error < 10).mean() > 0.9
+
+
+def test_search_over_all_orientations() -> None:
+    """Without any pose, against a map of another grey scale: found; of some rows only, in their order."""
+    volume = sharp(32)
+    particles, _ = blob_particles([volume], 60, 1.5, seed=8)
+    rows = np.array([50, 3, 20, 21, 9])
+    done: list[int] = []
+    rotation, shift, score = search_everywhere(particles, rows, 11.0 * volume, advance=done.append)
+    assert rotation.shape == (5, 4, 3, 3) and shift.shape == (5, 2) and sum(done) == 5
+    assert (degrees_off(rotation[:, 0], particles.subset(rows)) < 10).all()
+    assert np.median(pixels_off(shift, particles.subset(rows))) < 0.5 and (score > 0).all()
 
 
 def test_the_same_twice_and_progress() -> None:

@@ -51,6 +51,12 @@ def main(
     templates: int = _option(12, help="Views of the map that the network is shown.", panel=NETWORK),
     refine: int = _option(2, help="Rounds of local search after the prediction; 0: none.", panel=POSES),
     cone: float = _option(20.0, help="Degrees around each prediction that the first round searches.", panel=POSES),
+    rescue: float = _option(
+        0.5,
+        help="Particles of which the network is less sure than this (0 to 1) are first searched for over all "
+        "orientations; 0: none, 1: all.",
+        panel=POSES,
+    ),
     reject: float = _option(
         0.1, help="Share of the particles, the least certain of each view, left out of the map.", panel=POSES
     ),
@@ -113,8 +119,8 @@ def main(
         outdir=outdir, overwrite=overwrite, map=map_, model=model, low_pass=low_pass, weights=weights, preset=preset,
         templates=templates, mode=mode, experimental=experimental, truth=truth, precision=precision,
         accelerator=accelerator,
-        options={"refine": refine, "cone": cone, "reject": reject, "use_ctf": not no_ctf, "batch": batch_size,
-                 "seed": seed},
+        options={"refine": refine, "cone": cone, "rescue": rescue, "reject": reject, "use_ctf": not no_ctf,
+                 "batch": batch_size, "seed": seed},
         star={"views": views, "anchors": anchors, "candidates": ref_candidates, "references": references, "seed": seed},
     )  # fmt: skip
     _report(run(found, request), outdir, particles)

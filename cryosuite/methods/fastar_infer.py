@@ -28,7 +28,7 @@ from cryosuite.methods.fastar_star import StarOptions, StarRun
 from cryosuite.metrics.align import align_map
 from cryosuite.reconstruct.abinitio import AbInitio, AbInitioOptions
 from cryosuite.reconstruct.backproject import Reconstruction, reconstruct
-from cryosuite.reconstruct.refine import FEWEST, RefineOptions, refine
+from cryosuite.reconstruct.refine import FEWEST, RefineOptions, refine, search_everywhere
 
 MODES = ("target", "ab-initio", "search")
 CONFIDENT = 0.5  # median score of target mode below which poses are called doubtful
@@ -39,14 +39,16 @@ class InferOptions:
     """How poses are found.
 
     mode: see the module. star: of ab-initio mode. refine: rounds of local search. cone: degrees searched in the first
-    of them. reject: share of each cone of views, the least certain, left out of the map. use_ctf: False makes a map
-    without any CTF. batch: images read and predicted at a time. seed: of what is drawn.
+    of them. rescue: particles of a lower score than this are searched for over all orientations before the first round
+    (target mode). reject: share of each cone of views, the least certain, left out of the map. use_ctf: False makes a
+    map without any CTF. batch: images read and predicted at a time. seed: of what is drawn.
     """
 
     mode: str = "target"
     star: StarOptions = StarOptions()
     refine: int = 2
     cone: float = 20.0
+    rescue: float = 0.5
     reject: float = 0.1
     use_ctf: bool = True
     batch: int = 256
@@ -65,7 +67,8 @@ class InferOptions:
 @dataclass
 class Predicted:
     """Poses as predicted: rotation (N, 3, 3), shift (N, 2) fraction of the box, score and margin (N,), good (N,) bool,
-    rivals (N, K, 3, 3) or None, facts: what is printed."""
+    rivals (N, K, 3, 3) and begin (N, 2): rotations and shifts that refinement begins with, where they are others.
+    facts: what is printed."""
 
     rotation: np.ndarray
     shift: np.ndarray
@@ -73,6 +76,7 @@ class Predicted:
     margin: np.ndarray
     good: np.ndarray
     rivals: np.ndarray | None = None
+    begin: np.ndarray | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -219,6 +223,8 @@ def finish(
     if options.refine and kept.min() < FEWEST:
         notice(f"poses are not refined: half sets of {kept[0]} and {kept[1]} particles, {FEWEST} each are needed")
     elif options.refine:
+        if options.mode == "target" and options.rescue > 0:
+            rescue(posed, predicted, options, clock, reference, progress)
         result = _refined(posed, predicted, judged, options, clock, reference, progress)
         posed = replace(posed, rotation=result.rotation, shift=result.shift)
         history = result.history
@@ -230,6 +236,30 @@ def finish(
         made = reconstruct(posed, rows=rows, halves=bool(kept.min() > 0), regularise="fsc" if kept.min() > 0 else 0.1)
     posed = replace(posed, ctf=particles.ctf)
     return Inferred(predicted, posed, judged, made, clock.totals(), history, _hand(options.mode))
+
+
+def rescue(
+    posed: ParticleSet, predicted: Predicted, options: InferOptions, clock: Clock, reference: Reference, progress: bool
+) -> None:  # fmt: skip
+    """Search against the reference, over all orientations, for particles of which the network is not sure.
+
+    What is found stands before the prediction in ``rivals``; the predictions themselves stay what they are.
+    """
+    rows = np.flatnonzero(predicted.good & (predicted.score < options.rescue))
+    predicted.facts["searched_everywhere"] = len(rows)
+    if not len(rows):
+        return
+    say(f"{len(rows):,} of {len(posed):,} particles are searched for over all orientations: the network is not sure")
+    coarsest = max(reference.low_pass, 2 * float(np.median(posed.pixel_size)))
+    keep = 1 if predicted.rivals is None else predicted.rivals.shape[1]
+    with clock("search"), Progress(len(rows), "search") if progress else _Silent() as bar:
+        found, shift, _ = search_everywhere(
+            posed, rows, reference.volume, coarsest, keep, device=clock.device, advance=bar.advance
+        )
+    own = predicted.rotation[:, None] if predicted.rivals is None else predicted.rivals
+    predicted.rivals, predicted.begin = own.copy(), predicted.shift.copy()
+    predicted.rivals[rows] = found
+    predicted.begin[rows] = shift
 
 
 def _hand(mode: str) -> str:
@@ -244,12 +274,12 @@ def _refined(
     coarsest = 40.0 if reference is None else max(reference.low_pass, 2 * float(np.median(posed.pixel_size)))
     settings = RefineOptions(rounds=options.refine, cone=options.cone, coarsest=coarsest)
     start = predicted.rotation if predicted.rivals is None else predicted.rivals
+    shift = predicted.shift if predicted.begin is None else predicted.begin
+    weights = (~judged.rejected).astype(np.float32)
+    volume = None if reference is None else reference.volume
+    log = (lambda text, record: say(text)) if progress else None
     with clock("refine"), Progress(len(posed) * options.refine, "refine") if progress else _Silent() as bar:
-        return refine(
-            posed, start, predicted.shift, posed.half, None if reference is None else reference.volume, settings,
-            (~judged.rejected).astype(np.float32), clock.device, (lambda text, record: say(text)) if progress else None,
-            bar.advance,
-        )  # fmt: skip
+        return refine(posed, start, shift, posed.half, volume, settings, weights, clock.device, log, bar.advance)
 
 
 def doubt(predicted: Predicted, mode: str) -> None:

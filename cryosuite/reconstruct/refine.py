@@ -31,6 +31,7 @@ from cryosuite.reconstruct.masks import half_map_mask
 ROOM = 8  # pixels that a map's box is larger than twice its radius
 FEWEST = 20  # particles without which no map is worth matching to
 SIGNAL = 0.143  # FSC of the last shell that images are compared on
+CHUNK = 128  # images searched for over all orientations at a time
 MIDDLE = 2  # the level of a pose search at which poses that are handed in join
 
 
@@ -139,6 +140,48 @@ def refine(
 
 def _resolution(one: Reconstruction) -> float:
     return shells.resolution(one.fsc, SIGNAL, one.box_size, one.pixel_size)
+
+
+def search_everywhere(
+    particles: ParticleSet,
+    rows: np.ndarray,  # (n,)
+    volume: Tensor,  # (D, D, D)
+    coarsest: float = 20.0,
+    keep: int = 4,
+    shift: float = 0.1,
+    device: torch.device | str = "cpu",
+    advance: Callable[[int], None] | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Poses of some particles over all orientations, against one given map of any grey scale.
+
+    Args:
+        rows: of the set. volume: in the particles' box. coarsest: Angstrom that images are compared to at least.
+        keep: poses per particle, apart from one another. shift: largest, fraction of the box.
+
+    Returns:
+        rotation (n, keep, 3, 3), shift (n, 2) of the first of them, score (n,); float32.
+    """
+    device, box = torch.device(device), particles.box_size
+    pixel_size = float(np.median(particles.pixel_size))
+    radius = min(max(math.ceil(box * pixel_size / coarsest), 8), 20, box // 2)
+    options = SearchOptions(
+        r_min=min(10, radius), r_max=radius, levels=2, shift_extent=shift, keep=2 * keep, fit_scale=True
+    )
+    size = min(box, 2 * radius + ROOM)
+    source = VolumeSource(_cropped(volume, size).to(device), r_max=radius)
+    ready = pose_search.prepare(source, options, device=device)
+    amplitude = measure_spectra(particles, True).noise.sqrt().to(device)
+    disc, window = fourier.half_disc(box, radius, device), fourier.window_mask(box).to(device)
+    found: list[tuple[Tensor, ...]] = []
+    chosen = replace(particles.subset(rows), rotation=None, shift=None)
+    for batch in BatchLoader(chosen, CHUNK, shuffle=False, device=device).epoch(0):
+        target = whitened(batch, disc, amplitude, particles.ctf_premultiplied, window)
+        poses = pose_search.search(source, target.values, target.ctf, batch.index, options, prepared=ready)
+        found.append((poses.rotation[:, :keep].cpu(), poses.shift[:, 0].cpu() / size, poses.score[:, 0].cpu()))
+        if advance is not None:
+            advance(len(batch))
+    rotation, moves, score = (torch.cat(part).numpy() for part in zip(*found, strict=True))
+    return rotation, moves, score
 
 
 class _Refiner:
