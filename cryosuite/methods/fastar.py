@@ -84,9 +84,7 @@ class Fastar:
             match.vector[:count].unflatten(0, shape), match.vector[count:].unflatten(0, batch.candidates.shape[:2])
         )
         told = {
-            "match": cell_loss(
-                scores, batch.candidate_rotation, batch.rotation, batch.mates, batch.known, o.match_deg
-            ),
+            "match": cell_loss(scores, batch.candidate_rotation, batch.rotation, batch.mates, batch.known, o.match_deg),
             "shift": shift_loss(match.shift[:count].unflatten(0, shape), batch.shift, batch.known),
         }
         total = told["match"] + told["shift"]
@@ -119,9 +117,7 @@ class Fastar:
             hand = torch.ones(len(batch.index), device=truth.device)
         found = self.star(model, batch, hand)
         spec = net.spec
-        error, other = set_loss(
-            (found.c, found.a, found.b), truth, batch.known, spec.size, spec.patch, o.hand_loss
-        )
+        error, other = set_loss((found.c, found.a, found.b), truth, batch.known, spec.size, spec.patch, o.hand_loss)
         told = {"map": weighted(error, found.conf_logit, batch.known, step.index >= o.steady)}
         told["shift"] = shift_loss(found.shift, batch.shift, batch.known)
         return {

@@ -18,7 +18,7 @@ from cryosuite.kernels.slices import extract_slices, volume_transform
 from cryosuite.methods.fastar_images import Window
 from cryosuite.reconstruct.masks import percentile
 from cryosuite.simulate.sources import read_structure
-from cryosuite.simulate.view_sets import hemisphere, template_input
+from cryosuite.simulate.view_sets import template_input, template_rotations
 
 LEVEL = 0.1  # of the 99.9th percentile: voxels above it are particle
 
@@ -187,5 +187,5 @@ class Views:
 
 def template_views(volume: Tensor, window: Window, count: int, channels: int = 2) -> tuple[Tensor, Tensor]:
     """Views of a map from ``count`` fixed directions (M, C, s, s), and their rotations (M, 3, 3)."""
-    rotation = hemisphere(count)
+    rotation = template_rotations(count)
     return Views(volume, window, channels)(rotation), rotation

@@ -9,6 +9,7 @@ white noise is added, which is the same thing.
 from __future__ import annotations
 
 import math
+from copy import copy
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -116,9 +117,6 @@ def template_rotations(count: int, device: torch.device | str = "cpu") -> Tensor
     return quaternion_to_matrix(quaternion).float().to(device)
 
 
-hemisphere = template_rotations
-
-
 def soft_disc(size: int, device: torch.device | str = "cpu") -> Tensor:  # (D, D)
     """1 inside 0.42 of the box, a cosine down to 0 at its edge (0.5)."""
     axis = (torch.arange(size, device=device) - size // 2) / size
@@ -220,6 +218,8 @@ class ViewSets:
         taken, use = taken.scaled(1 / real), share < o.structures
         return _either(use, taken, phantoms), torch.where(use, real, edge)
 
+    project = staticmethod(project_beads)  # what another kind of molecule has its own of
+
     def directions(self, sets: int, count: int, generator: torch.Generator) -> Tensor:  # (S, N, 3, 3)
         """Rotations: uniform, or for a share of the molecules about one preferred direction, any in-plane angle."""
         o, device = self.options, self.device
@@ -247,7 +247,7 @@ class ViewSets:
         rotation = self.directions(sets, count, generator)
         shift = (2 * torch.rand(sets, count, 2, generator=generator, device=device) - 1) * o.shift
         which = torch.arange(sets, device=device)
-        clean = project_beads(
+        clean = self.project(
             beads, which.repeat_interleave(count), rotation.flatten(0, 1), shift.flatten(0, 1), o.size
         ).view(sets, count, o.size, o.size)
         clean = self._with_neighbours(clean, beads, generator)
@@ -284,7 +284,8 @@ class ViewSets:
         sets = self.options.images // min(self.options.views[1], self.options.images)
         beads, edge = self.molecules(sets, self.generator(number))
         fixed = replace(self.options, low_pass=(resolution, resolution))
-        plain = ViewSets(fixed, device=self.device)
+        plain = copy(self)
+        plain.options = fixed
         return plain.noise_free(beads, edge, rotation.expand(sets, -1, -1, -1), self.generator(0))
 
     def noise_free(self, beads: Beads, edge: Tensor, rotation: Tensor, generator: torch.Generator) -> Tensor:
@@ -295,7 +296,7 @@ class ViewSets:
         blur = MOLMAP_SIGMA * resolution / edge
         which = torch.arange(sets, device=device).repeat_interleave(count)
         still = torch.zeros(len(which), 2, device=device)
-        images = project_beads(beads, which, rotation.flatten(0, 1), still, o.size, blur[which])
+        images = self.project(beads, which, rotation.flatten(0, 1), still, o.size, blur[which])
         return template_input(images.view(sets, count, o.size, o.size))
 
     def _with_neighbours(self, clean: Tensor, beads: Beads, generator: torch.Generator) -> Tensor:
@@ -312,7 +313,7 @@ class ViewSets:
         far = 0.5 + 0.3 * torch.rand(len(rotation), generator=generator, device=device)
         away = torch.stack([far * torch.cos(angle), far * torch.sin(angle)], 1)
         which = torch.arange(sets, device=device).repeat_interleave(few)
-        other = project_beads(beads, which, rotation, away, o.size).view(sets, few, o.size, o.size)
+        other = self.project(beads, which, rotation, away, o.size).view(sets, few, o.size, o.size)
         return torch.cat([clean[:, :few] + other, clean[:, few:]], 1)
 
     def _exposed(
