@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cryosuite.data.export import export_particles, load_metadata, origin
+from cryosuite.data.export import export_particles, load_metadata, origin, some_rows, source_rows
 from cryosuite.data.particles import ParticleSet
 from cryosuite.errors import InputError, notice
 
@@ -50,13 +50,15 @@ def write_classes(
     for old in [*folder.glob("cluster_*.star"), *folder.glob("cluster_*.cs")]:
         old.unlink()  # of an earlier run with more classes
     endings = _endings(particles)
+    source = source_rows(particles) if endings else None  # read once, however many classes there are
     rows = []
     for label in range(int(labels.max(initial=-1)) + 1):
         own = np.flatnonzero(labels == label)
         written = {}
         for ending in endings if len(own) else ():
             path = folder / f"cluster_{label:03d}.{ending}"
-            written[ending] = export_particles(particles.subset(own), path, poses=poses)
+            part = some_rows(source, own)
+            written[ending] = export_particles(particles.subset(own), path, poses=poses, metadata=part)
         rows.append(ClassFiles(label, len(own), written.get("star"), written.get("cs")))
     _write_table(folder / "cluster_files.csv", rows, len(labels))
     return rows

@@ -45,6 +45,23 @@ def load_metadata(particles: ParticleSet) -> ParticleTables | np.ndarray | None:
     return whole[particles.rows] if isinstance(whole, np.ndarray) else take_rows(whole, particles.rows)
 
 
+def source_rows(particles: ParticleSet) -> ParticleTables | np.ndarray | None:
+    """Rows of the set these particles were first taken from (``origin``), in their order; None for bare stacks."""
+    start = origin(particles)
+    return _rows_of(start.table, start.rows, start.passthrough)
+
+
+def some_rows(metadata: ParticleTables | np.ndarray | None, rows: np.ndarray) -> ParticleTables | np.ndarray | None:
+    """Some of the particles of ``source_rows`` or ``load_metadata``."""
+    return (
+        take_rows(metadata, rows)
+        if isinstance(metadata, ParticleTables)
+        else None
+        if metadata is None
+        else metadata[rows]
+    )
+
+
 def _rows_of(table: Path, rows: np.ndarray, passthrough: Sequence[Path]) -> ParticleTables | np.ndarray | None:
     suffix = table.suffix.lower()
     if suffix == ".star" and table.is_file():
@@ -100,14 +117,15 @@ def origin(particles: ParticleSet) -> Origin:
 
 def export_particles(
     particles: ParticleSet, out: Path | str, binned: bool = False, poses: bool = False,
-    columns: Mapping[str, np.ndarray] | None = None,
+    columns: Mapping[str, np.ndarray] | None = None, metadata: ParticleTables | np.ndarray | None = None,
 ) -> Path:  # fmt: skip
     """Write the rows of ``particles`` to ``out``: .star, .cs (from a cs source), or .pkl with original indices.
 
     Rows are those of the original, un-binned set (``binned``: of the work directory itself); every column, block and
     uid of the source is kept, and the order is that of ``particles``. With ``poses`` the set's own poses stand in place
-    of the source's. ``columns`` (n,) are added to the particle table of a star file. Raises InputError for other
-    endings, a .cs of particles that cryoSPARC never saw, and a source that is gone.
+    of the source's. ``columns`` (n,) are added to the particle table of a star file. ``metadata``: the source's rows of
+    these particles (``source_rows``) where they have been read before. Raises InputError for other endings, a .cs of
+    particles that cryoSPARC never saw, and a source that is gone.
     """
     out = Path(out)
     suffix = out.suffix.lower()
@@ -122,7 +140,8 @@ def export_particles(
     else:
         start = origin(particles)
     _require_not_source(out, [particles.path, particles.source, start.source, start.table, *start.passthrough])
-    metadata = _rows_of(start.table, start.rows, start.passthrough)
+    if metadata is None:
+        metadata = _rows_of(start.table, start.rows, start.passthrough)
     if poses and metadata is not None:
         metadata = with_poses(metadata, particles)
     if suffix == ".star":
