@@ -23,11 +23,11 @@ from cryosuite.kernels.rotations import geodesic_deg, random_rotations
 from cryosuite.methods import fastar_infer as infer
 from cryosuite.methods.fastar_images import Preparation, Window, choose_window
 from cryosuite.methods.fastar_output import judge
-from cryosuite.methods.fastar_predict import Cells, Clock, MatchPredictor, TargetPredictor
+from cryosuite.methods.fastar_predict import Cells, Clock, MatchPredictor, StarPredictor, TargetPredictor
 from cryosuite.methods.fastar_reference import Views, gyration, load_reference, template_views
 from cryosuite.methods.fastar_star import StarOptions
 from cryosuite.metrics.poses import pose_report
-from cryosuite.nets.multiview import Multiview
+from cryosuite.nets.multiview import Multiview, MultiviewSpec
 from cryosuite.reconstruct.backproject import flip_hand
 
 NO_CTF = Window(32, 32, 32)
@@ -445,6 +445,45 @@ def test_fewer_particles_than_views(molecule) -> None:
         starred(two, StarOracle(two.rotation, two.shift))
     with pytest.raises(InputError, match="fewer anchors than"):
         StarOptions(views=8, anchors=8)
+
+
+class SureOfDark(StarOracle):
+    """A network of the released layout that was trained on dark particles."""
+
+    spec = MultiviewSpec(32, 8, 32, 1, 2, 32, 1, 2, "patch", "table", "dense", False, 1, 0)
+
+    def encode(self, images: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        self.range = float(images.abs().max())
+        self.dark = float(images.flatten(1).pow(3).mean()) < 0  # white particles have a positive skew
+        return super().encode(images, rows)
+
+    def decode(self, tokens: torch.Tensor):
+        rotation, shift, confidence = super().decode(tokens)
+        return rotation, shift, confidence + 2.0 * self.dark
+
+
+def test_the_released_network_is_shown_either_contrast() -> None:
+    """The surer one is taken; grey values lie within -1 and 1, one channel."""
+    particles, _ = blob_particles([blobs(32, 3, count=12)], 60, 0.2, seed=4)
+    oracle = SureOfDark(particles.rotation, particles.shift, 0.0, hands=False)
+    with pytest.warns(UserWarning, match="inverted"):
+        found = starred(particles, oracle, views=40)
+    assert oracle.dark and 0.5 < oracle.range <= 1.5
+    assert star_error(found, particles)[0] < 0.1
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["ours", "released"])
+def test_real_networks_run_in_stars(kind: str) -> None:
+    """Random weights of either layout: rotations of the reference's frame, the same twice."""
+    torch.manual_seed(0)
+    spec = SureOfDark.spec if kind == "released" else replace(SPEC, enc_dim=40, enc_depth=1, dec_dim=40, dec_depth=1)
+    predictor = StarPredictor(Multiview(spec))
+    particles, _ = blob_particles([blobs(32, 0)], 50, 0.5, seed=4)
+    found = [starred(particles, predictor, views=20, anchors=4, candidates=3) for _ in range(2)]
+    assert np.allclose(np.linalg.det(found[0].rotation), 1, atol=1e-3)
+    assert np.array_equal(found[0].rotation, found[1].rotation) and found[0].facts["chunks"] >= 3
+    assert {"encode", "decode", "Kabsch", "select", "load"} <= set(predictor.clock.totals())
 
 
 def test_the_hand_is_taken_from_a_map_given_beside(molecule) -> None:

@@ -120,3 +120,28 @@ class Preparation:
         out[:, :half, :half] = spectra[:, :half, :half]
         out[:, size - half + 1 :, :half] = spectra[:, half + 1 :, :half]
         return out
+
+
+class ReleasedPreparation(Preparation):
+    """Input of the released CryoFastAR network: plain grey values, standardised and divided by their maximum.
+
+    The release takes mean, standard deviation and maximum over the views of a set; here they are those of the first
+    views that are looked at, so that images can be encoded once. ``sign`` turns the contrast over.
+    """
+
+    sign = 1.0
+    scale: tuple[float, float, float] | None = None  # mean, standard deviation, maximum
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Network input (b, 1, s, s) of a batch, and (b,) whether there is anything in an image."""
+        images = self.window.cut(batch.to(self.device).images)
+        finite = torch.isfinite(images).all(-1).all(-1)
+        images = torch.where(finite[:, None, None], images, 0.0)
+        good = finite & (images.std((1, 2)) > 1e-12)
+        images = torch.fft.irfft2(self._resized(torch.fft.rfft2(images)), s=(self.window.size,) * 2)
+        if self.scale is None:
+            mean, sd = float(images.mean()), max(float(images.std()), 1e-12)
+            self.scale = mean, sd, max(float((images - mean).abs().max()) / sd, 1e-12)
+        mean, sd, highest = self.scale
+        return (self.sign / (sd * highest) * (images - mean))[:, None], good

@@ -20,7 +20,7 @@ from cryosuite.data.loader import Batch, BatchLoader
 from cryosuite.data.particles import ParticleSet
 from cryosuite.errors import InputError, notice
 from cryosuite.kernels.planar import mirror
-from cryosuite.methods.fastar_images import Preparation, Window
+from cryosuite.methods.fastar_images import Preparation, ReleasedPreparation, Window
 from cryosuite.methods.fastar_output import Judged, judge
 from cryosuite.methods.fastar_predict import Clock, Predictor, StarPredictor
 from cryosuite.methods.fastar_reference import Reference
@@ -149,7 +149,8 @@ def predict_star(
 ) -> Predicted:
     """Poses of all particles relative to one of them, in the hand of the first chunk."""
     bare = replace(particles, rotation=None, shift=None)
-    preparation = Preparation(bare, window, predictor.spec.in_channels, predictor.device)
+    kind = ReleasedPreparation if predictor.spec.head == "dense" else Preparation
+    preparation = kind(bare, window, predictor.spec.in_channels, predictor.device)
     with Progress(len(particles), "poses") if progress else _Silent() as bar:
         found = StarRun(bare, predictor, preparation, options.star, bar.advance).run()
     margin = np.where(found.undecided.numpy(), 0.0, 1.0).astype(np.float32)

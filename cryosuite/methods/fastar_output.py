@@ -27,7 +27,7 @@ from cryosuite.reconstruct.masks import half_map_mask
 
 CONE_ORDER = 1  # 48 directions of view: particles seen from about the same side
 FEWEST = 20  # particles in a cone whose mean and spread are its own
-CHECKED = 1000  # particles by which conventions are checked
+CHECKED, CHECK_BOX = 500, 32  # particles by which conventions are checked, and the box of the maps made for it
 
 
 @dataclass
@@ -181,7 +181,7 @@ def check_conventions(posed: ParticleSet, kept: np.ndarray) -> dict[str, Any]:
     if len(rows) < 100:
         return {"checked": 0}
     rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(CHECKED, len(rows))).astype(np.int64))]
-    trials = try_alternatives(replace(posed.subset(rows), half=posed.half_sets()[rows]), CHECKED)
+    trials = try_alternatives(replace(posed.subset(rows), half=posed.half_sets()[rows]), CHECKED, CHECK_BOX)
     box = trials[0].map.shape[-1]
     best, clearly = best_trial(trials, len(rows), round(np.pi * box**2 / 8))
     given, control = trials[0], trials[-1]

@@ -42,6 +42,7 @@ from cryosuite.methods.fastar_reference import Reference, gyration, load_referen
 from cryosuite.methods.fastar_star import StarOptions
 from cryosuite.metrics.poses import pose_report
 from cryosuite.nets.multiview import SPECS, Multiview, spec_name
+from cryosuite.nets.multiview_spec import VIEW_TABLE
 from cryosuite.training.launch import resolve_accelerator
 
 SHIPPED = "micro"
@@ -200,6 +201,8 @@ def _star(
     particles: ParticleSet, model: Multiview, options: InferOptions, clock: Clock, precision: str
 ) -> Predicted:  # fmt: skip
     notice("poses by a network without a reference are experimental: look at the map before you trust them")
+    if model.spec.role == "table" and options.star.views > VIEW_TABLE:
+        raise InputError(f"--views {options.star.views}: the published network has places for {VIEW_TABLE} views")
     window = choose_window(particles.box_size, model.spec.size, None)
     return predict_star(particles, make_star(model, str(clock.device), precision, clock), window, options)
 

@@ -18,7 +18,7 @@ from cryosuite.data.loader import BatchLoader
 from cryosuite.data.particles import ParticleSet
 from cryosuite.errors import InputError, notice
 from cryosuite.methods import fastar_chunks as chunks
-from cryosuite.methods.fastar_images import Preparation
+from cryosuite.methods.fastar_images import Preparation, ReleasedPreparation
 from cryosuite.methods.fastar_predict import StarPredictor
 
 TOGETHER = 1024  # images in the chunks that are decoded at once
@@ -89,7 +89,8 @@ class StarRun:
     def run(self) -> StarPoses:
         """Choose references, pose everything against each, and combine."""
         with self.predictor.clock.everything("select"):
-            references, ranked = self._select()
+            released = isinstance(self.preparation, ReleasedPreparation)
+            references, ranked = self._contrast() if released else self._select()[:2]
         found = [self._against(row, ranked[ranked != row][: self.options.anchors]) for row in references]
         if len(found) == 1:
             return found[0]
@@ -102,8 +103,20 @@ class StarRun:
         undecided = torch.stack([one.undecided for one in found]).all(0)
         return StarPoses(rotation, shift, weight.mean(0), self.good, undecided, facts)
 
-    def _select(self) -> tuple[list[int], np.ndarray]:
-        """The best candidates for a reference, and rows of the selection in order of confidence under the first."""
+    def _contrast(self) -> tuple[list[int], np.ndarray]:
+        """The selection with the contrast under which the network is surer: nobody knows which it was trained on."""
+        tried = {}
+        for sign in (1.0, -1.0):
+            self.preparation.sign = sign
+            tried[sign] = self._select()
+        best = max(tried, key=lambda sign: tried[sign][2])
+        self.preparation.sign = best
+        notice(f"the network is surer of the images {'as they are' if best > 0 else 'with their contrast inverted'}")
+        return tried[best][:2]
+
+    def _select(self) -> tuple[list[int], np.ndarray, float]:
+        """The best candidates for a reference, rows of the selection in order of confidence under the first, and that
+        confidence."""
         o = self.options
         generator = np.random.default_rng([o.seed, 11])
         rows = np.sort(generator.permutation(self.count)[: min(o.views, self.count)])
@@ -119,7 +132,7 @@ class StarRun:
             scores.append(float(confidence[1:].mean()))
             sure.append(rows[order[1:]][np.argsort(-confidence[1:].numpy(), kind="stable")])
         best = np.argsort(scores)[::-1][: o.references]
-        return [int(rows[tried[k]]) for k in best], sure[int(best[0])]
+        return [int(rows[tried[k]]) for k in best], sure[int(best[0])], scores[int(best[0])]
 
     # --- one reference -----------------------------------------------------------------------------------------------
 
