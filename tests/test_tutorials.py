@@ -56,3 +56,20 @@ def test_mixtures_sorted_and_polished(tmp_path):
         assert polished["per_image"][name] > raw["per_image"][name]
     assert polished["polished"] and not raw["polished"]
     assert (tmp_path / "state0.star").exists()
+
+
+@pytest.mark.slow
+def test_poses_from_a_network(tmp_path):
+    """The whole page: simulate, pose against the map, train on the poses; they are right."""
+    import json
+
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+    for command in blocks("fastar.md"):
+        done = subprocess.run(
+            ["bash", "-e", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    errors = json.loads((tmp_path / "posed" / "truth.json").read_text())
+    assert errors["predicted"]["raw"]["median_deg"] < errors["predicted"]["chance_raw"]["median_deg"] / 3
+    assert errors["refined"]["raw"]["median_deg"] < 3 and errors["refined"]["raw"]["shift_median_px"] < 1
