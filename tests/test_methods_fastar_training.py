@@ -49,15 +49,15 @@ def test_twenty_steps_are_ten_and_ten(tmp_path):
     whole = train(tmp_path / "whole")
     stop = {"n": 0}
 
-    class Enough(Exception):
+    class EnoughError(Exception):
         pass
 
     def interrupt(epoch: int, model: torch.nn.Module) -> None:
         stop["n"] += 1
         if stop["n"] == 2:
-            raise Enough
+            raise EnoughError
 
-    with pytest.raises(Enough):
+    with pytest.raises(EnoughError):
         train(tmp_path / "parts", on_epoch=interrupt)
     parts = train(tmp_path / "parts", resume=True)
     a, b = whole.model.state_dict(), parts.model.state_dict()
