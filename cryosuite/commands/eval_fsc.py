@@ -1,4 +1,4 @@
-"""``cryosuite eval-fsc``: two maps, half maps, or a whole run against its truth."""
+"""``cryosuite eval-fsc``: two maps, half maps, a map against an atomic model, or a whole run against its truth."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-RUN, MAPS = "A run against its truth", "Two maps"
+RUN, MAPS, MODEL = "A run against its truth", "Two maps", "A map against an atomic model"
 
 
 def _option(default: Any, *names: str, help: str, panel: str, **more: Any) -> Any:
@@ -16,7 +16,7 @@ def _option(default: Any, *names: str, help: str, panel: str, **more: Any) -> An
 
 def main(
     inputs: list[Path] = typer.Argument(
-        ...,
+        None,
         help="Two maps; or a folder of backproject; or the folder of a training run; or a simulated set.",
         metavar="MAP1 MAP2 | FOLDER",
     ),
@@ -29,11 +29,25 @@ def main(
     compat: str = typer.Option(
         None, "--compat", help="cryobench: that benchmark's shells, sampler and absolute FSC, for published tables."
     ),
+    apix: float = typer.Option(
+        None, "--Apix", "--apix", help="Pixel size in Angstrom, in place of the maps' own.", show_default=False
+    ),
     seed: int = typer.Option(0, "--seed", help="Of random phases and random choices."),
+    map_: Path = _option(None, "--map", help="Map to judge by a model: any shape, voxels, axis order.", panel=MODEL),
+    model: Path = _option(
+        None, "--model", "--model-pdb", help="Atomic model of the map: .cif or .pdb, also .gz.", panel=MODEL
+    ),
+    half1: Path = _option(None, "--half1", help="First half map: adds local resolution and their FSC.", panel=MODEL),
+    half2: Path = _option(None, "--half2", help="Second half map.", panel=MODEL),
+    resolution: float = _option(
+        None,
+        "--resolution",
+        help="Angstrom at which the model's own map is cut; nothing: FSC .143 of the half maps, else d_model.",
+        panel=MODEL,
+    ),
     half_maps: bool = _option(
         False, "--half-maps", help="The two maps are half maps: correct the FSC for the mask.", panel=MAPS
     ),
-    apix: float = _option(None, "--Apix", help="Pixel size in Angstrom, in place of the maps' own.", panel=MAPS),
     truth: Path = _option(None, "--truth", help="Simulated folder that holds the truth.", panel=RUN),
     epoch: int = _option(None, "--epoch", help="Epoch; nothing: the last.", panel=RUN),
     images: int = _option(100, "--images", help="Volumes to decode and judge.", panel=RUN),
@@ -77,7 +91,9 @@ def main(
     and 0.143, and the area under the curve (AUC). Half maps are also
     corrected for the mask by randomising phases. A run on simulated particles
     gets the benchmark's scores: FSC of the decoded volumes with the true ones,
-    and how well the latents separate the true states.
+    and how well the latents separate the true states. A map and its atomic
+    model give correlations in and out of the mask, map-model FSC, d_model and
+    Q-scores of every atom and residue.
 
         cryosuite eval-fsc map1.mrc map2.mrc --mask mask.mrc
 
@@ -88,6 +104,8 @@ def main(
         cryosuite eval-fsc run/ --oracle
 
         cryosuite eval-fsc maps/ --truth simulated/   (a folder of polish)
+
+        cryosuite eval-fsc --map map.mrc --model model.cif -o scores/
     """
 
     import torch
@@ -96,6 +114,15 @@ def main(
         torch.set_num_threads(threads)
     if compat not in (None, "cryobench"):
         raise _error(f"--compat {compat}: unknown; there is cryobench.")
+    if any(path is not None for path in (map_, model, half1, half2)):
+        from cryosuite.commands.eval_model import ModelOptions, evaluate_model
+
+        if inputs:
+            raise _error(f"{inputs[0]}: give either maps and folders to compare, or --map and --model, not both")
+        evaluate_model(ModelOptions(map_, model, half1, half2, resolution, apix, outdir))
+        return
+    if not inputs:
+        raise _error("nothing to compare: give two maps, a folder, or --map MAP.mrc --model MODEL.cif")
     if len(inputs) > 2:
         raise _error(f"{len(inputs)} inputs given: two maps or one folder are expected")
     if len(inputs) == 2 or not inputs[0].is_dir():

@@ -296,6 +296,26 @@ class ScoresDir:
         return self.path / "per_conformation.csv"
 
     @property
+    def atoms(self) -> Path:
+        """Q-scores of a model, one row per atom."""
+        return self.path / "q_atoms.csv"
+
+    @property
+    def residues(self) -> Path:
+        """The same, one row per residue."""
+        return self.path / "q_residues.csv"
+
+    @property
+    def residue_plot(self) -> Path:
+        """Picture of the Q-scores along the chains."""
+        return self.path / "q_residues.png"
+
+    @property
+    def local_resolution(self) -> Path:
+        """Map of the local resolution of half maps, A."""
+        return self.path / "local_resolution.mrc"
+
+    @property
     def summary(self) -> Path:
         """All numbers of the table on screen, as JSON."""
         return self.path / "scores.json"

@@ -59,12 +59,13 @@ class LocalScores:
 
 
 def local_fsc(
-    volume: torch.Tensor,  # (D, D, D)
-    truth: torch.Tensor,  # (D, D, D)
+    volume: torch.Tensor,  # (z, y, x)
+    truth: torch.Tensor,  # (z, y, x)
     pixel_size: float,
     window: float = WINDOW,
+    centres: np.ndarray | None = None,  # (n, 3) int64 z, y, x
 ) -> LocalScores:
-    """FSC in soft spheres of ``window`` A, half a window apart, wherever the truth has density.
+    """FSC in soft spheres of ``window`` A about ``centres``, or half a window apart wherever the truth has density.
 
     Density: above a tenth of the truth's 99.9th percentile. A window weighs 1 inside, falls as a cosine and is 1/2 at
     its radius; it is cut out with a margin (twice the diameter), which samples its curve more finely.
@@ -75,8 +76,9 @@ def local_fsc(
     if volume.shape != truth.shape:
         raise InputError(f"a map of {tuple(volume.shape)} cannot be compared with a truth of {tuple(truth.shape)}")
     pixels = max(window / pixel_size, SMALLEST)
-    box = min(2 * int(np.ceil(pixels)), truth.shape[-1])
-    centres = _centres(truth, max(1, int(round(pixels / 2))))
+    box = min(2 * int(np.ceil(pixels)), min(truth.shape) // 2 * 2)
+    if centres is None:
+        centres = _centres(truth, max(1, int(round(pixels / 2))))
     if not len(centres):
         raise InputError("the true map is empty: there is nothing to compare with")
     weight, shells = _window(box, pixels), _shells(box)
@@ -90,8 +92,8 @@ def local_fsc(
 def _centres(truth: torch.Tensor, step: int) -> np.ndarray:
     """Points of a grid of ``step`` voxels that lie in the truth's density: (n, 3) z, y, x."""
     volume = truth.numpy()
-    start = (volume.shape[-1] // 2) % step
-    grid = volume[start::step, start::step, start::step]
+    start = [(n // 2) % step for n in volume.shape]
+    grid = volume[tuple(slice(first, None, step) for first in start)]
     return np.argwhere(grid > FRACTION * max(np.percentile(volume, 99.9), 1e-30)) * step + start
 
 
@@ -104,7 +106,7 @@ def _window(box: int, pixels: float) -> torch.Tensor:
 
 def _cut(volumes: tuple[torch.Tensor, ...], centres: torch.Tensor, box: int) -> Iterator[torch.Tensor]:
     """Boxes (b, B, B, B) about the centres of each volume; beyond an edge the other side comes in."""
-    size = volumes[0].shape[-1]
+    size = torch.tensor(volumes[0].shape).view(3, 1)
     at = (centres[:, :, None] + torch.arange(box) - box // 2) % size  # (b, 3, B)
     for volume in volumes:
         yield volume[at[:, 0, :, None, None], at[:, 1, None, :, None], at[:, 2, None, None, :]]
@@ -125,3 +127,29 @@ def _curves(a: torch.Tensor, b: torch.Tensor, shells: torch.Tensor) -> torch.Ten
     cross, own, other = (x.double() @ shells for x in ((a * b.conj()).real, a.abs() ** 2, b.abs() ** 2))
     norm = (own * other).sqrt()
     return torch.where(norm > 0, cross / norm.clamp_min(1e-300), torch.zeros_like(cross))
+
+
+def grid_centres(where: np.ndarray, step: int, most: int = 4000) -> np.ndarray:
+    """Points (n, 3) z y x of a grid of ``step`` voxels inside a bool mask; the step grows until they are few enough."""
+    while True:
+        start = [(n // 2) % step for n in where.shape]
+        found = np.argwhere(where[tuple(slice(first, None, step) for first in start)]) * step + start
+        if len(found) <= most:
+            return found
+        step += 1
+
+
+def spread(scores: LocalScores, values: np.ndarray, where: np.ndarray) -> np.ndarray:
+    """Values (n,) at the windows' centres carried to every voxel of a bool mask, (z, y, x) float32, 0 elsewhere.
+
+    Each voxel takes the mean of its four nearest centres, weighted by one over the squared distance.
+    """
+    from scipy.spatial import cKDTree
+
+    k = min(4, len(values))
+    out = np.zeros(where.shape, np.float32)
+    voxels = np.argwhere(where)
+    distance, index = cKDTree(scores.centres).query(voxels, k=k)
+    weight = 1.0 / np.maximum(distance.reshape(len(voxels), k), 0.5) ** 2
+    out[where] = (weight * values[index.reshape(len(voxels), k)]).sum(1) / weight.sum(1)
+    return out
