@@ -53,13 +53,9 @@ def source_rows(particles: ParticleSet) -> ParticleTables | np.ndarray | None:
 
 def some_rows(metadata: ParticleTables | np.ndarray | None, rows: np.ndarray) -> ParticleTables | np.ndarray | None:
     """Some of the particles of ``source_rows`` or ``load_metadata``."""
-    return (
-        take_rows(metadata, rows)
-        if isinstance(metadata, ParticleTables)
-        else None
-        if metadata is None
-        else metadata[rows]
-    )
+    if isinstance(metadata, ParticleTables):
+        return take_rows(metadata, rows)
+    return None if metadata is None else metadata[rows]
 
 
 def _rows_of(table: Path, rows: np.ndarray, passthrough: Sequence[Path]) -> ParticleTables | np.ndarray | None:
