@@ -11,15 +11,17 @@ SCUNet: Zhang et al. 2022, in three dimensions as in EMReady (He et al. 2023). F
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cryosuite.nets.scunet_windows import WindowAttention, from_windows, to_windows, window_plan
+from cryosuite.nets.scunet_windows import WindowAttention, from_windows, normed_linear, to_windows, window_plan
 
 EPS = 1e-6  # of the filter-response norm
+WIDE = 16  # voxels side by side in one row of an elementwise product
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,17 +79,13 @@ class FilterResponseNorm(nn.Module):
         nu2 = norm.square() / (x.shape[1] * x.shape[2] * x.shape[3])  # (b, c)
         if visible is not None:
             nu2 = nu2 / visible.share
-        scale = (self.gamma * torch.rsqrt(nu2 + EPS)).to(x.dtype)[:, None, None, None]
-        y = torch.maximum(torch.addcmul(self.beta.to(x.dtype), x, scale), self.tau.to(x.dtype))
+        scale = (self.gamma * torch.rsqrt(nu2 + EPS)).to(x.dtype)
+        wide = math.gcd(x.shape[1] * x.shape[2] * x.shape[3], WIDE)  # long rows: 12 channels would fill no register
+        scale, beta, tau = (
+            v.to(x.dtype).expand(x.shape[0], -1).repeat(1, wide)[:, None] for v in (scale, self.beta, self.tau)
+        )
+        y = torch.maximum(x.reshape(x.shape[0], -1, wide * x.shape[-1]) * scale + beta, tau).view(x.shape)
         return y if visible is None else visible.zeroed(y)
-
-
-class LayerNorm(nn.LayerNorm):
-    """A layer norm that gives back the dtype it gets, under autocast too; its sums are float32 either way."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class Transformer(nn.Module):
@@ -101,10 +99,10 @@ class Transformer(nn.Module):
     def __init__(self, dim: int, heads: int, limit: int, shifted: bool, mlp: int = 4, drop: float = 0.0) -> None:
         super().__init__()
         self.limit, self.shifted, self.drop = limit, shifted, drop
-        self.norm1 = LayerNorm(dim)
         self.attention = WindowAttention(dim, heads, limit)
-        self.norm2 = LayerNorm(dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, mlp * dim), nn.GELU(), nn.Linear(mlp * dim, dim))
+        self.norm = nn.LayerNorm(dim)
+        self.mlp1 = nn.Linear(dim, mlp * dim)
+        self.mlp2 = nn.Linear(mlp * dim, dim)
 
     def forward(self, x: Tensor, visible: Visible | None = None) -> Tensor:  # (b, z, y, x, h) -> the same
         plan = window_plan(tuple(x.shape[1:4]), self.limit, self.shifted, x.device)
@@ -112,9 +110,13 @@ class Transformer(nn.Module):
         if visible is not None and (any(plan.shift) or any(visible.side % w for w in plan.window)):
             keys = to_windows(visible.voxels, plan).squeeze(-1)
         tokens = to_windows(x, plan)
-        tokens = tokens + self._dropped(self.attention(self.norm1(tokens), plan, keys), x.shape[0])
-        tokens = tokens + self._dropped(self.mlp(self.norm2(tokens)), x.shape[0])
+        tokens = tokens + self._dropped(self.attention(tokens, plan, keys), x.shape[0])
+        tokens = tokens + self._dropped(self.wide(tokens), x.shape[0])
         return from_windows(tokens, plan)
+
+    def wide(self, x: Tensor) -> Tensor:  # (..., h) -> (..., h)
+        """mlp(LN x): one hidden layer with GELU."""
+        return self.mlp2(F.gelu(normed_linear(x, self.norm, self.mlp1.weight, self.mlp1.bias)))
 
     def _dropped(self, branch: Tensor, samples: int) -> Tensor:
         """Zero the branch (windows * samples, T, h) of some samples and strengthen the others, so the mean is kept."""
