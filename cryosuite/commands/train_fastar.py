@@ -102,13 +102,13 @@ def main(
     atomic models. Writes weights.safetensors and a card that says how good
     they are on molecules never seen, beside what guessing would give.
 
-        cryosuite train-fastar -o run/ --preset nano64 --structures both:models/ --images 40M
+        cryosuite train-fastar -o run/ --structures both:models/
 
         cryosuite train-fastar -o run/ --resume --max-minutes 60
 
-        cryosuite train-fastar -o tuned/ --preset micro --weights run/ --map ref.mrc --images 100k
+        cryosuite train-fastar -o tuned/ --weights run/ --map ref.mrc
 
-        cryosuite fastar-infer particles.star --map ref.mrc --weights run/ -o poses/
+        cryosuite fastar-infer set.star --map ref.mrc --weights run/ -o poses/
     """
     values = dict(context.params)
     sources = {name: getattr(context.get_parameter_source(name), "name", "DEFAULT") for name in values}
