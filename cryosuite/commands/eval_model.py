@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 CUBIC = 1.02  # largest ratio of voxel sizes for windows that are balls
 MOST_TICKS = 12  # of chains in the plot
+POINTS = 300  # residues, or means of several, that one can tell apart in it
 
 
 @dataclass(frozen=True)
@@ -207,27 +208,32 @@ def _finite(summary: dict) -> dict:
 def _plot_fsc(path: Path, scores: ModelScores, title: str) -> None:
     from cryosuite.metrics.plot import line_plot
 
-    lines = [
-        (f"{name} ({curve.resolution(0.5):.1f} A at 0.5)", curve.frequency, curve.fsc)
-        for name, curve in scores.fsc.items()
-    ]
+    lines = []
+    for name, curve in scores.fsc.items():
+        what = name if name.startswith("half") else f"map and model {name}"
+        lines.append((f"{what} ({curve.resolution(0.5):.1f} A at 0.5)", curve.frequency, curve.fsc))
     end = 1.0 / scores.fsc["unmasked"].nyquist
     ticks = [(end * part / 5, f"{5 / (part * end):.1f}") for part in range(1, 6)]
     line_plot(path, lines, (0.0, end), (-0.1, 1.05), ticks, [0.5, 0.143], title, "resolution (A)", "FSC")
 
 
 def _plot_residues(path: Path, rows: list[dict], expected: dict[str, float], title: str) -> None:
-    """Q of the residues one after another, waters left out; a tick where a chain begins."""
+    """Q of the residues one after another, waters left out; a tick where a chain begins; long models are smoothed."""
+    from scipy.ndimage import uniform_filter1d
+
     from cryosuite.metrics.plot import line_plot
 
     rows = [row for row in rows if row["kind"] != "water"] or rows
-    place = np.arange(len(rows))
-    lines = [(f"sigma {sigma}", place, np.array([row[f"q_{sigma}"] for row in rows])) for sigma in (0.4, 0.6)]
+    place, width = np.arange(len(rows)), -(-len(rows) // POINTS)
+    curves = [uniform_filter1d(np.array([row[f"q_{sigma}"] for row in rows]), width) for sigma in (0.4, 0.6)]
+    lines = [(f"sigma {sigma}", place, curve) for sigma, curve in zip((0.4, 0.6), curves, strict=True)]
+    if "protein" in expected:
+        usual = np.full(len(rows), expected["protein"])
+        lines.append((f"usual for protein, sigma 0.6: {usual[0]:.2f}", place, usual))
     chains = [row["chain"] for row in rows]
     starts = [i for i in range(len(rows)) if i == 0 or chains[i] != chains[i - 1]]
     starts = starts[:: -(-len(starts) // MOST_TICKS)]
     ticks = [(i, f"{chains[i]} {rows[i]['residue']}") for i in starts]
-    levels = [expected["protein"]] if "protein" in expected else []
-    if levels:
-        title += f" (grey: usual for protein, sigma .6: {levels[0]:.2f})"
-    line_plot(path, lines, (0, max(len(rows) - 1, 1)), (-0.2, 1.05), ticks, levels, title, "residue", "Q")
+    along = "residue" if width == 1 else f"residue (means of {width})"
+    low = min(0.0, *(float(curve.min()) for curve in curves))
+    line_plot(path, lines, (0, max(len(rows) - 1, 1)), (low, 1.02), ticks, (), title, along, "Q")

@@ -70,8 +70,9 @@ def _header(
     one["dmin"], one["dmax"], one["dmean"] = data.min(), data.max(), data.mean(dtype=np.float64)
     one["rms"] = data.std(dtype=np.float64)
     one["machst"] = (0x44, 0x44, 0, 0)
-    if bytes(one["map"]) != b"MAP ":  # a header of before 2000: what lies in the newer fields is no space group
-        one["map"], one["ispg"] = b"MAP ", 1
+    one["map"] = b"MAP "
+    if not 0 <= one["ispg"] <= 230 and not 401 <= one["ispg"] <= 630:  # headers of before 2000 hold other things there
+        one["ispg"] = 1
     if voxel_size is not None:
         for axis, size, n in zip("xyz", voxel_size, source.data.shape[::-1], strict=True):
             if one["m" + axis] <= 0:
