@@ -23,7 +23,7 @@ from cryosuite.kernels.rotations import geodesic_deg, random_rotations
 from cryosuite.methods import fastar_infer as infer
 from cryosuite.methods.fastar_images import Preparation, Window, choose_window
 from cryosuite.methods.fastar_output import judge
-from cryosuite.methods.fastar_predict import Cells, Clock, MatchPredictor, StarPredictor, TargetPredictor
+from cryosuite.methods.fastar_predict import Cells, Clock, MatchPredictor, StarPredictor, TargetPredictor, quarter_turns
 from cryosuite.methods.fastar_reference import Views, gyration, load_reference, template_views
 from cryosuite.methods.fastar_star import StarOptions
 from cryosuite.metrics.poses import pose_report
@@ -231,6 +231,26 @@ def test_looking_finds_the_view_of_a_clean_picture(network) -> None:
     assert ((answer.score > 0) & (answer.score <= 1)).all()
     rivals = geodesic_deg(answer.rivals[:, 1, None], answer.rivals[:, 2:])
     assert float(rivals.min()) > 19.9
+
+
+def test_quarter_turns_go_with_the_grid(network) -> None:
+    """A turned picture is that of a cell on the same fibre; shifts are turned back; pixel D // 2 stays."""
+    volume = blobs(32, 3, count=12)
+    reference = infer.Reference(volume, 20.0, "map", 0.17)
+    plain = MatchPredictor(network, reference, NO_CTF, order=1)
+    views, cells, around = Views(volume, NO_CTF), plain.cells, plain.around
+    turned = quarter_turns(views(cells[:around]), 1)
+    assert torch.allclose(turned, views(cells[:around].roll(around // 4, 0)), atol=1e-3)
+    assert torch.equal(quarter_turns(turned, 3), views(cells[:around]))
+    place = np.unravel_index(int(quarter_turns(torch.from_numpy(gaussian(32, 5, 2)), 1).argmax()), (32, 32))
+    assert (place[1] - 16, place[0] - 16) == (-2, 5)  # from x towards y
+    both = MatchPredictor(network, reference, NO_CTF, order=1, turns=4)
+    images = views(cells[100:103])
+    answers = [p(images, torch.arange(3)) for p in (plain, both)]
+    again = both(quarter_turns(images, 1), torch.arange(3))
+    turn = torch.tensor([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]])  # of the image frame, x towards y
+    assert torch.allclose(again.rotation, turn @ answers[1].rotation, atol=1e-3)
+    assert torch.allclose(again.shift, answers[1].shift @ turn[:2, :2].T, atol=1e-4)
 
 
 class Peaked:

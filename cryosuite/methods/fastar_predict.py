@@ -148,7 +148,8 @@ class TargetPredictor:
 class MatchPredictor:
     """Poses by looking: an image's vector is compared with those of the map's projections at all cells of a grid.
 
-    Args: as TargetPredictor; ``order`` of the grid: 2 has 4,608 projections, 15 degrees apart.
+    Args: as TargetPredictor; ``order`` of the grid: 2 has 4,608 projections, 15 degrees apart. turns: 1, 2 or 4 quarter
+    turns in which each image is looked at; a turned image has its pose in a cell on the same fibre of the grid.
     """
 
     def __init__(
@@ -157,12 +158,14 @@ class MatchPredictor:
         reference: Reference,
         window: Window,
         order: int = ORDER,
+        turns: int = 1,
         device: torch.device | str = "cpu",
         precision: str = "32",
         clock: Clock | None = None,
     ) -> None:
         self.model, self.spec, self.device = model.to(device).eval(), model.spec, torch.device(device)
         self.clock, self.within = clock or Clock(device), autocast(precision, device)
+        self.turns, self.around = range(0, 4, 4 // turns), so3_grid.n_in_plane(order)
         self.cells = so3_grid.grid_rotations(order, device=device)
         views = Views(reference.volume, window, self.spec.in_channels, device)
         with torch.inference_mode(), self.within(), self.clock("templates"):
@@ -172,16 +175,35 @@ class MatchPredictor:
     @torch.inference_mode()
     def __call__(self, images: Tensor, rows: Tensor) -> Answer:
         """Answers for images (b, C, s, s): the mean of the cells near the best one, by their chances."""
+        images = images.to(self.device)
         with self.within(), self.clock("encode"):
-            match = self.model.match(self.model.encode(images.to(self.device)))
+            matches = [self.model.match(self.model.encode(quarter_turns(images, k))) for k in self.turns]
         with self.clock("grid"):
-            scores = self.model.match_scores(match.vector, self.bank)
+            scores, shift = 0.0, 0.0
+            for k, match in zip(self.turns, matches, strict=True):
+                said = self.model.match_scores(match.vector, self.bank).unflatten(1, (-1, self.around))
+                scores = scores + said.roll(k * self.around // 4, 2).flatten(1)
+                shift = shift + match.shift.float() @ _quarter(k, self.device)
+            scores, shift = scores / len(self.turns), shift / len(self.turns)
             rotation, mass = local_mean(scores, self.cells, NEAR)
             best = scores.topk(WIDE, 1)
             rivals = _apart(rotation[:, None], self.cells[best.indices], best.values)
             near = _traces(rotation, self.cells) > 1 + 2 * math.cos(math.radians(NEAR))
             other = torch.where(near, -torch.inf, scores).amax(1)
-            return Answer(rotation, match.shift.float(), rivals, mass, best.values[:, 0] - other)
+            return Answer(rotation, shift, rivals, mass, best.values[:, 0] - other)
+
+
+def quarter_turns(images: Tensor, count: int) -> Tensor:
+    """Images (..., D, D) whose content is turned by ``count`` quarter turns about pixel D // 2, from x towards y."""
+    for _ in range(count):
+        images = images.transpose(-1, -2).flip(-1).roll(1, -1)
+    return images
+
+
+def _quarter(count: int, device: torch.device) -> Tensor:
+    """(2, 2) matrix that turns row vectors of the turned image back."""
+    c, s = ((1, 0), (0, 1), (-1, 0), (0, -1))[count % 4]
+    return torch.tensor([[c, -s], [s, c]], dtype=torch.float32, device=device)
 
 
 class Cells:

@@ -61,6 +61,7 @@ class Request:
     weights: Path | None = None
     preset: str | None = None
     templates: int = 12
+    turns: int = 1
     mode: str = "auto"
     experimental: bool = False
     truth: Path | None = None
@@ -114,12 +115,12 @@ def resolve_precision(name: str, device: str) -> str:
 
 
 def make_target(
-    model: Multiview, reference: Reference, window: Any, templates: int, device: str, precision: str, clock: Clock
+    model: Multiview, reference: Reference, window: Any, request: Request, device: str, precision: str, clock: Clock
 ) -> Predictor:  # fmt: skip
     """The predictor of target mode: by looking where the network can, else by regression against templates."""
     if model.matcher is not None:
-        return MatchPredictor(model, reference, window, device=device, precision=precision, clock=clock)
-    return TargetPredictor(model, reference, window, templates, device, precision, clock)
+        return MatchPredictor(model, reference, window, 2, request.turns, device, precision, clock)
+    return TargetPredictor(model, reference, window, request.templates, device, precision, clock)
 
 
 def make_star(model: Multiview, device: str, precision: str, clock: Clock) -> StarPredictor:
@@ -193,7 +194,7 @@ def _target(
     window = choose_window(particles.box_size, model.spec.size, reference.gyration)
     if window.width < window.box:
         say(f"the particle is small: the middle {window.width} of {window.box} pixels are looked at")
-    predictor = make_target(model, reference, window, request.templates, str(clock.device), precision, clock)
+    predictor = make_target(model, reference, window, request, str(clock.device), precision, clock)
     return predict_target(particles, predictor, window, options, clock)
 
 
