@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import mean
 
 from common import RESULTS
+from tables_fastar import quality_table, race_table, scaling_table
 from tables_maps import (
     ablation_table,
     kraqen_speed_table,
@@ -133,12 +134,16 @@ def latest() -> dict[str, str]:
         tables["kraqen-speed"] = kraqen_speed_table(speed[0])
     if search := results(RESULTS, "pose_search_speed.json"):
         tables["pose-search"] = search_table(search[0])
+    if scaling := results(RESULTS, "fastar_scaling_*.json"):
+        tables["fastar-scaling"] = scaling_table(scaling[0])
     polished = results(RESULTS, "polish_*.json")
     for name, found, make in (
         ("kraqen", results(RESULTS, "kraqen_*_s*.json"), kraqen_table),
         ("polish", [one for one in polished if "true" in one["rows"]], polish_table),
         ("methods", [one for one in polished if set(one["rows"]) - {"true"}], methods_table),
         ("deco", results(RESULTS, "deco_[ak]*_s*.json"), deco_table),
+        ("fastar-quality", results(RESULTS, "fastar_quality_*.json"), quality_table),
+        ("fastar-race", results(RESULTS, "fastar_race_*.json"), race_table),
         ("ablation", results(RESULTS, "ablation_*.json"), ablation_table),
     ):
         if found:
