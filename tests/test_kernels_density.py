@@ -9,10 +9,12 @@ import torch
 
 from cryosuite.kernels import density
 from cryosuite.kernels.density import (
+    MOLMAP_SIGMA,
     crop_half,
     density_map,
     gaussian_transfer,
     half_frequencies,
+    molmap,
     projection_spectrum,
     splat,
 )
@@ -116,3 +118,48 @@ def test_transfer_of_a_wide_gaussian_is_the_gaussian():
     ratio = gaussian_transfer(32, 2, 1.5, like) / gaussian_transfer(32, 2, 0.0, like)
     ky, kx = half_frequencies(32, 2)
     assert torch.allclose(ratio, torch.exp(-2 * math.pi**2 * 2.25 * (kx**2 + ky**2).double() / 32**2), atol=1e-12)
+
+
+def _molmap(resolution: float = 4.0, step: float = 1.0):
+    xyz, weight = _atoms(400, 8.0)
+    sigma, pad = MOLMAP_SIGMA * resolution, 3 * resolution
+    low = xyz.min(0).values - pad
+    shape = tuple(int(n) for n in torch.ceil((xyz.max(0).values + pad - low) / step).flip(0))
+    return xyz, weight, shape, tuple(low.tolist()), step, sigma
+
+
+def test_molmap_holds_all_its_weight():
+    xyz, weight, shape, origin, step, sigma = _molmap()
+    volume = molmap(xyz, weight, shape, origin, step, sigma)
+    assert volume.shape == shape
+    assert float(volume.sum()) * step**3 == pytest.approx(float(weight.sum()), rel=1e-4)
+
+
+def test_molmap_is_the_sum_of_gaussians_on_uneven_voxels():
+    xyz, weight, *_ = _molmap()
+    xyz, weight = xyz[:5] / 4, weight[:5]
+    sigma = torch.tensor([0.9, 1.0, 1.3, 1.1, 2.0], dtype=torch.float64)
+    shape, origin, voxel = (18, 20, 24), (-9.0, -8.5, -10.0), (0.8, 0.9, 1.1)
+    volume = molmap(xyz, weight, shape, origin, voxel, sigma, cutoff=12.0)
+    axes = [torch.arange(n, dtype=torch.float64) * v + o for n, v, o in zip(shape[::-1], voxel, origin, strict=True)]
+    exact = torch.zeros(shape, dtype=torch.float64)
+    for p, w, s in zip(xyz, weight, sigma, strict=True):
+        x, y, z = (torch.exp(-((axis - c) ** 2) / (2 * s**2)) for axis, c in zip(axes, p, strict=True))
+        exact += w * (2 * math.pi) ** -1.5 / s**3 * z[:, None, None] * y[None, :, None] * x
+    assert torch.allclose(volume, exact, atol=1e-10)
+
+
+def test_molmap_and_the_fourier_map_agree():
+    xyz, weight, *_ = _molmap()
+    D, step, sigma = 64, 1.2, 1.2
+    near = molmap(xyz, weight, (D,) * 3, (-D / 2 * step,) * 3, step, sigma)
+    smooth = density_map(xyz, weight, D, step, sigma) / step**3
+    assert float((near - smooth).abs().max()) < 5e-3 * float(smooth.max())
+
+
+def test_molmap_drops_what_is_outside():
+    weight = torch.ones(2, dtype=torch.float64)
+    points = torch.tensor([[4.0, 4, 4], [40, 4, 4]], dtype=torch.float64)
+    both = molmap(points, weight, (9, 9, 9), (0.0, 0.0, 0.0), 1.0, 1.0)
+    assert torch.equal(both, molmap(points[:1], weight[:1], (9, 9, 9), (0.0, 0.0, 0.0), 1.0, 1.0))
+    assert float(molmap(points[:0], weight[:0], (3, 3, 3), (0.0, 0.0, 0.0), 1.0, 1.0).abs().sum()) == 0.0
