@@ -55,7 +55,7 @@ def main(
     refine: int = _option(2, help="Rounds of local search after the prediction; 0: none.", panel=POSES),
     cone: float = _option(20.0, help="Degrees around each prediction that the first round searches.", panel=POSES),
     rescue: float = _option(
-        0.5,
+        0.4,
         help="Particles of which the network is less sure than this (0 to 1) are first searched for over all "
         "orientations; 0: none, 1: all.",
         panel=POSES,

@@ -31,7 +31,7 @@ from cryosuite.reconstruct.backproject import Reconstruction, reconstruct
 from cryosuite.reconstruct.refine import FEWEST, RefineOptions, refine, search_everywhere
 
 MODES = ("target", "ab-initio", "search")
-CONFIDENT = 0.5  # median score of target mode below which poses are called doubtful
+CONFIDENT = 0.3  # median score of target mode below which poses are called doubtful (a dimer shares it between two)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class InferOptions:
     star: StarOptions = StarOptions()
     refine: int = 2
     cone: float = 20.0
-    rescue: float = 0.5
+    rescue: float = 0.4
     reject: float = 0.1
     use_ctf: bool = True
     batch: int = 256
