@@ -285,6 +285,7 @@ def _attend_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, width: int) -> Te
 @torch.no_grad()
 def _largest_score(q: Tensor, k: Tensor, bias: Tensor, width: int) -> float:
     """A bound on the magnitude of all scores that are not masked."""
-    q_max, k_max = (torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).max() for x in (q, k))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q_max, k_max = (torch.linalg.vector_norm(x, dim=-1, dtype=wide).max() for x in (q, k))
     largest = bias.masked_fill(bias == -math.inf, 0).abs().max()
     return float(q_max * k_max * width**-0.5 + largest)
