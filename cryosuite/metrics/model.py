@@ -142,9 +142,12 @@ def score_model(
     if outside:
         notice(f"{atoms.name}: {outside} of {len(atoms)} atoms lie outside {grid.path}: they have no Q-score")
     soft, cut, voxel = model.soft_mask(RADIUS), model.cut, grid.voxel
+    solvent = soft == 0
 
     def inner(values: np.ndarray) -> np.ndarray:
-        return values[cut] * soft[cut]
+        """Masked and cut out, the solvent's level taken off first: else the mask's own shape would be compared."""
+        level = values[solvent].mean(dtype=np.float64) if solvent.any() else values.mean(dtype=np.float64)
+        return (values[cut] - np.float32(level)) * soft[cut]
 
     observed, own_b, sharp = grid.data, model.calculated(), model.calculated(b_iso=0.0)
     fsc = {

@@ -83,7 +83,7 @@ class ModelOnGrid:
             b_iso: one B factor (A^2) for all atoms; None: each its own.
             d_min: spatial frequencies beyond 1/d_min (A) are cut off; None: all up to Nyquist.
         """
-        box = self._box(max(PAD, 2.0 * (d_min or 0.0)))
+        box = self._box(max(PAD, 3.0 * (d_min or 0.0)))
         fine = 2 if 8.0 * np.prod(box.shape, dtype=np.float64) < FINE_POINTS else 1
         b = self.atoms.b_iso if b_iso is None else np.full(len(self.atoms), float(b_iso))
         b = np.clip(b, 0.0, LARGEST_B)
