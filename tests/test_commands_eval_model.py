@@ -133,6 +133,8 @@ def test_what_is_refused(pair, tmp_path):
         run("--map", map_, "--model", model, "--half1", pair / "half1.mrc")
     with pytest.raises(InputError, match="not both"):
         run(map_, map_, "--map", map_, "--model", model)
+    with pytest.raises(InputError, match="--mask has no meaning"):
+        run("--map", map_, "--model", model, "--mask", map_)
     with pytest.raises(InputError, match="file not found"):
         run("--map", map_, "--model", tmp_path / "none.cif")
     grid = read_grid(map_)

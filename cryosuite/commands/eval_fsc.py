@@ -119,6 +119,10 @@ def main(
 
         if inputs:
             raise _error(f"{inputs[0]}: give either maps and folders to compare, or --map and --model, not both")
+        unused = {"--mask": mask, "--compat": compat, "--align": align, "--half-maps": half_maps, "--truth": truth}
+        for name, value in unused.items():
+            if value:
+                raise _error(f"{name} has no meaning with --model, which makes its masks itself; leave it out")
         evaluate_model(ModelOptions(map_, model, half1, half2, resolution, apix, outdir))
         return
     if not inputs:

@@ -70,10 +70,15 @@ class ModelOnGrid:
     @cached_property
     def cut(self) -> tuple[slice, slice, slice]:
         """The part (z, y, x) of the map that holds its atoms and 5 A around."""
-        index = self.grid.index_of(self.atoms.xyz[self.inside])
-        margin = BOX_MARGIN / np.array(self.grid.voxel[::-1])
-        low = np.maximum(np.floor(index.min(0) - margin), 0).astype(int)
-        high = np.minimum(np.ceil(index.max(0) + margin) + 1, self.grid.data.shape).astype(int)
+        return self._around(BOX_MARGIN)
+
+    def _around(self, margin: float) -> tuple[slice, slice, slice]:
+        """The part of the map within ``margin`` A of the box around the atoms in or near it."""
+        shape, steps = np.array(self.grid.data.shape), margin / np.array(self.grid.voxel[::-1])
+        index = self.grid.index_of(self.atoms.xyz)
+        index = index[((index >= -steps) & (index <= shape - 1 + steps)).all(1)]
+        low = np.maximum(np.floor(index.min(0) - steps), 0).astype(int)
+        high = np.minimum(np.ceil(index.max(0) + steps) + 1, shape).astype(int)
         return tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
 
     def calculated(self, b_iso: float | None = None, d_min: float | None = None) -> np.ndarray:
@@ -119,8 +124,10 @@ class ModelOnGrid:
         """(z, y, x) float32: 1 within ``radius`` A of an atom, falling as a cosine over ``soft`` A more."""
         from scipy.ndimage import distance_transform_edt
 
-        distance = distance_transform_edt(~self.mask(radius), sampling=self.grid.voxel[::-1])
-        return (0.5 + 0.5 * np.cos(np.pi * np.clip(distance / soft, 0.0, 1.0))).astype(np.float32)
+        part, out = self._around(radius + soft), np.zeros(self.grid.data.shape, np.float32)
+        distance = distance_transform_edt(~self.mask(radius)[part], sampling=self.grid.voxel[::-1])
+        out[part] = 0.5 + 0.5 * np.cos(np.pi * np.clip(distance / soft, 0.0, 1.0))
+        return out
 
     def _box(self, pad: float) -> _Box:
         """The box around the atoms in or near the map, in whole voxels of the map."""
