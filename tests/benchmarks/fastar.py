@@ -81,10 +81,11 @@ class Case:
         return symmetry_mates(read_structure(find_files(self.molecule)[0]))
 
 
-def infer(source: Path, out: Path, *options: str) -> tuple[PosesDir, float]:
-    """One run of fastar-infer and its wall seconds."""
+def infer(source: Path, out: Path, *options: str) -> tuple[PosesDir, dict]:
+    """One run of fastar-infer and its CPU and wall seconds (other work on the machine lengthens the latter)."""
     command = [*CRYOSUITE, "fastar-infer", str(source), "-o", str(out), "--overwrite", "--threads", "1", *options]
-    return PosesDir(out), timed(command, env=ONE_THREAD).wall_s
+    timing = timed(command, env=ONE_THREAD)
+    return PosesDir(out), {"cpu_s": round(timing.cpu_s, 1), "wall_s": round(timing.wall_s, 1)}
 
 
 def network(arguments: argparse.Namespace) -> list[str]:
@@ -125,13 +126,13 @@ def map_scores(path: Path, source: Path, pixel_size: float, align: bool = False)
 
 def global_search(source: Path, mates: np.ndarray) -> dict:
     """Every particle searched for over all of SO(3) against the same low-passed map, without a network."""
-    particles, began = open_particles(source), time.perf_counter()
+    particles, began = open_particles(source), time.process_time()
     reference = load_reference(particles.box_size, float(particles.pixel_size[0]), WorkDir(source).volume(0))
     rotation, shift, _ = search_everywhere(particles, np.arange(len(particles)), reference.volume)
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     truth = particles.rotation, particles.shift
     errors = pose_report(rotation[:, 0], truth[0], shift, truth[1], particles.box_size, mates=mates)
-    return {"seconds": round(seconds, 1), "errors": rounded(errors.raw)}
+    return {"cpu_s": round(seconds, 1), "errors": rounded(errors.raw)}
 
 
 def quality(case: Case, arguments: argparse.Namespace) -> dict:
@@ -143,10 +144,10 @@ def quality(case: Case, arguments: argparse.Namespace) -> dict:
     record |= {"pixel_size": pixel, "mates": len(mates), "snr_at_box": SNR}
     for name, rounds in (("predicted", 0), ("refined", arguments.rounds)):
         folder = arguments.work / f"{case.name}-{name}"
-        out, wall = infer(source, folder, *known, "--refine", str(rounds), *arguments.options)
+        out, costs = infer(source, folder, *known, "--refine", str(rounds), *arguments.options)
         timing = json.loads(out.timing.read_text())
         record[name] = {
-            "wall_s": round(wall, 1), "errors": report(out, source, mates, case.box), "timing": timing,
+            **costs, "errors": report(out, source, mates, case.box), "timing": timing,
             "map": rounded(map_scores(out.map, source, pixel)),
         }  # fmt: skip
     record["search_without_network"] = global_search(source, mates)
@@ -174,13 +175,13 @@ def scaling(arguments: argparse.Namespace) -> dict:
     while count <= arguments.largest:
         index = arguments.work / f"first{count}.pkl"
         write_pickle(index, np.arange(count))
-        out, wall = infer(source, arguments.work / f"scaling{count}", *known, "--ind", str(index))
+        out, costs = infer(source, arguments.work / f"scaling{count}", *known, "--ind", str(index))
         timing = json.loads(out.timing.read_text())
         predicting = sum(timing.get(key, 0.0) for key in ("load", "encode", "decode", "Kabsch", "grid"))
         rows.append({
             "particles": count, "predict_s": round(predicting, 3), "templates_s": timing["templates"],
-            "ms_per_image": round(1000 * predicting / count, 3), "images_per_s": round(count / predicting, 1),
-            "wall_s": round(wall, 1), "total_s": timing["total"],
+            "ms_per_image": round(1000 * predicting / count, 3), "images_per_s": round(count / predicting, 1), **costs,
+            "total_s": timing["total"],
         })  # fmt: skip
         print(rows[-1], flush=True)
         count *= 4
@@ -198,9 +199,9 @@ def race(case: Case, arguments: argparse.Namespace) -> dict:
     record: dict = {"molecule": case.molecule, "box": case.box, "images": case.images, "seed": case.seed, "ways": {}}
     for name, options in ways.items():
         folder = arguments.work / f"{case.name}-race{len(record['ways'])}"
-        out, wall = infer(source, folder, *options, *network(arguments))
+        out, costs = infer(source, folder, *options, *network(arguments))
         scores = map_scores(out.map, source, pixel, align="nothing" in name)
-        record["ways"][name] = {"wall_s": round(wall, 1), **rounded(scores)}
+        record["ways"][name] = {**costs, **rounded(scores)}
         print(name, record["ways"][name], flush=True)
     program = peer("cryodrgn", "", os.path.join(os.environ.get("CRYODRGN_VENV", "/nonexistent"), "bin", "cryodrgn"))
     if program and arguments.peer_epochs:
@@ -216,7 +217,8 @@ def abinit_homo(program: str, source: Path, pixel: float, case: Case, arguments:
     timing = timed(command, env=ONE_THREAD)
     maps = sorted(out.glob("reconstruct*.mrc"), key=lambda path: path.stat().st_mtime)
     scores = map_scores(maps[-1], source, pixel, align=True) if maps else {}
-    found = {"wall_s": round(timing.wall_s, 1), "epochs": arguments.peer_epochs, **rounded(scores)}
+    costs = {"cpu_s": round(timing.cpu_s, 1), "wall_s": round(timing.wall_s, 1)}
+    found = {**costs, "epochs": arguments.peer_epochs, **rounded(scores)}
     print("cryodrgn", found, flush=True)
     return found
 
