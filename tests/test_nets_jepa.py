@@ -42,9 +42,9 @@ def test_blocks_of_a_48_crop_hold_36_tokens():
 def test_multiblock_masks(grid):
     total = grid[0] * grid[1] * grid[2]
     shares = []
-    for seed in range(20):
-        masks = multiblock_masks(grid, 8, _rng(seed))
-        assert masks.targets.shape[:2] == (8, 4) and 0.15 <= masks.targets.shape[2] / total <= 0.2
+    for seed in range(6):
+        masks = multiblock_masks(grid, 4, _rng(seed))
+        assert masks.targets.shape[:2] == (4, 4) and 0.15 <= masks.targets.shape[2] / total <= 0.2
         for context, targets in zip(masks.context, masks.targets, strict=True):
             assert len(set(context.tolist())) == len(context)
             assert not set(context.tolist()) & set(targets.flatten().tolist())
@@ -212,7 +212,7 @@ def _train(model: torch.nn.Module, steps: int, start: int = 0, optimizer: torch.
     optimizer = optimizer or torch.optim.AdamW(model.parameters(), 2e-3)
     losses = []
     for step in range(start, start + steps):
-        loss = model(_crops(4, 16, step % 8), multiblock_masks((2, 2, 2), 4, _rng(step)))[0]
+        loss = model(_crops(2, 16, step % 8), multiblock_masks((2, 2, 2), 2, _rng(step)))[0]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -228,14 +228,14 @@ def test_stopped_and_resumed_is_not_stopped():
         return Jepa(Encoder(SMALL), PREDICTOR).train()
 
     whole, stopped = fresh(), fresh()
-    expected, _ = _train(whole, 4)
-    first, optimizer = _train(stopped, 2)
+    expected, _ = _train(whole, 3)
+    first, optimizer = _train(stopped, 1)
     resumed = fresh()
     resumed.load_state_dict(stopped.state_dict())
     state = copy.deepcopy(optimizer.state_dict())
     optimizer = torch.optim.AdamW(resumed.parameters(), 2e-3)
     optimizer.load_state_dict(state)
-    second, _ = _train(resumed, 2, 2, optimizer)
+    second, _ = _train(resumed, 2, 1, optimizer)
     assert first + second == expected
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
@@ -249,13 +249,11 @@ def test_fifty_steps_on_32_voxels_lower_the_loss(kind):
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     losses = []
     for step in range(50):
-        loss, predicted, targets = model(_crops(4, 32, step % 8), multiblock_masks((4, 4, 4), 4, _rng(step)))
+        loss = model(_crops(2, 32, step % 4), multiblock_masks((4, 4, 4), 2, _rng(step)))[0]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if isinstance(model, Jepa):
             model.follow(target_momentum(step / 50, 50))
         losses.append(float(loss.detach()))
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
-    if kind is Jepa:
-        assert "target_std" not in collapsed(guards(predicted.detach(), targets))
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])

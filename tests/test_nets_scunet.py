@@ -148,6 +148,20 @@ def test_fast_and_careful_softmax_agree(monkeypatch):
         assert bool(torch.isfinite(attention(tokens, plan)).all())
 
 
+def test_accelerators_get_the_same_attention_in_parts(monkeypatch):
+    torch.manual_seed(12)
+    q, k, v = torch.randn(3, 10, 2, 8, 16, dtype=torch.float64)
+    for bias in (torch.randn(1, 2, 8, 8, dtype=torch.float64), torch.randn(10, 2, 8, 8, dtype=torch.float64)):
+        whole = scunet_windows._attend(q, k, v, bias, 12)
+        with monkeypatch.context() as patch:
+            patch.setattr(scunet_windows, "MOST", 3)
+            assert torch.allclose(scunet_windows._attend(q, k, v, bias, 12), whole, atol=1e-12)
+        weights = (q @ k.transpose(-1, -2) * 12**-0.5 + bias).softmax(-1)
+        assert torch.allclose(whole, (weights @ v)[..., :12].transpose(1, 2), atol=1e-10)
+        cpu = scunet_windows._attend_cpu(q, k, v.index_fill(3, torch.tensor([12]), 1.0), bias, 12)
+        assert torch.allclose(whole, cpu, atol=1e-10)
+
+
 def test_norm_by_products_is_layer_norm():
     torch.manual_seed(3)
     norm, layer = torch.nn.LayerNorm(12).double(), torch.nn.Linear(12, 20).double()

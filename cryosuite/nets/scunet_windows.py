@@ -22,6 +22,7 @@ __all__ = ["Plan", "window_plan", "WindowAttention", "gather_rows"]
 
 CPU_SCORES = 1 << 19  # attention weights held at once on a CPU: stays inside the caches
 ALIGN = 8  # head widths that matrix units like are multiples of this
+MOST = 1 << 15  # windows in one call: kernels for accelerators count them in 16 bits
 SAFE = 60.0  # scores below this neither overflow nor vanish when they are not shifted
 
 Size = tuple[int, int, int]
@@ -252,6 +253,10 @@ class WindowAttention(nn.Module):
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, width: int) -> Tensor:
     """Attention of (n, heads, T, d) with a bias (n or 1, heads, T, T) -> (n, T, heads, width)."""
+    if len(q) > MOST:
+        biases = bias.split(MOST) if len(bias) > 1 else itertools.repeat(bias)
+        parts = zip(q.split(MOST), k.split(MOST), v.split(MOST), biases, strict=False)
+        return torch.cat([_attend(*part, width) for part in parts])
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=width**-0.5)
     return out[..., :width].transpose(1, 2)
 
