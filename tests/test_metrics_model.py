@@ -104,6 +104,7 @@ def test_correlations():
         [found.box, found.mask, found.peaks], atol=1e-5,
     )  # fmt: skip
     assert highest(np.arange(10.0), 3).sum() == 3
+    assert highest(np.array([0.0, 0.0, 0.0, 5.0, 7.0]), 3).sum() == 2  # zeros have no rank among themselves
     assert np.isnan(correlation(np.ones(5), np.arange(5.0)))
     with pytest.raises(InputError, match="no voxel"):
         real_space(observed, calculated, np.zeros_like(mask))

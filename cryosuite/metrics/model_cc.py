@@ -67,9 +67,11 @@ def real_space(observed: np.ndarray, calculated: np.ndarray, mask: np.ndarray) -
 
 
 def highest(values: np.ndarray, n: int) -> np.ndarray:
-    """Bool mask of the n highest values (more where several equal the last of them)."""
+    """Bool mask of the n highest values; fewer where several equal the last of them, such as a solvent of zeros."""
     n = min(max(n, 1), values.size)
-    return values >= np.partition(values, values.size - n, axis=None)[values.size - n]
+    level = np.partition(values, values.size - n, axis=None)[values.size - n]
+    chosen = values >= level
+    return chosen if int(chosen.sum()) <= n else values > level
 
 
 @dataclass(frozen=True)
