@@ -146,4 +146,5 @@ def test_published_lines():
     assert expected_q("protein", 3.0) == pytest.approx(0.5867)
     assert expected_q("nucleic", 3.0) == pytest.approx(0.5842)
     assert expected_q("water", 2.0) > expected_q("water", 3.0)
+    assert expected_q("protein", 12.0) is None  # the line would say -1
     assert expected_q("other", 3.0) is None and set(EXPECTED) == {"protein", "nucleic", "ion", "water"}

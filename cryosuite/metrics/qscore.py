@@ -26,10 +26,15 @@ EXPECTED = {
     "protein": (-0.1775, 1.1192), "nucleic": (-0.1377, 0.9973), "ion": (-0.1103, 1.0795), "water": (-0.0895, 1.0001),
 }  # fmt: skip
 
+EXPECTED_TO = 6.0  # A: beyond, the lines soon fall below 0 and say nothing
+
 
 def expected_q(kind: str, resolution: float) -> float | None:
-    """Q (sigma .6) of well built protein, nucleic acid, ion or water in maps of a resolution (A); None for others."""
-    if kind not in EXPECTED:
+    """Q (sigma .6) of well built protein, nucleic acid, ion or water in maps of a resolution (A).
+
+    None for other molecules and beyond 6 A, where there are no such lines.
+    """
+    if kind not in EXPECTED or resolution > EXPECTED_TO:
         return None
     slope, intercept = EXPECTED[kind]
     return slope * resolution + intercept
