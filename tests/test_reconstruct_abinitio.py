@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,8 +16,10 @@ from cryosuite.kernels.slices import extract_slices, volume_transform
 from cryosuite.metrics.clustering import agreement
 from cryosuite.metrics.poses import pose_errors
 from cryosuite.reconstruct import abinitio_em as em
-from cryosuite.reconstruct.abinitio import AbInitio, AbInitioOptions
+from cryosuite.reconstruct import abinitio_restarts as restarts
+from cryosuite.reconstruct.abinitio import ANEW, ANYWHERE, NEAR, OWN, REPEATS, AbInitio, AbInitioOptions, planned
 from cryosuite.reconstruct.abinitio_starts import choose_maps
+from cryosuite.reconstruct.backproject import reconstruct_classes
 
 BOX = 24
 QUICK = AbInitioOptions(
@@ -136,6 +140,84 @@ def test_goes_on_exactly_from_any_unit() -> None:
         _run(again)
         assert np.array_equal(again.found.rotation, straight.found.rotation), at
         assert np.array_equal(again.found.shift, straight.found.shift), at
+
+
+@pytest.mark.slow
+def test_a_mixture_goes_on_exactly_from_any_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its starts, its rounds, and while its classes begin anew; the position only grows, and ends at the total."""
+    for name, value in (("STARTS", 1), ("ITERATIONS", 2), ("SETTLE", 1)):
+        monkeypatch.setattr(restarts, name, value)
+    particles, _ = blob_particles([blobs(BOX, 3, 8), blobs(BOX, 11, 4)], 300, noise=0.7)
+    options = AbInitioOptions(
+        classes=2, starts=1, iterations=3, batch=40, settle=1, radius=(2, 3), rounds=((4, True), (6, False))
+    )
+    straight, states, positions, stages = AbInitio(particles, options), [], [], []
+    while not straight.done:
+        states.append(torch.load(_stored(straight.state_dict()), weights_only=True))
+        positions.append(straight.position)
+        stages.append("anew" if states[-1]["anew"] else "")
+        straight.advance()
+    assert positions == sorted(positions) and straight.position == straight.total
+    inside = [number for number, stage in enumerate(stages) if stage]
+    assert len(inside) >= 3
+    for at in (2, inside[0], inside[-1], len(states) - 1):
+        again = AbInitio(particles, options)
+        again.load_state_dict(states[at])
+        assert again.position == positions[at]
+        _run(again)
+        assert np.array_equal(again.found.rotation, straight.found.rotation), at
+        assert np.array_equal(again.found.label, straight.found.label), at
+
+
+def test_rounds_of_a_mixture_are_repeated() -> None:
+    """Cheap global rounds of a mixture are repeated, and follow the new starts; one molecule has each round once."""
+    options = AbInitioOptions(rounds=((8, True), (24, True), (32, False), (32, False)))
+    last = [(24, ANYWHERE), (32, NEAR), (32, NEAR)]
+    assert planned(options, 32) == [(8, ANYWHERE), *last]
+    low = [(8, ANYWHERE)] * REPEATS
+    assert planned(replace(options, classes=3), 32) == [*low, ANEW, (8, OWN), *low, *last]
+    assert planned(options, 16) == [(8, ANYWHERE), (16, ANYWHERE), (16, NEAR), (16, NEAR)]
+
+
+def _true_maps(particles, labels: np.ndarray) -> torch.Tensor:
+    """(K, D, D, D) maps with the true poses and classes, in the grey values of the images."""
+    maps = reconstruct_classes(particles, labels, regularise="fsc")
+    return torch.stack([maps[k].map for k in range(int(labels.max()) + 1)])
+
+
+def test_an_image_is_judged_by_the_other_half_set() -> None:
+    """Without half map 0 the images of half set 1, and they alone, do not know their class."""
+    particles, labels = blob_particles([blobs(BOX, 3, 8), blobs(BOX, 11, 4)], 200, noise=0.3)
+    true, found = _true_maps(particles, labels), []
+    for first in (true, torch.zeros_like(true)):
+        engine = AbInitio(particles, AbInitioOptions(classes=2, rounds=((8, True), (8, False))))
+        engine.starts.state.update(start=engine.options.starts, settled=engine.options.settle)
+        engine.state.update(volumes=true, halves=torch.stack([first, true]))
+        engine.advance()
+        found.append(engine.state["poses"]["label"].numpy().copy())
+    half = engine.half.numpy()
+    assert (found[0] == labels).mean() > 0.9
+    assert np.array_equal(found[0][half == 0], found[1][half == 0])
+    assert (found[1][half == 1] == 0).all()
+
+
+@pytest.mark.slow
+def test_new_starts_are_taken_where_they_explain_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class with the map of another molecule gets a new one, a class with its own keeps it, a tiny one too."""
+    for name, value in (("STARTS", 1), ("ITERATIONS", 12), ("SETTLE", 2)):
+        monkeypatch.setattr(restarts, name, value)
+    particles, labels = blob_particles([blobs(BOX, 3, 8), blobs(BOX, 11, 4)], 400, noise=0.5)
+    maps = _true_maps(particles, labels)[[0, 0, 0]]
+    labels[:10] = 2
+    engine = AbInitio(particles, AbInitioOptions(classes=3, radius=(3, 5), batch=100, shift_extent=0.06))
+    again = restarts.Restarts(
+        engine._white, labels, maps, engine.signal, BOX, engine.options, engine.device, lambda text, record: None
+    )
+    while not again.done:
+        again.advance()
+    assert again.state["renewed"] == [1]
+    small = restarts.cropped(maps[0], again.state["volumes"][0].shape[-1])
+    assert torch.equal(again.state["volumes"][0], small) and torch.equal(again.state["volumes"][2], small)
 
 
 def _stored(state: dict):

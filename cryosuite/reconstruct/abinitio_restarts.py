@@ -1,0 +1,128 @@
+"""Fresh starts of every class of a mixture from its own particles, once the classes are nearly pure.
+
+The maps of a mixture's starts tell the molecules apart long before they show them right: half of a class may lie upside
+down in its map, and searching against that map keeps it so. The starts of a single molecule hardly ever end wrong, and
+a class that is nearly pure is one. So each class begins anew; the fresh map is taken where it explains the particles of
+the class better than the one they have (measured: of four classes one, the one whose poses were wrong).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cryosuite.kernels import fourier
+from cryosuite.reconstruct import abinitio_em as em
+from cryosuite.reconstruct.abinitio_starts import JUDGED, AbInitioOptions, Starts
+
+STARTS, ITERATIONS, SETTLE = 2, 40, 5  # of each class
+FEWEST = 100  # particles of a class that can begin anew
+
+
+class Restarts:
+    """One class after the other, in units of one iteration; ``state`` is all that changes.
+
+    Args:
+        white, signal, box, device, log: as for ``Starts``. labels: (N,) class of each particle.
+        volumes: (K, d, d, d) the maps the classes have.
+    """
+
+    def __init__(
+        self,
+        white: Callable[[np.ndarray, int], tuple[Tensor, Tensor]],
+        labels: np.ndarray,
+        volumes: Tensor,
+        signal: Tensor,
+        box: int,
+        options: AbInitioOptions,
+        device: torch.device,
+        log: Callable[[str, dict[str, Any]], None],
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        self.white, self.labels, self.volumes = white, labels, volumes
+        self.rest = (signal, box)
+        self.options, self.device, self.log = options, device, log
+        self.state = state or {"class": 0, "starts": None, "volumes": [], "renewed": []}
+        self._starts: tuple[int, Starts] | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether every class has its map."""
+        return self.state["class"] >= self.options.classes
+
+    @property
+    def position(self) -> int:
+        """Units done, of ``units_of``."""
+        inner = self._current().position if self.state["starts"] is not None and not self.done else 0
+        return self.state["class"] * class_units() + inner
+
+    def advance(self) -> None:
+        """The next iteration, or the end of a class."""
+        starts = self._current()
+        if len(self._rows()) >= FEWEST and not starts.done:
+            starts.advance()
+            self.state["starts"] = dict(starts.state)
+        if len(self._rows()) < FEWEST or starts.done:
+            self._end_class(starts)
+
+    def _rows(self) -> np.ndarray:
+        return np.flatnonzero(self.labels == self.state["class"])
+
+    def _current(self) -> Starts:
+        """The starts of the present class."""
+        k = self.state["class"]
+        if self._starts is None or self._starts[0] != k:
+            rows, signal_box = self._rows(), self.rest
+            options = replace(
+                self.options, classes=1, starts=STARTS, iterations=ITERATIONS, settle=SETTLE,
+                seed=self.options.seed + 1000 * (k + 1),
+            )  # fmt: skip
+            starts = Starts(
+                lambda chosen, r_max: self.white(rows[chosen], r_max), len(rows), *signal_box, options, self.device,
+                lambda text, record: None,
+            )  # fmt: skip
+            if self.state["starts"] is not None:
+                starts.state = dict(self.state["starts"])
+            self._starts = k, starts
+        return self._starts[1]
+
+    def _end_class(self, starts: Starts) -> None:
+        """Keep the better of the fresh map and the present one, in the small box of the starts."""
+        s, k = self.state, self.state["class"]
+        kept = cropped(self.volumes[k].to(self.device), starts.small)
+        if len(self._rows()) >= FEWEST:
+            fresh = starts.state["volumes"][0]
+            old, new = (self._evidence(starts, volume) for volume in (kept, fresh))
+            if new > old:
+                kept = fresh
+                s["renewed"].append(k)
+            self.log(
+                f"class {k} anew: log-likelihood per image {old:.2f}, {new:.2f} from the start",
+                {"stage": "anew", "class": k, "before": old, "after": new},
+            )
+        s["volumes"].append(kept)
+        s["class"], s["starts"], self._starts = k + 1, None, None
+
+    def _evidence(self, starts: Starts, volume: Tensor) -> float:
+        """Mean log-likelihood of the class's particles under a map, over all orientations."""
+        values, transfer = (part[:JUDGED] for part in starts.pool)
+        disc = fourier.half_disc(starts.small, starts.high)
+        grid = em.make_grid(2, 0.8 * self.options.shift_extent, 4, self.device)
+        slices = em.grid_slices(volume[None], grid, disc)
+        return float(em.expect(slices, values, transfer, grid, disc, 1.0, torch.zeros(1)).evidence.mean())
+
+
+def class_units() -> int:
+    """Units of one class."""
+    return STARTS * ITERATIONS + SETTLE
+
+
+def cropped(volume: Tensor, size: int) -> Tensor:
+    """A map in a smaller Fourier box; coefficients, not grey values, stay those of the large one."""
+    box = volume.shape[-1]
+    return volume if size >= box else fourier.fourier_crop_volume(volume, size) * (box / size) ** 3
