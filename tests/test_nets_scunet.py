@@ -134,10 +134,11 @@ def test_relative_index_is_antisymmetric():
     assert len(pairs) == 3 * 5 * 7
 
 
-def test_fast_and_careful_softmax_agree(monkeypatch):
+@pytest.mark.parametrize(("dim", "heads"), [(12, 1), (24, 1), (48, 3), (96, 6)])
+def test_fast_and_careful_softmax_agree(dim, heads, monkeypatch):
     torch.manual_seed(2)
-    attention = WindowAttention(12, 1, 4)
-    tokens, plan = torch.randn(8, 64, 12) * 3, window_plan((8, 8, 8), 4, True, CPU)
+    attention = WindowAttention(dim, heads, 4)
+    tokens, plan = torch.randn(8, 64, dim) * 3, window_plan((8, 8, 8), 4, True, CPU)
     with torch.no_grad():
         fast = attention(tokens, plan)
         monkeypatch.setattr(scunet_windows, "SAFE", -1.0)
@@ -146,6 +147,19 @@ def test_fast_and_careful_softmax_agree(monkeypatch):
         attention.qkv.weight.mul_(300)  # scores of thousands
         monkeypatch.setattr(scunet_windows, "SAFE", 60.0)
         assert bool(torch.isfinite(attention(tokens, plan)).all())
+
+
+def test_no_score_is_larger_than_its_bound():
+    torch.manual_seed(13)
+    for dim, heads in ((12, 1), (48, 3), (96, 6)):
+        attention = WindowAttention(dim, heads, 4)
+        torch.nn.init.normal_(attention.norm.bias)
+        torch.nn.init.normal_(attention.relative)
+        with torch.no_grad():
+            q, k, _ = attention._queries(torch.randn(50, 64, dim), 0)
+            scores = q @ k.transpose(-1, -2) * (dim // heads) ** -0.5 + attention.bias((4, 4, 4))
+            bound = attention._largest_score(attention.bias((4, 4, 4)))
+            assert float(scores.abs().max()) < bound
 
 
 def test_accelerators_get_the_same_attention_in_parts(monkeypatch):
@@ -158,8 +172,9 @@ def test_accelerators_get_the_same_attention_in_parts(monkeypatch):
             assert torch.allclose(scunet_windows._attend(q, k, v, bias, 12), whole, atol=1e-12)
         weights = (q @ k.transpose(-1, -2) * 12**-0.5 + bias).softmax(-1)
         assert torch.allclose(whole, (weights @ v)[..., :12].transpose(1, 2), atol=1e-10)
-        cpu = scunet_windows._attend_cpu(q, k, v.index_fill(3, torch.tensor([12]), 1.0), bias, 12)
-        assert torch.allclose(whole, cpu, atol=1e-10)
+        cpu = scunet_windows._attend_cpu(q, k, v.index_fill(3, torch.tensor([12]), 1.0), bias, 12, True)
+        careful = scunet_windows._attend_cpu(q, k, v, bias, 12, False)
+        assert torch.allclose(whole, cpu, atol=1e-10) and torch.allclose(whole, careful, atol=1e-10)
 
 
 def test_norm_by_products_is_layer_norm():

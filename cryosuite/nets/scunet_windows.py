@@ -22,6 +22,7 @@ __all__ = ["Plan", "window_plan", "WindowAttention", "gather_rows"]
 
 CPU_SCORES = 1 << 19  # attention weights held at once on a CPU: stays inside the caches
 ALIGN = 8  # head widths that matrix units like are multiples of this
+SPECTRAL = 64  # width up to which a norm by singular values costs nothing beside the attention
 MOST = 1 << 15  # windows in one call: kernels for accelerators count them in 16 bits
 SAFE = 60.0  # scores below this neither overflow nor vanish when they are not shifted
 
@@ -226,6 +227,7 @@ class WindowAttention(nn.Module):
         width = h // self.heads
         q, k, v = self._queries(tokens, -width % ALIGN)
         bias = self.bias(plan.window)
+        bound = self._largest_score(bias) if q.device.type == "cpu" else None
         parts, start = [], 0
         for count, mask in plan.groups:
             rows = slice(start, start + count * (n // plan.windows))
@@ -234,10 +236,22 @@ class WindowAttention(nn.Module):
             if visible is not None:
                 keys = visible[rows, None, :] | torch.eye(t, dtype=torch.bool, device=q.device)
                 added = added.masked_fill(~keys[:, None], -math.inf)
-            attend = _attend_cpu if q.device.type == "cpu" else _attend
-            parts.append(attend(q[rows], k[rows], v[rows], added, width))
+            part = (q[rows], k[rows], v[rows], added, width)
+            parts.append(_attend(*part) if bound is None else _attend_cpu(*part, bound < SAFE))
         out = (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(2)
         return F.linear(out, self.proj.weight, self.proj.bias)
+
+    @torch.no_grad()
+    @torch.autocast("cpu", enabled=False)
+    def _largest_score(self, bias: Tensor) -> float:
+        """A bound on the magnitude of all scores, whatever the tokens: after the norm they are at most sqrt(h) long."""
+        h = self.norm.normalized_shape[0]
+        weight = self.qkv.weight * self.norm.weight
+        offset = self.qkv.bias + self.qkv.weight @ self.norm.bias
+        q, k, _ = torch.cat([weight, offset[:, None]], 1).float().view(3, self.heads, h // self.heads, h + 1)
+        form = q.transpose(1, 2) @ k  # a score is a bilinear form of (token, 1)
+        largest = torch.linalg.matrix_norm(form, 2 if h <= SPECTRAL else "fro").max()
+        return float(largest * (h + 1) * (h // self.heads) ** -0.5 + bias.abs().max())
 
     def _queries(self, tokens: Tensor, wide: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (n, heads, T, d + wide); what is added holds zeros, in the values a one first."""
@@ -261,36 +275,26 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, width: int) -> Tensor
     return out[..., :width].transpose(1, 2)
 
 
-def _attend_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, width: int) -> Tensor:
+def _attend_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, width: int, safe: bool) -> Tensor:
     """The same, some windows at a time, as products and powers of two: two to three times as fast as torch's own.
 
-    Without subtracting the largest score of a row where a bound on all scores says that no power can overflow.
+    safe: no power can overflow or vanish, so that the largest score of each row need not be found and subtracted.
     """
     n, heads, t, d = q.shape
     few = max(1, CPU_SCORES // (heads * t * t))
-    log2 = math.log2(math.e)
-    added = (bias * log2).to(q.dtype)
-    safe = d > width and _largest_score(q, k, bias, width) < SAFE
+    unit = math.log2(math.e) if safe else 1.0
+    added, scale = (bias * unit).to(q.dtype), unit * width**-0.5
     out = []
     with torch.autocast("cpu", enabled=False):
         for start in range(0, n, few):
             rows = slice(start, start + few)
             part = [x[rows].reshape(-1, t, d) for x in (q, k, v)]
             plus = added[rows] if added.shape[0] > 1 else added.expand(len(q[rows]), -1, -1, -1)
-            scores = torch.baddbmm(plus.reshape(-1, t, t), part[0], part[1].transpose(1, 2), alpha=log2 * width**-0.5)
+            scores = torch.baddbmm(plus.reshape(-1, t, t), part[0], part[1].transpose(1, 2), alpha=scale)
+            weights = torch.exp2(scores) if safe else torch.softmax(scores, -1)
+            mixed = torch.bmm(weights, part[2])
             if safe:
-                mixed = torch.bmm(torch.exp2(scores), part[2])
-                mixed = mixed[..., :width] / mixed[..., width : width + 1]
-            else:
-                mixed = torch.bmm(torch.softmax(scores / log2, -1), part[2])[..., :width]
-            out.append(mixed.view(-1, heads, t, width).transpose(1, 2))
+                total = mixed[..., width : width + 1] if d > width else weights.sum(-1, keepdim=True)
+                mixed = mixed[..., :width] / total
+            out.append(mixed[..., :width].reshape(-1, heads, t, width).transpose(1, 2))
     return out[0] if len(out) == 1 else torch.cat(out)
-
-
-@torch.no_grad()
-def _largest_score(q: Tensor, k: Tensor, bias: Tensor, width: int) -> float:
-    """A bound on the magnitude of all scores that are not masked."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    q_max, k_max = (torch.linalg.vector_norm(x, dim=-1, dtype=wide).max() for x in (q, k))
-    largest = bias.masked_fill(bias == -math.inf, 0).abs().max()
-    return float(q_max * k_max * width**-0.5 + largest)
