@@ -330,6 +330,15 @@ def test_all_tokens_shown_is_the_plain_encoder():
         assert torch.allclose(a, b, atol=1e-10)
 
 
+def test_a_crop_of_which_nothing_is_shown_is_zero():
+    encoder, crops, visible = _toy()
+    visible[0] = False
+    features = encoder(crops, visible)
+    features[-1].square().sum().backward()
+    assert float(features[-1][0].detach().abs().max()) == 0.0
+    assert all(bool(torch.isfinite(p.grad).all()) for p in encoder.parameters() if p.grad is not None)
+
+
 def test_norm_counts_visible_voxels_only():
     norm = FilterResponseNorm(3).double()
     x = torch.randn(2, 8, 8, 16, 3, dtype=torch.float64)

@@ -32,7 +32,7 @@ class Visible:
         tokens: (b, gz, gy, gx) bool.
         side: voxels per edge of one token at this level.
         voxels: (b, z, y, x, 1) bool.
-        share: (b, 1) float32, part of the voxels that is shown.
+        share: (b, 1) float32, part of the voxels that is shown, above 0.
     """
 
     tokens: Tensor
@@ -46,7 +46,8 @@ class Visible:
         voxels = tokens
         for axis in (1, 2, 3):
             voxels = voxels.repeat_interleave(side, axis)
-        return cls(tokens, side, voxels[..., None], tokens.flatten(1).float().mean(1, keepdim=True))
+        share = tokens.flatten(1).float().mean(1, keepdim=True).clamp(min=EPS)
+        return cls(tokens, side, voxels[..., None], share)
 
     def zeroed(self, x: Tensor) -> Tensor:  # (b, z, y, x, c)
         """x with hidden voxels at exactly zero."""
@@ -74,13 +75,13 @@ class FilterResponseNorm(nn.Module):
     def forward(self, x: Tensor, visible: Visible | None = None) -> Tensor:  # (b, z, y, x, c) -> the same
         if visible is not None:
             x = visible.zeroed(x)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=(1, 2, 3), dtype=wide)
-        nu2 = norm.square() / (x.shape[1] * x.shape[2] * x.shape[3])  # (b, c)
+        count = x.shape[1] * x.shape[2] * x.shape[3]
+        norm = torch.linalg.vector_norm(x, dim=(1, 2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
+        nu2 = norm.square() / count  # (b, c)
         if visible is not None:
             nu2 = nu2 / visible.share
         scale = (self.gamma * torch.rsqrt(nu2 + EPS)).to(x.dtype)
-        wide = math.gcd(x.shape[1] * x.shape[2] * x.shape[3], WIDE)  # long rows: 12 channels would fill no register
+        wide = math.gcd(count, WIDE)  # long rows: 12 channels would fill no register
         scale, beta, tau = (
             v.to(x.dtype).expand(x.shape[0], -1).repeat(1, wide)[:, None] for v in (scale, self.beta, self.tau)
         )

@@ -113,7 +113,7 @@ def _mask(regions: list[Tensor]) -> Tensor:
     return same | torch.eye(len(flat), dtype=torch.bool)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=24)
 @torch.inference_mode(False)
 def _batched(plan: Plan, batch: int) -> tuple[Tensor, Tensor]:
     """Rows of a flattened batch in the order (window, sample, token), and the way back, int32."""
