@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 import torch
 from hype_toy import blob_particles, blobs
+from sklearn.metrics import adjusted_rand_score
 
+from cryosuite.analysis.clusters import cluster
 from cryosuite.data.loader import BatchLoader
 from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError, UserNotice
 from cryosuite.kernels import fourier
 from cryosuite.kernels.rotations import geodesic_deg, random_rotations, six_d_to_matrix
 from cryosuite.kernels.slices import extract_slices, volume_transform
+from cryosuite.methods import LoadedRun, deco_finish
 from cryosuite.methods.deco import Deco
 from cryosuite.methods.deco_auto import decide
 from cryosuite.methods.deco_encoder import encoder_of_state
@@ -367,3 +370,22 @@ def test_learning_rate_of_the_encoder_follows_where_it_begins() -> None:
     assert preset("default", gpu=True, encoder="random")[1].options.lr_encoder == 1.0
     assert preset("default", gpu=True)[1].options.lr_encoder == 0.1
     assert preset("small", gpu=False, lr_encoder=0.5)[1].options.lr_encoder == 0.5
+
+
+def test_classes_found_with_their_poses_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a frame of its own; with one frame for all the images settle their classes (here: both are mended)."""
+    particles, labels = blob_particles([blobs(24, seed) for seed in (1, 2, 3)], 300, noise=4.0, seed=4)
+    wrong = np.where(np.random.default_rng(3).random(300) < 0.15, (labels + 1) % 3, labels)
+    z = np.random.default_rng(0).standard_normal((300, 3)).astype(np.float32)
+    z[np.arange(300), wrong] += 20
+    loaded = LoadedRun("deco", particles, z, 1, 6.0, 24, None, {})
+    latents = cluster(z, "kmeans", 3)
+    assert adjusted_rand_score(labels, latents.labels) < 0.8
+    start = (np.arange(300) // 3) % 4
+    monkeypatch.setattr(deco_finish, "start_record", lambda run: {"poses": {"label": torch.from_numpy(start)}})
+    alone = DecoOptions(poses="none", classes=4)
+    assert adjusted_rand_score(start, deco_finish.settled(RunDir(tmp_path), loaded, latents, alone, 0).labels) == 1
+    asked = replace(alone, k=2)  # another number of classes than maps was asked for: those of the latents
+    assert deco_finish.settled(RunDir(tmp_path), loaded, latents, asked, 0) is latents
+    found = deco_finish.settled(RunDir(tmp_path), loaded, latents, DecoOptions(), 0)
+    assert found.k == 3 and adjusted_rand_score(labels, found.labels) > 0.95

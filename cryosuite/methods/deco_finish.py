@@ -22,6 +22,7 @@ from cryosuite.formats.mrc import write_map
 from cryosuite.formats.pickles import write_pickle
 from cryosuite.methods import LoadedRun
 from cryosuite.methods.deco_options import DecoOptions
+from cryosuite.methods.deco_start import start_record
 from cryosuite.reconstruct.held_out import settle
 from cryosuite.reconstruct.polish import PolishOptions
 from cryosuite.reconstruct.weights import ClassWeights
@@ -52,9 +53,8 @@ def finish(run: RunDir, loaded: LoadedRun, options: DecoOptions, seed: int, file
         shutil.rmtree(folder.path)
     folder.path.mkdir(parents=True)
     found = classify(loaded.z, options, seed)
-    one_frame = options.poses == "known" or options.classes == 1  # classes found apart have frames of their own
-    if options.settle and one_frame and found.k > 1:
-        found = settled(loaded, found, options, seed)
+    if options.settle:
+        found = settled(run, loaded, found, options, seed)
     write_pickle(folder.labels, found.labels)
     write_pickle(run.labels(epoch), found.labels)
     _write_centres(folder, found)
@@ -84,8 +84,26 @@ def classify(z: np.ndarray, options: DecoOptions, seed: int) -> Clusters:
     return cluster(z, how=options.cluster, k=options.k or "auto", seed=seed)
 
 
-def settled(loaded: LoadedRun, found: Clusters, options: DecoOptions, seed: int) -> Clusters:
+def settled(run: RunDir, loaded: LoadedRun, found: Clusters, options: DecoOptions, seed: int) -> Clusters:
     """The classes once the images themselves have chosen, by half maps that they are not part of.
+
+    With one frame for all (known poses, or found with one map) they choose now. Classes that were found together with
+    the poses have a frame each, in which the poses of their particles are: they stay as the search left them.
+    """
+    if options.poses == "known" or options.classes == 1:
+        return _settled(loaded, found, options, seed) if found.k > 1 else found
+    record = start_record(run) if options.start == "voxel" else None
+    if record is None or options.k not in (0, options.classes):
+        return found
+    new = regrouped(found, loaded.z, record["poses"]["label"].numpy())
+    say(
+        f"{found.k} classes of latents; the {new.k} that the poses were found with are kept, each in a frame of its own"
+    )
+    return new
+
+
+def _settled(loaded: LoadedRun, found: Clusters, options: DecoOptions, seed: int) -> Clusters:
+    """Classes settled in one frame.
 
     Latents tell which particles are alike, but a cluster in them may hold two states or a part of one. So there are
     half as many clusters again to begin with; particles choose anew until few change, and classes that hardly any
