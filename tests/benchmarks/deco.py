@@ -45,7 +45,7 @@ def main() -> None:
             done = deco(source, asked.work / f"{source.name}-{asked.family}-{name}-s{seed}", seed, asked, more)
             record = {"family": asked.family, "variant": name, "set": source.name, "seed": seed}
             record |= {**judge(source, done.folder), **done.costs(), "versions": versions()}
-            record["command"] = without_paths(record["command"])
+            record["command"] = without_paths(record["command"].replace(str(source), source.name))
             label = f"{source.name}_{name}" if name else source.name
             path = RESULTS / f"deco_{asked.family}_{label}_s{seed}.json"
             path.write_text(json.dumps(record, indent=1) + "\n")
