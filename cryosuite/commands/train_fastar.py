@@ -147,9 +147,7 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     tune_process()
     run = RunDir(values["outdir"])
     options, training, epoch_images = _options(values)
-    config = make_config(
-        "fastar", run.path, run, options, training, epoch_images=epoch_images, warmup=values["warmup"]
-    )
+    config = make_config("fastar", run.path, run, options, training, epoch_images=epoch_images, warmup=values["warmup"])
     config = start_run(run, config, resume=values["resume"], overwrite=values["overwrite"])
     chosen = FastarOptions.from_dict(config["options"])
     molecules, held = make_molecules(chosen, config["epoch_images"], run)
