@@ -24,9 +24,10 @@ from cryosuite.simulate.sources import ATOM_FILES, Structure, find_files, has_en
 LOBES = 6  # at most, of a phantom
 RADIUS = (0.13, 0.22)  # root mean square, of a molecule, fraction of the box
 FARTHEST = 0.45  # beads farther out than this are left out
-MAX_MATES = 12  # structures of higher symmetry are not used: their poses say little
+MAX_MATES = 24  # structures of higher symmetry (capsids) are not used: their poses say little
 SMALLEST = 0.6  # pixels: beads narrower than this are widened, so that sampling at pixel centres is exact enough
 SAME = 2.5  # A: mean distance after a symmetry operation below which a structure counts as symmetric
+ALIKE = 0.7  # share of the residues of a chain that another must have to be its copy
 CHUNK = 1 << 25  # values of Gx held at once
 
 
@@ -219,27 +220,34 @@ def merged(xyz: np.ndarray, weight: np.ndarray, beads: int, resolution: float) -
 def symmetry_mates(structure: Structure) -> np.ndarray:
     """Rotations (G, 3, 3) about the centre of mass that bring a structure back onto itself, the identity first.
 
-    Candidates come from superposing the first chain onto each other chain with the same residues (Kabsch); one counts
-    when it brings all residues to within SAME of others on average.
+    Candidates come from superposing the largest chain onto every other by the residues of the same number that both
+    have (Kabsch; at least ALIKE of them); one counts when it brings all atoms to within SAME of others on average.
     """
     from scipy.spatial import cKDTree
 
-    xyz, names = structure.centred(), structure.chain
-    rows = {name: np.flatnonzero(names == name) for name in dict.fromkeys(names.tolist())}
+    xyz = structure.centred()
+    chains = {name: _residues(structure, xyz, structure.chain == name) for name in dict.fromkeys(structure.chain)}
     mates = [np.eye(3)]
-    first = max(rows.values(), key=len)
-    sample = xyz[:: max(1, len(xyz) // 3000)]
-    tree = cKDTree(xyz)
-    for other in rows.values():
-        if len(other) != len(first) or other[0] == first[0]:
+    first = max(chains, key=lambda name: len(chains[name][0]))
+    number, centre = chains[first]
+    sample, tree = xyz[:: max(1, len(xyz) // 3000)], cKDTree(xyz)
+    for name, (other, there) in chains.items():
+        both, i, j = np.intersect1d(number, other, return_indices=True)
+        if name == first or len(both) < max(3, ALIKE * len(number)):
             continue
-        if not np.array_equal(structure.weight[first], structure.weight[other]):
-            continue
-        u, _, vh = np.linalg.svd(xyz[first].T @ xyz[other])
+        u, _, vh = np.linalg.svd(centre[i].T @ there[j])
         turn = (u @ np.diag([1, 1, np.linalg.det(u @ vh)]) @ vh).T  # x -> turn x
         if np.mean(tree.query(sample @ turn.T)[0]) < SAME and min(np.linalg.norm(turn - m) for m in mates) > 0.1:
             mates.append(turn)
     return np.stack(mates)
+
+
+def _residues(structure: Structure, xyz: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the residues of some atoms (n,) and their centres (n, 3)."""
+    number, inverse = np.unique(structure.residue[rows], return_inverse=True)
+    inverse, count = inverse.ravel(), len(number)
+    centre = [np.bincount(inverse, xyz[rows, axis], count) for axis in range(3)]
+    return number, np.stack(centre, 1) / np.bincount(inverse, minlength=count)[:, None]
 
 
 def project_beads(

@@ -106,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("bench/fastar-micro"))
     parser.add_argument("--shared", type=Path, default=Path(os.environ.get("CRYOSUITE_SHARED", "../shared")))
-    parser.add_argument("--images", default="600k", help="images seen in all")
+    parser.add_argument("--images", default="900k", help="images seen in all")
     parser.add_argument("--judge", type=Path, default=None, metavar="FILE", help="train nothing, measure these weights")
     parser.add_argument("--no-judge", action="store_true", help="with --install: without measuring")
     parser.add_argument("--install", action="store_true")
