@@ -57,4 +57,6 @@ bench: $(VENV)/installed $(VENV)-cryodrgn/installed
 	$(BENCH)/ablation.py --work $(BENCH_WORK)
 	$(BENCH)/deco.py --work $(BENCH_WORK)/deco --family known --set $(BENCH_WORK)/sim/mix16-d32-snr0.1-n8000-s{seed} --seeds 0,1,2
 	$(BENCH)/deco.py --work $(BENCH_WORK)/deco --family known --set $(BENCH_WORK)/sim/ribo16-d64-snr0.1-n2400-s{seed} --seeds 0,1,2
+	$(BENCH)/fastar.py --work $(BENCH_WORK)/fastar --box 64
+	$(BENCH)/lvm_speed.py
 	$(BIN)/python tests/benchmarks/tables.py
