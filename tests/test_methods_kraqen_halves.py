@@ -18,8 +18,8 @@ from cryosuite.data.particles import ParticleSet
 from cryosuite.errors import InputError
 from cryosuite.methods.kraqen_codes import finish
 from cryosuite.methods.kraqen_halves import shares_apart
-from cryosuite.reconstruct.class_images import ClusterImages
 from cryosuite.methods.kraqen_options import KraqenOptions
+from cryosuite.reconstruct.class_images import ClusterImages
 from cryosuite.reconstruct.weights import ClassWeights
 
 D, N = 24, 400

@@ -25,10 +25,10 @@ from cryosuite.errors import InputError, UserNotice
 from cryosuite.kernels import assignment, fourier, rotations, slices
 from cryosuite.kernels import class_slices as cs
 from cryosuite.methods.kraqen_codes import collapsed, embed, finish, merge, principal_components
-from cryosuite.reconstruct.class_images import ClusterImages
 from cryosuite.methods.kraqen_maps import Wiener, code_maps, split_dead
 from cryosuite.methods.kraqen_options import KraqenOptions
 from cryosuite.methods.kraqen_voxel import VoxelEM, VoxelResult
+from cryosuite.reconstruct.class_images import ClusterImages
 from cryosuite.reconstruct.weights import ClassWeights
 
 BOX = 16
