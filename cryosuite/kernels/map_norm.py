@@ -1,0 +1,160 @@
+"""Grey values of a map on the scale that the map networks see: 0 is solvent, 1 the densest per cent of the molecule.
+
+Quantiles of the whole box depend on how much solvent is around the molecule (of a small protein in a large box all of
+the molecule lies above the .99 quantile), so the default measures inside a mask found in the map itself. Rules, hi and
+lo: "robust": median outside the mask, .99 quantile inside; "paper" (CryoLVM): .01 and .99 quantiles of the box;
+"emready" (He et al. 2023): 0 and the .99999 quantile of the positive voxels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cryosuite.kernels.degrade import soft_lowpass
+from cryosuite.kernels.fourier import resize_axis
+
+__all__ = ["NORMS", "auto_mask", "grey_range", "to_unit"]
+
+NORMS = ("robust", "paper", "emready")
+LOWPASS = 8.0  # A, before the threshold; never finer than 4 voxels
+DILATE = 3.0  # A
+COARSE = 2.0  # A per voxel of the grid that the mask is found on
+FEW = 0.05  # of the box: with less than this outside the mask, solvent is the median of the box
+BINS = 4096  # of a histogram; quantiles are refined in three rounds
+SPREAD = 3.0  # standard deviations of what is below the threshold that must lie below it
+MAD = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
+
+
+def auto_mask(
+    volume: Tensor,  # (z, y, x)
+    voxel_size: float,  # A
+    contour: float | None = None,
+) -> Tensor:  # (z, y, x) bool
+    """Where the molecule is: the map low-passed to 8 A above Otsu's threshold, grown by 3 A.
+
+    The threshold is raised until it lies three standard deviations above what is below it, since Otsu's cuts noise in
+    two where the molecule is a small part of the box. With ``contour`` the mask is the map itself above that level,
+    grown by 3 A. Found on a grid of about 2 A. All False for a constant map.
+    """
+    shape = tuple(volume.shape)
+    coarse = tuple(max(1, round(n * voxel_size / max(COARSE, voxel_size))) for n in shape)
+    step = max(COARSE, voxel_size)
+    if contour is not None:
+        small = F.adaptive_max_pool3d(volume[None].float(), coarse)[0]
+        inside = small > contour
+    else:
+        small = volume.float()
+        for dim in (2, 1, 0):
+            small = resize_axis(small, coarse[dim], dim)
+        low, high = _ends(small)
+        if not high > low:
+            return torch.zeros_like(volume, dtype=torch.bool)
+        # near 0 .. 1: transforms of maps with a large constant would lose the map
+        small = soft_lowpass((small[None] - low) / (high - low), step, max(LOWPASS, 4 * voxel_size))[0]
+        inside = small > _threshold(small)
+    inside = _grown(inside, max(DILATE, voxel_size) / step)
+    for dim, (n, m) in enumerate(zip(shape, coarse, strict=True)):
+        nearest = (torch.arange(n, device=volume.device) * m / n).round().long().clamp(max=m - 1)
+        inside = inside if n == m else inside.index_select(dim, nearest)
+    return inside
+
+
+def grey_range(
+    volume: Tensor,  # (z, y, x)
+    voxel_size: float,  # A
+    norm: str = "robust",
+    contour: float | None = None,
+) -> tuple[float, float]:
+    """Grey values lo and hi that become 0 and 1; see the module's text. ``contour`` is the level of the mask.
+
+    Raises:
+        ValueError: unknown rule, values that are not finite, or a constant map.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"grey values are scaled by one of {', '.join(NORMS)}, not {norm!r}")
+    low, high = _ends(volume)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError("the map has values that are not finite")
+    if not high > low:
+        raise ValueError(f"all values of the map are {low:g}")
+    lo, hi = _range(volume, voxel_size, norm, contour)
+    if not hi > lo:  # inverted contrast, or hardly any voxel that differs
+        lo, hi = (quantile(volume, q) for q in (0.01, 0.99))
+    return (lo, hi) if hi > lo else (low, high)
+
+
+def to_unit(volume: Tensor, lo: float, hi: float) -> Tensor:
+    """(...) grey values on the scale lo -> 0, hi -> 1, clipped to [0, 1]."""
+    return ((volume - lo) / (hi - lo)).clamp_(0, 1)
+
+
+def quantile(values: Tensor, q: float) -> float:
+    """A quantile of any number of values, by histograms of ever smaller ranges: exact to 1e-10 of their range.
+
+    torch.quantile refuses maps of 256^3 and sorting them needs several times their memory.
+    """
+    values = values.flatten()
+    low, high = _ends(values)
+    rank = q * (values.numel() - 1)
+    below = 0.0
+    for _ in range(3):
+        if not high > low:
+            break
+        counts = torch.histc(values.float(), BINS, low, high).double().cumsum(0) + below
+        i = min(int(torch.searchsorted(counts, rank, right=True)), BINS - 1)
+        width = (high - low) / BINS
+        low, high = low + i * width, low + (i + 1) * width
+        # the values below the new range, counted afresh: rounding of the bins' ends must not pile up
+        below = float((values < low).sum())
+    return (low + high) / 2
+
+
+def _range(volume: Tensor, voxel_size: float, norm: str, contour: float | None) -> tuple[float, float]:
+    if norm == "paper":
+        return quantile(volume, 0.01), quantile(volume, 0.99)
+    if norm == "emready":
+        positive = volume[volume > 0]
+        return 0.0, quantile(positive, 0.99999) if len(positive) else 0.0
+    mask = auto_mask(volume, voxel_size, contour)
+    inside = int(mask.sum())
+    outside = mask.numel() - inside
+    solvent = volume[~mask] if outside >= FEW * mask.numel() else volume
+    return quantile(solvent, 0.5), quantile(volume[mask] if inside else volume, 0.99)
+
+
+def _ends(values: Tensor) -> tuple[float, float]:
+    return tuple(float(v) for v in torch.aminmax(values))
+
+
+def _threshold(values: Tensor) -> float:
+    """Otsu's threshold (1979), then raised as ``auto_mask`` says."""
+    low, high = _ends(values)
+    if not high > low:
+        return high
+    counts = torch.histc(values, 512, low, high).double()
+    centres = low + (torch.arange(512, dtype=torch.float64, device=values.device) + 0.5) * (high - low) / 512
+    weight = counts.cumsum(0) / counts.sum()
+    mean = (counts * centres).cumsum(0) / counts.sum()
+    between = (mean[-1] * weight - mean).square() / (weight * (1 - weight)).clamp(min=1e-12)
+    cut = float(centres[int(between.argmax())])
+    for _ in range(20):
+        below = values[values <= cut]
+        middle = below.median()
+        raised = float(middle + SPREAD * MAD * (below - middle).abs().median())
+        if raised <= cut or raised >= high:
+            break
+        cut = raised
+    return cut
+
+
+def _grown(inside: Tensor, radius: float) -> Tensor:
+    """A bool volume grown by a ball of ``radius`` voxels."""
+    reach = int(radius + 1e-6)
+    axis = torch.arange(-reach, reach + 1, device=inside.device)
+    square = axis[:, None, None] ** 2 + axis[None, :, None] ** 2 + axis[None, None, :] ** 2
+    ball = (square <= radius**2 + 1e-6).float()
+    return F.conv3d(inside[None, None].float(), ball[None, None], padding=reach)[0, 0] > 0.5
