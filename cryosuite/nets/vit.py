@@ -25,14 +25,15 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:  # (b, t, dim) -> (b, t, dim)
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:  # (b, t, dim), (b, t) bool -> (b, t, dim)
         b, t, dim = x.shape
+        mask = None if keys is None else keys[:, None, None, :]  # whom the others may attend to
         q, k, v = self.qkv(x).view(b, t, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
         if x.device.type == "cpu":  # torch's CPU attention has a slow backward pass in bf16; float32 costs nothing here
             with torch.autocast("cpu", enabled=False):
-                out = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+                out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
         else:
-            out = F.scaled_dot_product_attention(q, k, v)  # (b, heads, t, dim / heads)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (b, heads, t, dim / heads)
         return self.proj(out.transpose(1, 2).reshape(b, t, dim))
 
 
@@ -47,8 +48,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
-    def forward(self, x: Tensor) -> Tensor:  # (b, t, dim) -> (b, t, dim)
-        x = x + self.attention(self.norm1(x))
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:  # (b, t, dim), (b, t) bool -> (b, t, dim)
+        x = x + self.attention(self.norm1(x), keys)
         return x + self.mlp(self.norm2(x))
 
 
