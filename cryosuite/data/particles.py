@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cryosuite.data.images import ArrayImages, Images
+from cryosuite.data.rows import random_halves
 
 if TYPE_CHECKING:
     from cryosuite.kernels.ctf import CtfParams
@@ -142,14 +143,18 @@ class ParticleSet:
         return replace(params, **{name: torch.from_numpy(value[rows]) for name, value in self.extras.items()})
 
     def half_sets(self) -> np.ndarray:
-        """Half set 0/1 of each row, (N,) int8: the refinement's, else alternating over DISTINCT images.
+        """Half set 0/1 of each row, (N,) int8: the refinement's, else a fixed pseudo-random split of DISTINCT images.
 
-        Rows that show the same image (symmetry expansion) always share a half, or the half maps' FSC would lie.
+        The split follows the original index (``random_halves``), so it is the same in every run and never follows the
+        order of the rows. Rows that show the same image (symmetry expansion) always share a half, or the half maps' FSC
+        would lie. (cryoDRGN takes even and odd images instead.)
         """
         if self.half is not None:
             return self.half
         _, number = np.unique(self.images.identity(), return_inverse=True)
-        return (number % 2).astype(np.int8)
+        first = np.full(number.max(initial=-1) + 1, np.iinfo(np.int64).max)
+        np.minimum.at(first, number, self.index)
+        return random_halves(first[number])
 
     @property
     def metadata(self) -> Any:

@@ -68,7 +68,7 @@ def inspect_numbers(particles: ParticleSet) -> list[Finding]:
     else:
         out.append(Finding(OK, "duplicates", "none"))
     if particles.half is None:
-        out.append(Finding(OK, "half sets", "not given: images alternate", "Half-map FSC may then be optimistic."))
+        out.append(Finding(OK, "half sets", "not given: a fixed random split", "Half-map FSC may be optimistic."))
     else:
         share = float(np.mean(particles.half))
         status = OK if 0.3 < share < 0.7 else WARN
