@@ -208,13 +208,11 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
 
 def _options(values: dict[str, Any], particles: Any) -> tuple[Any, Any, str]:
     """(options of the method, of the training, name of the preset)."""
-    import torch
 
-    from cryosuite.commands.train_hype import fast_bf16
     from cryosuite.errors import notice
     from cryosuite.methods.deco_options import preset
     from cryosuite.methods.deco_run import available_encoder
-    from cryosuite.training.launch import resolve_accelerator
+    from cryosuite.training.launch import fast_bf16, resolve_accelerator
     from cryosuite.training.options import TrainOptions
 
     gpu = resolve_accelerator(values["accelerator"]) == "cuda"
@@ -236,7 +234,7 @@ def _options(values: dict[str, Any], particles: Any) -> tuple[Any, Any, str]:
     given = {to: values[key] for key, to in TRAIN.items() if values[key] is not None}
     if values["precision"] == "auto":
         given["precision"] = chosen.training.get("precision", "auto")
-        if not gpu and fast_bf16(torch):
+        if not gpu and fast_bf16():
             given["precision"] = "bf16"
     merged = chosen.training | given
     merged.setdefault("save_every", max(1, -(-merged["epochs"] // 4)))

@@ -222,13 +222,11 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
 
 def _options(values: dict[str, Any]) -> tuple[Any, Any, str, int, list[dict], dict]:
     """(options of the method, of the training, preset's name, images per epoch, sets, what is simulated)."""
-    import torch
 
-    from cryosuite.commands.train_hype import fast_bf16
     from cryosuite.errors import notice
     from cryosuite.methods.iev_options import preset
     from cryosuite.methods.iev_run import describe_simulated, list_sets, plain_sets
-    from cryosuite.training.launch import resolve_accelerator
+    from cryosuite.training.launch import fast_bf16, resolve_accelerator
     from cryosuite.training.options import TrainOptions
 
     gpu = resolve_accelerator(values["accelerator"]) == "cuda"
@@ -253,7 +251,7 @@ def _options(values: dict[str, Any]) -> tuple[Any, Any, str, int, list[dict], di
     every = min(max(batch, every - every % batch), total)
     merged["lr"] = chosen.lr_256 * batch / 256 if values["lr"] is None else values["lr"]
     merged["precision"] = values["precision"]
-    if values["precision"] == "auto" and not gpu and fast_bf16(torch):
+    if values["precision"] == "auto" and not gpu and fast_bf16():
         merged["precision"] = "bf16"
     sign = -1 if values["invert_data"] else None
     lists = plain_sets(list_sets(values["sets"] or []), values["datadir"], values["pixel_size"], sign)

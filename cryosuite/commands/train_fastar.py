@@ -177,13 +177,11 @@ def _minutes(values: dict[str, Any]) -> float | None:
 
 def _options(values: dict[str, Any]) -> tuple[Any, Any, int]:
     """(options of the method, of the training, images between two validations)."""
-    import torch
 
     from cryosuite.commands.pretrain_iev import count
-    from cryosuite.commands.train_hype import fast_bf16
     from cryosuite.errors import InputError, notice
     from cryosuite.methods.fastar_options import preset
-    from cryosuite.training.launch import resolve_accelerator
+    from cryosuite.training.launch import fast_bf16, resolve_accelerator
     from cryosuite.training.options import TrainOptions
 
     gpu = resolve_accelerator(values["accelerator"]) == "cuda"
@@ -211,7 +209,7 @@ def _options(values: dict[str, Any]) -> tuple[Any, Any, int]:
     every = max(total // 10, batch) if values["every"] is None else count(values["every"], "--every")
     every = min(max(batch, every - every % batch), total)
     merged["precision"] = values["precision"]
-    if values["precision"] == "auto" and not gpu and fast_bf16(torch):
+    if values["precision"] == "auto" and not gpu and fast_bf16():
         merged["precision"] = "bf16"
     return chosen.options, TrainOptions(epochs=max(1, total // every), **merged), every
 

@@ -191,11 +191,10 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
 
 def _options(values: dict[str, Any], typed: set[str], box_size: int | None) -> tuple[Any, Any, str]:
     """(options of the method, of the training, name of the preset); the box is unknown when a run goes on."""
-    import torch
 
     from cryosuite.errors import notice
     from cryosuite.methods.hype_options import preset
-    from cryosuite.training.launch import resolve_accelerator
+    from cryosuite.training.launch import fast_bf16, resolve_accelerator
     from cryosuite.training.options import TrainOptions
 
     gpu = resolve_accelerator(values["accelerator"]) == "cuda"
@@ -207,17 +206,11 @@ def _options(values: dict[str, Any], typed: set[str], box_size: int | None) -> t
     given = {to: values[key] for key, to in TRAIN.items() if values[key] is not None}
     if values["precision"] == "auto":
         given["precision"] = chosen.training.get("precision", "auto")
-        if not gpu and "precision" not in chosen.training and fast_bf16(torch):
+        if not gpu and "precision" not in chosen.training and fast_bf16():
             given["precision"] = "bf16"
     merged = chosen.training | given
     merged.setdefault("save_every", max(1, merged["epochs"] // 4))
     return chosen.options, TrainOptions(**merged), name
-
-
-def fast_bf16(torch: Any) -> bool:
-    """Whether this processor multiplies bfloat16 natively (AVX512-BF16 or AMX): about five times float32's rate."""
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
 def tune_process() -> None:

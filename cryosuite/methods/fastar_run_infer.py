@@ -43,7 +43,7 @@ from cryosuite.methods.fastar_star import StarOptions
 from cryosuite.metrics.poses import pose_report
 from cryosuite.nets.multiview import SPECS, Multiview, spec_name
 from cryosuite.nets.multiview_spec import VIEW_TABLE
-from cryosuite.training.launch import resolve_accelerator
+from cryosuite.training.launch import fast_bf16, resolve_accelerator
 
 SHIPPED = "micro"
 SHOWN = ("mode", "images", "images_seen", "seed")  # of a network's notes, in the summary
@@ -111,7 +111,7 @@ def resolve_precision(name: str, device: str) -> str:
         return name
     if device == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "32"
-    return "bf16" if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() else "32"
+    return "bf16" if fast_bf16() else "32"
 
 
 def make_target(

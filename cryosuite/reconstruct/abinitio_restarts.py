@@ -19,6 +19,7 @@ from torch import Tensor
 from cryosuite.kernels import fourier
 from cryosuite.reconstruct import abinitio_em as em
 from cryosuite.reconstruct.abinitio_starts import JUDGED, AbInitioOptions, Starts
+from cryosuite.reconstruct.solve import cropped
 
 STARTS, ITERATIONS, SETTLE = 2, 40, 5  # of each class
 FEWEST = 100  # particles of a class that can begin anew
@@ -120,9 +121,3 @@ class Restarts:
 def class_units() -> int:
     """Units of one class."""
     return STARTS * ITERATIONS + SETTLE
-
-
-def cropped(volume: Tensor, size: int) -> Tensor:
-    """A map in a smaller Fourier box; coefficients, not grey values, stay those of the large one."""
-    box = volume.shape[-1]
-    return volume if size >= box else fourier.fourier_crop_volume(volume, size) * (box / size) ** 3

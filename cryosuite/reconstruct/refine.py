@@ -27,6 +27,7 @@ from cryosuite.kernels.pose_search import Candidates, SearchOptions, VolumeSourc
 from cryosuite.kernels.rotations import expmap, geodesic_deg
 from cryosuite.reconstruct.backproject import Reconstruction, reconstruct
 from cryosuite.reconstruct.masks import half_map_mask
+from cryosuite.reconstruct.solve import cropped
 
 ROOM = 8  # pixels that a map's box is larger than twice its radius
 FEWEST = 20  # particles without which no map is worth matching to
@@ -168,7 +169,7 @@ def search_everywhere(
         r_min=min(10, radius), r_max=radius, levels=2, shift_extent=shift, keep=2 * keep, fit_scale=True
     )
     size = min(box, 2 * radius + ROOM)
-    source = VolumeSource(_cropped(volume, size).to(device), r_max=radius)
+    source = VolumeSource(cropped(volume, size).to(device), r_max=radius)
     ready = pose_search.prepare(source, options, device=device)
     amplitude = measure_spectra(particles, True).noise.sqrt().to(device)
     disc, window = fourier.half_disc(box, radius, device), fourier.window_mask(box).to(device)
@@ -252,7 +253,7 @@ class _Refiner:
         radius, pair = self._first(start) if start is not None else self._filtered(reconstruction)
         size = min(self.box, 2 * radius + ROOM)
         source = VolumeSource(
-            torch.stack([_cropped(one, size) for one in pair]).to(self.device),
+            torch.stack([cropped(one, size) for one in pair]).to(self.device),
             torch.from_numpy(self.half.astype(np.int64)).to(self.device), r_max=radius,
         )  # fmt: skip
         options = self._search(cone, radius, size, number, start is not None)
@@ -335,12 +336,6 @@ def _shell_scaled(volume: Tensor, share: Tensor) -> Tensor:
     whole = torch.cat([share[:1], share, share.new_zeros(1)])
     shell = torch.fft.ifftshift(shells.shell_index(D, 3))[..., : D // 2 + 1].clamp(max=D // 2 + 1)
     return torch.fft.irfftn(torch.fft.rfftn(volume) * whole[shell], s=volume.shape)
-
-
-def _cropped(volume: Tensor, size: int) -> Tensor:
-    """The map in a smaller Fourier box; coefficients, not grey values, stay those of the large one."""
-    D = volume.shape[-1]
-    return volume if size == D else fourier.fourier_crop_volume(volume, size) * (D / size) ** 3
 
 
 def ball(radius_deg: float, spacing_deg: float) -> Tensor:

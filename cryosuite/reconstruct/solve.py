@@ -12,7 +12,9 @@ pass fills them with the transform of the masked map so far,
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from cryosuite.kernels import fourier
 from cryosuite.kernels.slices import Accumulator
 from cryosuite.reconstruct.masks import soft_sphere
 
@@ -131,3 +133,9 @@ def tau_from_fsc(fsc: torch.Tensor) -> torch.Tensor:
     bounded = torch.where(silent, torch.full_like(bounded, 1e-3), bounded)
     tau = (1 - bounded) / (2 * bounded)
     return torch.cat([tau[:1], tau]).float()
+
+
+def cropped(volume: Tensor, size: int) -> Tensor:
+    """A map in a smaller Fourier box (or as it is); coefficients, not grey values, stay those of the large one."""
+    box = volume.shape[-1]
+    return volume if size >= box else fourier.fourier_crop_volume(volume, size) * (box / size) ** 3

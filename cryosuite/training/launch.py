@@ -88,6 +88,12 @@ def resolve_accelerator(name: str) -> str:
     return "cuda" if name == "gpu" else name
 
 
+def fast_bf16() -> bool:
+    """Whether this processor multiplies bfloat16 natively (AVX512-BF16 or AMX): about five times float32's rate."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
+
+
 def resolve_precision(name: str, accelerator: str) -> str:
     """Lightning's name of the precision: "auto" is bf16-mixed on cards that have it, else 32-true."""
     if name == "auto":

@@ -19,7 +19,6 @@ from common import save
 from deco_decoder_speed import plain, race
 from torch import Tensor
 
-from cryosuite.commands.train_hype import fast_bf16
 from cryosuite.data.loader import BatchLoader
 from cryosuite.data.particles import ParticleSet
 from cryosuite.kernels import fourier
@@ -29,6 +28,7 @@ from cryosuite.methods.deco_model import DecoModel
 from cryosuite.methods.deco_options import preset
 from cryosuite.nets.deco_field import DecoField
 from cryosuite.training.inference import autocast
+from cryosuite.training.launch import fast_bf16
 from cryosuite.training.method import Step
 
 PIXEL = 4.0
@@ -100,7 +100,7 @@ def measure(box_size: int, images: int, name: str, rounds: int) -> dict:
         plain_step(model, published, batch.images, seen, batch).backward()
         theirs.step()
 
-    default = "bf16" if fast_bf16(torch) else "32"
+    default = "bf16" if fast_bf16() else "32"
     seconds = race({
         "plain": run_plain, "ours, float32": lambda: run_ours("32"), f"ours, {default}": lambda: run_ours(default),
     }, rounds)  # fmt: skip

@@ -22,13 +22,14 @@ import torch
 from common import save
 from torch import Tensor
 
-from cryosuite.commands.train_hype import fast_bf16, tune_process
+from cryosuite.commands.train_hype import tune_process
 from cryosuite.data.loader import Batch
 from cryosuite.kernels import fourier, rotations
 from cryosuite.kernels.ctf import CtfParams
 from cryosuite.methods.hype import Hype
 from cryosuite.methods.hype_model import HypeModel, Spectra
 from cryosuite.methods.hype_options import PRESETS
+from cryosuite.training.launch import fast_bf16
 from cryosuite.training.method import Step
 
 FRACTIONS = (0.05, 0.15, 0.25, 0.35, 0.5, 0.7, 0.9)  # of the training; the schedule is flat after 0.4
@@ -148,7 +149,7 @@ def measure(name: str, rounds: int) -> list[dict]:
     """Images per second of every variant of one size."""
     size = SIZES[name]
     full = {"march_from": 1.0}
-    bf16 = fast_bf16(torch)
+    bf16 = fast_bf16()
     variants = [
         Variant(
             "published way (whole disc, Hartley, cat bias, float32)", size, published=True, field="hartley", **full
@@ -192,7 +193,7 @@ def main() -> None:
         print(name)
         for row in result[name]:
             print(f"  {row['variant']:58s} {row['images_per_s']:9.2f} images/s   x{row['ratio']:.2f}")
-    save("hype_published_way", {"threads": 1, "bf16": fast_bf16(torch), "sizes": result})
+    save("hype_published_way", {"threads": 1, "bf16": fast_bf16(), "sizes": result})
 
 
 if __name__ == "__main__":

@@ -21,9 +21,10 @@ import torch
 from common import RESULTS, save
 from hype_published_way import random_batch
 
-from cryosuite.commands.train_hype import fast_bf16, tune_process
+from cryosuite.commands.train_hype import tune_process
 from cryosuite.data.particles import ParticleSet
 from cryosuite.kernels import fourier, rotations
+from cryosuite.training.launch import fast_bf16
 from cryosuite.training.method import Method, Step
 
 CODES, RANK, BOX = 100, 64, 128
@@ -67,7 +68,7 @@ def step_seconds(method: Method, batch_size: int, rounds: int) -> float:
     batch = random_batch(BOX, batch_size)
 
     def step() -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=fast_bf16(torch)):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=fast_bf16()):
             loss = method.loss(model, batch, Step(700, 1000))["loss"]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -180,7 +181,7 @@ def main() -> None:
     for name in arguments.only.split(","):
         rows[name] = BENCHES[name](arguments.rounds)
         print(name, rows[name], flush=True)
-        save("kraqen_speed", {"threads": 1, "bf16": fast_bf16(torch), "rounds": arguments.rounds, "rows": rows})
+        save("kraqen_speed", {"threads": 1, "bf16": fast_bf16(), "rounds": arguments.rounds, "rows": rows})
 
 
 if __name__ == "__main__":
