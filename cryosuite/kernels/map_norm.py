@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,8 +25,9 @@ LOWPASS = 8.0  # A, before the threshold; never finer than 4 voxels
 DILATE = 3.0  # A
 COARSE = 2.0  # A per voxel of the grid that the mask is found on
 FEW = 0.05  # of the box: with less than this outside the mask, solvent is the median of the box
-BINS = 4096  # of a histogram; quantiles are refined in three rounds
+SAMPLE = 1 << 18  # voxels that the level of the solvent is measured on
 SPREAD = 3.0  # standard deviations of what is below the threshold that must lie below it
+MANY = 1 << 22  # voxels are enough for the median of the solvent
 MAD = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
 
 
@@ -93,24 +95,12 @@ def to_unit(volume: Tensor, lo: float, hi: float) -> Tensor:
 
 
 def quantile(values: Tensor, q: float) -> float:
-    """A quantile of any number of values, by histograms of ever smaller ranges: exact to 1e-10 of their range.
-
-    torch.quantile refuses maps of 256^3 and sorting them needs several times their memory.
-    """
+    """A quantile (nearest rank) of any number of values; torch.quantile refuses maps of 256^3."""
     values = values.flatten()
-    low, high = _ends(values)
-    rank = q * (values.numel() - 1)
-    below = 0.0
-    for _ in range(3):
-        if not high > low:
-            break
-        counts = torch.histc(values.float(), BINS, low, high).double().cumsum(0) + below
-        i = min(int(torch.searchsorted(counts, rank, right=True)), BINS - 1)
-        width = (high - low) / BINS
-        low, high = low + i * width, low + (i + 1) * width
-        # the values below the new range, counted afresh: rounding of the bins' ends must not pile up
-        below = float((values < low).sum())
-    return (low + high) / 2
+    rank = round(q * (values.numel() - 1))
+    if values.device.type == "cpu":  # five times as fast as torch's, with a fourth of its memory
+        return float(np.partition(values.float().numpy(), rank)[rank])
+    return float(torch.kthvalue(values, rank + 1).values)
 
 
 def _range(volume: Tensor, voxel_size: float, norm: str, contour: float | None) -> tuple[float, float]:
@@ -121,9 +111,12 @@ def _range(volume: Tensor, voxel_size: float, norm: str, contour: float | None) 
         return 0.0, quantile(positive, 0.99999) if len(positive) else 0.0
     mask = auto_mask(volume, voxel_size, contour)
     inside = int(mask.sum())
-    outside = mask.numel() - inside
-    solvent = volume[~mask] if outside >= FEW * mask.numel() else volume
-    return quantile(solvent, 0.5), quantile(volume[mask] if inside else volume, 0.99)
+    step = max(1, volume.numel() // MANY) | 1
+    flat = volume.flatten()[::step]
+    solvent = flat[~mask.flatten()[::step]]
+    return quantile(solvent if len(solvent) >= FEW * len(flat) else flat, 0.5), quantile(
+        volume[mask] if inside else volume, 0.99
+    )
 
 
 def _ends(values: Tensor) -> tuple[float, float]:
@@ -141,8 +134,12 @@ def _threshold(values: Tensor) -> float:
     mean = (counts * centres).cumsum(0) / counts.sum()
     between = (mean[-1] * weight - mean).square() / (weight * (1 - weight)).clamp(min=1e-12)
     cut = float(centres[int(between.argmax())])
+    step = max(1, values.numel() // SAMPLE) | 1  # odd: no plane of the box is met again and again
+    some = values.flatten()[::step].sort().values
     for _ in range(20):
-        below = values[values <= cut]
+        below = some[: int(torch.searchsorted(some, cut, right=True))]
+        if not len(below):
+            break
         middle = below.median()
         raised = float(middle + SPREAD * MAD * (below - middle).abs().median())
         if raised <= cut or raised >= high:
