@@ -29,8 +29,8 @@ def test_axes_of_the_picture() -> None:
     """Seen from +z: +x is to the right, +y is up."""
     picture = render.isosurface(ball(radius=3, at=(8, 4, 0)), 0.5, pixels=128, view=FRONT)
     row, column = (axis.mean() for axis in np.nonzero(picture[..., 3] > 127))
-    assert (column - 66) / 4 == pytest.approx(8, abs=0.3)
-    assert (66 - row) / 4 == pytest.approx(4, abs=1.3)
+    assert (column - 63.5) / 4 == pytest.approx(8, abs=0.1)
+    assert (63.5 - row) / 4 == pytest.approx(4, abs=0.1)
 
 
 def test_the_nearer_one_hides_the_farther_one() -> None:
