@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from cryosuite.formats.safetensors import read_safetensors, read_safetensors_hea
 from cryosuite.nets.multiview import SPECS, Multiview, MultiviewSpec, released, spec_name
 from cryosuite.nets.multiview_weights import adapt_released, require_match
 
-__all__ = ["load_multiview", "load_released", "save_multiview", "shipped_multiview"]
+__all__ = ["half_state", "load_multiview", "load_released", "save_multiview", "shipped_multiview", "wide_state"]
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 ENDING = ".safetensors"
@@ -80,6 +81,12 @@ def save_multiview(path: str | os.PathLike, model: Multiview, notes: Mapping[str
     said = {str(key): value if isinstance(value, str) else json.dumps(value) for key, value in (notes or {}).items()}
     if said.keys() & set(OURS):
         raise ValueError(f"notes cannot be named {', '.join(OURS)}")
+    own = {"format": "pt", "kind": KIND, "spec": json.dumps(asdict(model.spec))}
+    write_safetensors(path, half_state(path, model), said | own)
+
+
+def half_state(path: str | os.PathLike, model: torch.nn.Module) -> dict[str, np.ndarray]:
+    """A network's state in half precision, to be written to ``path``; InputError for what is not finite in it."""
     tensors = {}
     for name, value in model.state_dict().items():
         half = value.detach().cpu().half()
@@ -88,8 +95,7 @@ def save_multiview(path: str | os.PathLike, model: Multiview, notes: Mapping[str
                 f"{path}: not written: {name} holds values that are not finite in half precision, the training failed"
             )
         tensors[name] = half.numpy()
-    own = {"format": "pt", "kind": KIND, "spec": json.dumps(asdict(model.spec))}
-    write_safetensors(path, tensors, said | own)
+    return tensors
 
 
 def shipped_multiview(name: str = "fastar-micro") -> tuple[Multiview, dict[str, str]]:
@@ -124,6 +130,15 @@ def load_released(path: str | os.PathLike, spec: MultiviewSpec | None = None) ->
 
 def _filled(spec: MultiviewSpec, state: Mapping[str, Tensor], path: Path) -> Multiview:
     """The network with these weights, made without random ones; InputError for what is no finite number."""
+    with torch.device("meta"):
+        model = Multiview(spec)
+    model.load_state_dict(wide_state(path, state), strict=True, assign=True)
+    model.make_tables()
+    return model.requires_grad_(True).eval()
+
+
+def wide_state(path: str | os.PathLike, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state that was read from ``path`` as float32; InputError for what is no finite number."""
     wide = {}
     for name, value in state.items():
         if not value.is_floating_point():
@@ -131,11 +146,7 @@ def _filled(spec: MultiviewSpec, state: Mapping[str, Tensor], path: Path) -> Mul
         wide[name] = value.float()
         if not bool(torch.isfinite(wide[name]).all()):
             raise InputError(f"{path}: {name} holds NaN or infinite values: damaged, or of a training that failed")
-    with torch.device("meta"):
-        model = Multiview(spec)
-    model.load_state_dict(wide, strict=True, assign=True)
-    model.make_tables()
-    return model.requires_grad_(True).eval()
+    return wide
 
 
 def _find_file(path: Path) -> Path:
