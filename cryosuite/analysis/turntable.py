@@ -7,6 +7,7 @@ for the surface and 0.04 s a frame; the ray caster that was here before took 0.2
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -72,9 +73,11 @@ def bar_length(width_angstrom: float) -> float:
 
 def scale_bar(pictures: Sequence[np.ndarray], width_angstrom: float) -> list[np.ndarray]:
     """Pictures (h, w, 3) uint8 with a bar of a round length, in A, in the lower left corner."""
+    import matplotlib
     from PIL import Image, ImageDraw, ImageFont
 
     drawn = []
+    letters = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
     length = bar_length(width_angstrom)
     for one in pictures:
         height, width = one.shape[:2]
@@ -83,7 +86,7 @@ def scale_bar(pictures: Sequence[np.ndarray], width_angstrom: float) -> list[np.
         pen = ImageDraw.Draw(page)
         right, low = edge + length / width_angstrom * width, height - edge
         pen.rectangle((edge, low - thick, right, low), fill=INK)
-        font = ImageFont.load_default(max(width // 18, 8))
+        font = ImageFont.truetype(letters, max(width // 18, 8))
         pen.text((edge, low - thick - 2), f"{length:g} Å", fill=INK, font=font, anchor="ls")
         drawn.append(np.asarray(page))
     return drawn
