@@ -201,10 +201,10 @@ def coloured_noise(
     white = torch.randn(maps.shape, device=maps.device, dtype=maps.dtype, generator=generator)
     gain = (ratio / math.prod(shape)).sqrt()[:, shell]
     noise = _filtered(white, gain)
-    return noise * _hill(maps, centre)
+    return noise * hill(maps, centre)
 
 
-def _hill(like: Tensor, centre: float | Tensor) -> Tensor:
+def hill(like: Tensor, centre: float | Tensor) -> Tensor:
     """1 far from the middle of the box, ``centre`` in it; a Gaussian of a quarter of the shortest side between."""
     axes = [torch.arange(n, device=like.device, dtype=like.dtype) - n // 2 for n in like.shape[-3:]]
     squared = axes[0][:, None, None] ** 2 + axes[1][None, :, None] ** 2 + axes[2] ** 2

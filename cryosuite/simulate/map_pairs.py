@@ -1,0 +1,168 @@
+"""An endless stream of map pairs for training and a fixed set of held-out ones: crops of simulated volumes.
+
+The target is scaled by one rule for all volumes, which padding cannot change: 0 is vacuum, 1 the .99 quantile of the
+target inside the molecule's mask. The input is scaled as ``lvm-sharpen`` scales a deposited map: "robust" is the median
+of the solvent and the .99 quantile inside the mask, here with the mask that the simulation knows, since a cube inside
+a large complex has too little solvent to find one; the other rules are those of ``kernels.map_norm``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cryosuite.errors import InputError
+from cryosuite.kernels.map_norm import grey_range, to_unit
+from cryosuite.simulate.map_options import VOXELS, MapBatch, PairOptions
+from cryosuite.simulate.map_structures import Molecule, hold_out_names, load_molecules
+from cryosuite.simulate.map_volume import Draws, Volume, simulate
+
+__all__ = ["VOXELS", "MapBatch", "MapPairs", "PairOptions"]
+
+STRIDE = 2  # every second voxel is enough for a quantile
+FAINT = 0.02  # below this a voxel of input and target is empty
+MARGIN = 4  # voxels between a crop and the faces of the cube, where it wraps around
+TRIES = 8  # places tried for every crop wanted
+TOP = 0.99  # quantile inside the mask that becomes 1
+
+
+class MapPairs:
+    """Simulated pairs of maps; see ``open``.
+
+    Attributes:
+        names: of all molecules, held-out ones included; ``MapBatch.index`` counts in it.
+        training, testing: rows of ``names`` that ``draw`` and ``held`` take.
+    """
+
+    def __init__(self, molecules: list[Molecule], options: PairOptions, held: set[str] = frozenset()) -> None:
+        self.options = options
+        self.molecules = molecules
+        self.names = [molecule.name for molecule in molecules]
+        self.training = [i for i, name in enumerate(self.names) if name not in held]
+        self.testing = [i for i, name in enumerate(self.names) if name in held]
+        if not self.training:
+            raise InputError("--hold-out leaves no structure to train on")
+        self._procedural = [i for i in self.training if self.names[i].startswith("phantom")]
+        self._real = [i for i in self.training if not self.names[i].startswith("phantom")]
+
+    @classmethod
+    def open(
+        cls,
+        structures: str,
+        options: PairOptions,
+        *,
+        pairs: Path | None = None,
+        maps: list[Path] | tuple[Path, ...] = (),
+        hold_out: str = "0",
+        cache: Path | None = None,
+    ) -> MapPairs:
+        """Read what the pairs are made of.
+
+        Args:
+            structures: ``phantom[:N]``, a folder, files and names divided by commas, ``both:`` such a list
+                and phantoms.
+            pairs: the user's own pairs of map and model. maps: the user's maps (task pretrain).
+            hold_out: how many structures, or which names, are kept for ``held``.
+            cache: .npz in which the atoms are kept for the next start.
+
+        Raises:
+            InputError: nothing found, unreadable files, unknown names.
+        """
+        molecules = load_molecules(structures, cache)
+        return cls(molecules, options, hold_out_names([m.name for m in molecules], hold_out))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def draw(self, generator: torch.Generator, device: torch.device | str = "cpu") -> MapBatch:
+        """``crops_per_volume`` crops of one volume, never seen before; the generator's state decides them all."""
+        draws = Draws(generator, 4)
+        rows = self.training
+        if self._procedural and self._real:
+            rows = self._procedural if draws.chance(self.options.phantoms) else self._real
+        return self._crops(rows[draws.below(len(rows))], generator, device)
+
+    def held(self, seed: int, count: int) -> list[MapBatch]:
+        """``count`` batches of held-out structures in turn, on the CPU, fixed by the seed; [] if none are held out."""
+        if not self.testing:
+            return []
+        generator = torch.Generator().manual_seed(seed)
+        return [self._crops(self.testing[i % len(self.testing)], generator, "cpu") for i in range(count)]
+
+    def volume(self, index: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Volume:
+        """A whole simulated cube of molecule ``index``, both maps on the networks' scale 0..1."""
+        found = simulate(self.molecules[index], self.options, generator, device)
+        draws = Draws(generator, 8)
+        return replace(found, input=self._input(found, draws), target=_target(found))
+
+    def _crops(self, index: int, generator: torch.Generator, device: torch.device | str) -> MapBatch:
+        found = self.volume(index, generator, device)
+        options = self.options
+        starts = crop_starts(found.mask, options.crop, options.crops_per_volume, options, generator)
+        inputs, targets = (cut(volume, starts, options.crop) for volume in (found.input, found.target))
+        b = len(starts)
+        return MapBatch(
+            input=inputs,
+            target=inputs if options.task == "pretrain" else targets,
+            mask=((targets > FAINT) | (inputs > FAINT)).float(),
+            resolution=torch.full((b,), found.resolution, device=inputs.device),
+            index=torch.full((b,), index, dtype=torch.int64, device=inputs.device),
+        )
+
+    def _input(self, found: Volume, draws: Draws) -> Tensor:
+        options = self.options
+        if options.norm == "robust":
+            lo, hi = robust_range(found.input, found.mask)
+        else:
+            lo, hi = grey_range(found.input, options.voxel_size, options.norm)
+        errors = [draws.uniform(options.affine) for _ in range(2)]
+        if found.drawn.get("clean"):
+            errors = [0.0, 0.0]
+        span = hi - lo
+        return to_unit(found.input, lo + errors[0] * span, hi + errors[1] * span)
+
+
+def robust_range(volume: Tensor, mask: Tensor) -> tuple[float, float]:
+    """lo, hi: median outside a known mask (0 where there is hardly any outside), .99 quantile inside it."""
+    part = (slice(None, None, STRIDE),) * 3
+    values, inside = volume[part], mask[part]
+    outer, inner = values[~inside], values[inside]
+    lo = _quantile(outer, 0.5) if len(outer) > 100 else 0.0
+    hi = _quantile(inner, TOP) if len(inner) > 100 else float(volume.max())
+    return (lo, hi) if hi > lo else (lo, lo + max(float(volume.std()), 1e-6))
+
+
+def _target(found: Volume) -> Tensor:
+    """The target on the scale 0..1: vacuum is 0, the .99 quantile inside the mask 1."""
+    return to_unit(found.target, 0.0, max(robust_range(found.target, found.mask)[1], 1e-6))
+
+
+def _quantile(values: Tensor, q: float) -> float:
+    return float(values.kthvalue(max(1, round(q * len(values))))[0])
+
+
+def crop_starts(
+    mask: Tensor, edge: int, count: int, options: PairOptions, generator: torch.Generator
+) -> list[tuple[int, int, int]]:
+    """Corners of crops: at least ``options.inside`` of each is molecule, but for ``solvent_crops`` of them."""
+    size = mask.shape[0]
+    margin = min(MARGIN, (size - edge) // 2)
+    places = torch.rand(count * TRIES, 3, generator=generator, device=generator.device).cpu()
+    starts = (margin + places * (size - 2 * margin - edge + 1)).long().clamp(max=size - margin - edge)
+    summed = torch.nn.functional.pad(mask.float().cpu(), (1, 0, 1, 0, 1, 0)).cumsum(0).cumsum(1).cumsum(2)
+    share = torch.zeros(len(starts))
+    for corner in range(8):
+        at = starts + edge * torch.tensor([corner >> 2 & 1, corner >> 1 & 1, corner & 1])
+        share += (-1) ** (3 - bin(corner).count("1")) * summed[at[:, 0], at[:, 1], at[:, 2]]
+    good = share / edge**3 >= options.inside
+    anywhere = round(options.solvent_crops * count)
+    order = torch.cat([torch.arange(anywhere), anywhere + (~good[anywhere:]).int().argsort(stable=True)])
+    return [tuple(row) for row in starts[order[:count]].tolist()]
+
+
+def cut(volume: Tensor, starts: list[tuple[int, int, int]], edge: int) -> Tensor:  # (b, 1, e, e, e)
+    """Cubes of a volume by their corners."""
+    return torch.stack([volume[z : z + edge, y : y + edge, x : x + edge] for z, y, x in starts])[:, None]
