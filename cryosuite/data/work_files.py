@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -54,13 +55,16 @@ def write_work_files(
     write_pickle(work.rows, rows)
     if noise is not None:
         write_pickle(work.noise, noise.astype(np.float32))
-    write_yaml(work.dataset, _dataset(particles, box_size, pixel_size, record))
+    write_yaml(work.dataset, _dataset(work, particles, box_size, pixel_size, record))
 
 
-def _dataset(particles: ParticleSet, box_size: int, pixel_size: np.ndarray, record: dict[str, Any]) -> dict[str, Any]:
+def _dataset(
+    work: WorkDir, particles: ParticleSet, box_size: int, pixel_size: np.ndarray, record: dict[str, Any]
+) -> dict[str, Any]:
     """What the folder is and where it came from."""
     origin = {
         "source": str(particles.path.resolve()) if particles.path else None,
+        "source_relative": os.path.relpath(particles.path.resolve(), work.path.resolve()) if particles.path else None,
         "datadir": str(particles.datadir.resolve()) if particles.datadir else None,
         "passthrough": [str(path.resolve()) for path in particles.passthrough] or None,
         "poses": str(particles.poses_from.resolve()) if particles.poses_from else None,

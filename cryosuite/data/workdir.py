@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cryosuite.data.links import follow_config, follow_dataset
 from cryosuite.errors import InputError
 
 DATASET = "dataset.yaml"
@@ -86,7 +87,7 @@ class WorkDir:
         return self.dataset.is_file()
 
     def read_dataset(self) -> dict[str, Any]:
-        """The contents of dataset.yaml; InputError when the folder holds no finished particle set."""
+        """The contents of dataset.yaml, its paths where the files lie now; InputError when there is none."""
         from cryosuite.formats.config import read_yaml
 
         if not self.exists():
@@ -94,7 +95,7 @@ class WorkDir:
                 f"{self.path}: not a work directory (it has no {DATASET}). Give a folder made by "
                 "`cryosuite preprocess` or `cryosuite simulate`, or a .star, .cs or .mrcs file."
             )
-        return read_yaml(self.dataset)
+        return follow_dataset(read_yaml(self.dataset), self.path)
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,21 @@ class RunDir:
     def encoder_images(self) -> Path:
         """The particles as an encoder sees them; kept while the run trains."""
         return self.path / "encoder_images.u8"
+
+    @property
+    def network(self) -> Path:
+        """The averaged weights of a map network, half precision, as lvm-sharpen and train-lvm take them."""
+        return self.path / "weights.safetensors"
+
+    @property
+    def encoder(self) -> Path:
+        """A pre-trained map encoder, as ``train-lvm --init`` takes it."""
+        return self.path / "encoder.safetensors"
+
+    @property
+    def card(self) -> Path:
+        """What a network was trained on and how good it is, in words."""
+        return self.path / "model_card.md"
 
     def margins(self, epoch: int) -> Path:
         """How certain the pose of each particle is, after an epoch."""
@@ -222,14 +238,14 @@ class RunDir:
         return self.config.is_file()
 
     def read_config(self) -> dict[str, Any]:
-        """The contents of config.yaml; InputError when the folder holds no run."""
+        """The contents of config.yaml, its paths where the files lie now; InputError when the folder holds no run."""
         from cryosuite.formats.config import read_yaml
 
         if not self.exists():
             raise InputError(
                 f"{self.path}: not a training run (it has no {CONFIG}). Give the -o folder of a train command."
             )
-        return read_yaml(self.config)
+        return follow_config(read_yaml(self.config), self.path)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 from cryosuite import __version__
 from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError
-from cryosuite.formats.config import read_yaml, write_yaml
+from cryosuite.formats.config import write_yaml
 from cryosuite.training.launch import process_rank, was_restarted
 from cryosuite.training.options import TrainOptions, plain
 
@@ -109,7 +109,7 @@ def read_run_config(run: RunDir) -> dict[str, Any]:
     """
     if not run.exists():
         raise InputError(f"{run.path}: not a training run (it has no {run.config.name})")
-    config = read_yaml(run.config)
+    config = run.read_config()
     for name in ("method", "particles", "options", "training"):
         if name not in config:
             raise InputError(f"{run.config}: has no {name!r}: not the config.yaml of a cryosuite training")
