@@ -27,6 +27,8 @@ COMMANDS = {
     "train-fastar": ("train_fastar", "Train"),
     "pretrain-iev": ("pretrain_iev", "Train"),
     "deco-classify": ("deco_classify", "Train"),
+    "pretrain-lvm": ("pretrain_lvm", "Train"),
+    "train-lvm": ("train_lvm", "Train"),
     "fastar-infer": ("fastar_infer", "Reconstruct"),
     "polish": ("polish", "Reconstruct"),
     "analyze": ("analyze", "Look"),

@@ -22,6 +22,8 @@ METHODS = {
     "deco": "cryosuite.methods.deco_run",
     "iev": "cryosuite.methods.iev_run",
     "fastar": "cryosuite.methods.fastar_run",
+    "lvm": "cryosuite.methods.lvm_run",
+    "lvm-pretrain": "cryosuite.methods.lvm_run",
 }
 
 

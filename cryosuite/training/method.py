@@ -34,7 +34,8 @@ class Method(Protocol):
     ``parameter_groups(model) -> list[dict]`` (for AdamW; ``lr_scale`` multiplies the learning rate of a group),
     ``unused_parameters`` (True where some parameters get no gradient in some steps), ``loader(particles, batch_size,
     rank, processes, seed=, device=)`` (batches of its own, with the verbs of ``GlobalBatches``), ``lr_factor(step)``
-    (factor on the learning rate instead of the usual cosine).
+    (factor on the learning rate instead of the usual cosine), ``weight_decay(step)`` (of all groups whose decay is not
+    0, instead of a fixed one).
     """
 
     name: str

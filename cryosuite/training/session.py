@@ -119,8 +119,11 @@ class Session:
         """One optimiser step; returns the named losses and the gradient norm, still on the device."""
         own = getattr(self.method, "lr_factor", None)
         factor = own(step) if own else lr_factor(step.index, step.total, self.options.warmup, self.options.lr_final)
+        decay = getattr(self.method, "weight_decay", None)
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.lr * group.get("lr_scale", 1.0) * factor
+            if decay is not None and group["weight_decay"]:
+                group["weight_decay"] = decay(step)
         losses = self._gradients_within_memory(batch, step)
         clip = self.options.grad_clip or float("inf")
         norm = nn.utils.clip_grad_norm_(self.parameters, clip)

@@ -1,0 +1,147 @@
+"""Where training crops of map networks come from: the endless simulator as the training loop takes it."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cryosuite.errors import InputError
+
+if TYPE_CHECKING:
+    from cryosuite.simulate.map_options import MapBatch
+    from cryosuite.simulate.map_pairs import MapPairs
+
+
+@dataclass(frozen=True)
+class CropBatch:
+    """Crops as the training loop takes them, all float32 (b, 1, e, e, e) but the last two.
+
+    Attributes:
+        input, target: grey values in 0..1. mask: where either of them is above solvent.
+        resolution: (b,) A. index: (b,) int64, the structure.
+    """
+
+    input: Tensor
+    target: Tensor
+    mask: Tensor
+    resolution: Tensor
+    index: Tensor
+
+    @staticmethod
+    def of(batches: Sequence[MapBatch | CropBatch]) -> CropBatch:
+        """All crops of some draws."""
+        names = ("input", "target", "mask", "resolution", "index")
+        return CropBatch(*(torch.cat([getattr(batch, name) for batch in batches]) for name in names))
+
+    def rows(self, rows: Tensor) -> CropBatch:
+        """Some of the crops."""
+        parts = (self.input, self.target, self.mask, self.resolution, self.index)
+        return CropBatch(*(part[rows] for part in parts))
+
+
+class Crops:
+    """The endless stream, as the training loop sees a particle set: ``epoch_images`` crops per epoch.
+
+    Args:
+        pairs: what is drawn from. crop: voxels per edge. per_volume: crops of one draw. mix: draws that are shuffled
+            together, at least. epoch_images: crops between two validations.
+    """
+
+    pixel_size = np.ones(1, np.float32)
+
+    def __init__(self, pairs: MapPairs, crop: int, per_volume: int, mix: int, epoch_images: int) -> None:
+        self.pairs, self.box_size, self.per_volume, self.mix = pairs, crop, per_volume, mix
+        self.epoch_images = int(epoch_images)
+        self.key = zlib.crc32(" ".join(pairs.names).encode())
+        self.index = np.array([self.key], np.int64)  # for the checkpoint's fingerprint
+
+    def __len__(self) -> int:
+        return self.epoch_images
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Numbers that tell sets of structures apart, in the shape of images, for the checkpoint's fingerprint."""
+        first = np.array([self.key % 65_521, len(self.pairs.names), self.box_size, self.per_volume], np.float32)
+        return np.broadcast_to(first.reshape(2, 2), (len(rows), 2, 2))
+
+    def describe(self, rows: np.ndarray) -> str:
+        """A sentence for the message of a training that diverged."""
+        names, numbers = self.pairs.names, sorted({int(row) for row in rows})
+        known = [names[number] for number in numbers if 0 <= number < len(names)]
+        shown = ", ".join(known[:8]) + (" ..." if len(known) > 8 else "")
+        return f"The batch held crops of {shown}." if known else "The batch held simulated crops."
+
+
+class CropLoader:
+    """Batches of crops of several volumes, shuffled; each of several processes makes its own share.
+
+    Batch k of epoch n is a pure function of the seed, the process and its number, so that a training can be taken up
+    anywhere: volumes are drawn in groups, each group a whole number of batches.
+    """
+
+    def __init__(
+        self,
+        crops: Crops,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if batch_size % world_size:
+            raise InputError(
+                f"--batch-size {batch_size}: expected a multiple of the number of processes ({world_size})"
+            )
+        if crops.epoch_images < batch_size:
+            raise InputError(f"--batch-size {batch_size}: more than the {crops.epoch_images} crops of --every")
+        self.crops, self.batch_size, self.rank, self.world_size = crops, batch_size, rank, world_size
+        self.seed, self.device = seed, torch.device(device)
+        self.share = batch_size // world_size
+        self.batches = math.ceil(crops.mix * crops.per_volume / self.share)  # of one group
+        self.volumes = math.ceil(self.batches * self.share / crops.per_volume)
+        self.held: tuple[int, CropBatch] | None = None
+
+    def __len__(self) -> int:
+        return self.crops.epoch_images // self.batch_size
+
+    def global_size(self, batch: int) -> int:
+        """Crops of a batch over all processes."""
+        return self.batch_size
+
+    def weight(self, batch: int) -> int:
+        """Crops of a batch that count for this process."""
+        return self.share
+
+    def epoch(self, n: int, start: int = 0) -> Iterator[CropBatch]:
+        """The batches of epoch ``n`` from batch ``start`` on."""
+        for batch in range(start, len(self)):
+            yield self.batch(n * len(self) + batch)
+
+    def batch(self, number: int) -> CropBatch:
+        """Batch ``number`` of the whole training."""
+        group, place = divmod(number, self.batches)
+        if self.held is None or self.held[0] != group:
+            self.held = (group, self._group(group))
+        rows = torch.arange(place * self.share, (place + 1) * self.share, device=self.device)
+        return self.held[1].rows(rows)
+
+    def _group(self, group: int) -> CropBatch:
+        """All crops of some volumes in random order."""
+        drawn = []
+        for volume in range(self.volumes):
+            generator = torch.Generator(self.device).manual_seed(self._seed(group, volume))
+            drawn.append(self.crops.pairs.draw(generator, self.device))
+        every = CropBatch.of(drawn)
+        order = np.random.default_rng(self._seed(group, self.volumes)).permutation(len(every.index))
+        return every.rows(torch.from_numpy(order).to(self.device))
+
+    def _seed(self, group: int, volume: int) -> int:
+        words = np.random.SeedSequence((self.seed, self.rank, group, volume)).generate_state(1, np.uint64)
+        return int(words[0] >> np.uint64(1))

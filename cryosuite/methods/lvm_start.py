@@ -1,0 +1,71 @@
+"""Where a map network's training starts: from a pre-trained encoder, from another task's network, or from nothing."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from cryosuite.data.map_weights import TASKS, load_map_encoder, load_map_weights, shipped_map_weights
+from cryosuite.data.workdir import RunDir
+from cryosuite.errors import InputError
+from cryosuite.nets.scunet import Encoder, Scunet
+
+SCRATCH = "scratch"
+
+
+class Start(NamedTuple):
+    """A file, whether only its encoder is taken, the network's kind and spec, and the norm it was trained with."""
+
+    path: str
+    pretrained: bool
+    net: str
+    spec: dict[str, Any]
+    norm: str | None
+
+
+def find_start(init: str | None, weights: str | None) -> Start | None:
+    """What ``--init`` or ``--weights`` mean: a file, the folder of a run, "scratch", or (weights) a task's own name.
+
+    Returns None for a start from nothing. Raises InputError for both at once, or a file that is no such thing.
+    """
+    if weights is not None:
+        if init not in (None, SCRATCH):
+            raise InputError("--init and --weights: give one of them, an encoder or a whole network to start from")
+        path = (
+            shipped_map_weights(weights) if weights in TASKS else _in_run(Path(weights), RunDir(Path(weights)).network)
+        )
+        found = load_map_weights(path)
+        return Start(str(path.absolute()), False, _kind(found.net), asdict(found.net.spec), found.norm)
+    if init in (None, SCRATCH):
+        return None
+    path = _in_run(Path(init), RunDir(Path(init)).encoder)
+    encoder, notes = load_map_encoder(path)
+    return Start(str(path.absolute()), True, _kind(encoder), asdict(encoder.spec), notes.get("norm"))
+
+
+def fill(net: nn.Module, path: str, pretrained: bool) -> None:
+    """Put the weights of a file into a network of the same spec: its encoder, or all of it. Nothing may be left over.
+
+    Raises InputError for a file that is missing or no longer fits.
+    """
+    part, other = (net.encoder, load_map_encoder(path)[0]) if pretrained else (net, load_map_weights(path).net)
+    try:
+        part.load_state_dict(other.state_dict(), strict=True)
+    except RuntimeError:
+        raise InputError(f"{path}: holds another network than the run was started with") from None
+
+
+def _in_run(path: Path, inside: Path) -> Path:
+    """The file itself, or what a training left in a folder."""
+    if path.is_dir():
+        if not inside.is_file():
+            raise InputError(f"{path}: holds no {inside.name}: expected a file, or the folder of a finished training")
+        return inside
+    return path
+
+
+def _kind(net: nn.Module) -> str:
+    return "scunet" if isinstance(net, Scunet | Encoder) else "vit"
