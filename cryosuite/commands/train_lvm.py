@@ -8,7 +8,16 @@ from typing import Any
 import typer
 
 from cryosuite.commands.pretrain_lvm import (
-    DATA, LEARNT, SPEED, TRAINING, _option, again, common_options, given, lengths, train_values,
+    DATA,
+    LEARNT,
+    SPEED,
+    TRAINING,
+    _option,
+    again,
+    common_options,
+    given,
+    lengths,
+    train_values,
 )
 
 OWN = ("alpha", "hist_mask", "hist_sample", "ssim", "fsc", "frozen", "patience")
