@@ -23,7 +23,7 @@ class PairOptions:
             (no target: degraded and clean maps mixed).
         crop: edge of the crops, voxels. volume: edge of the simulated cube. voxel: A, None for the task's.
         norm: rule of grey values (kernels.map_norm.NORMS). crops_per_volume: crops of one draw.
-        resolution: A, of the low-pass filter, the noise and the target.
+        resolution: A, where the half-map FSC is .143; also the target's. cut: the low-pass filter's limit over it.
         b: global B-factor, A^2. sharpened: share of it that the depositor took back again (chance
             ``chance_sharpened``).
         local_b: largest B of the smooth field over ``field_scale`` A. anisotropy: ratio of eigenvalues, smallest
@@ -42,6 +42,7 @@ class PairOptions:
     volume: int = 96
     crops_per_volume: int = 16
     resolution: Range = (2.5, 8.0)
+    cut: Range = (0.85, 1.0)
     superres_input: Range = (4.0, 8.0)
     superres_target: float = 3.0
     b: Range = (30.0, 250.0)
@@ -50,7 +51,7 @@ class PairOptions:
     field_scale: float = 20.0
     anisotropy: Range = (1.0, 4.0)
     anisotropy_b: Range = (0.0, 30.0)
-    noise: Range = (0.0, 1.0)
+    noise: Range = (0.2, 1.2)
     centre: Range = (1.0, 2.0)
     solvent: Range = (0.0, 0.5)
     lipid: Range = (0.1, 0.6)

@@ -30,6 +30,7 @@ SOFT_LEVEL = 0.3  # where the soft mask reaches 1
 LIPID_OUT = 12.0  # A: how far a lipid-like belt reaches from the molecule
 EDGE = 5  # shells of the low-pass filter's edge
 FSC_FLOOR = 0.02
+FINEST = 2.7  # voxels: resolution of the finest molmap whose atoms are still sampled well enough
 ABUNDANT = {6: 0.63, 7: 0.17, 8: 0.19, 16: 0.02, 15: 0.02}  # heavy atoms of proteins and nucleic acids
 NODES = 256  # of a table of form factors
 WANDER = 10.0  # A from the atom that the cube is centred on
@@ -110,13 +111,18 @@ def _shells(size: int, voxel: float, device: torch.device | str) -> Tensor:
 
 
 def place_atoms(
-    molecule: Molecule, size: int, voxel: float, draws: Draws, generator: torch.Generator, wander: float = WANDER
+    molecule: Molecule, size: int, voxel: float, draws: Draws, generator: torch.Generator, as_is: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Atoms about a random one of them in a random frame: grid points (n, 3), numbers, residues (n,), rotation."""
+    """Atoms about a random one of them in a random frame: grid points (n, 3), numbers, residues (n,), rotation.
+
+    ``as_is``: the frame of the molecule, its centre of mass at voxel size//2.
+    """
     rotation = random_rotations(1, generator=generator, device=generator.device)[0].float()
-    shift = torch.randn(3, generator=generator, device=generator.device) * wander
+    shift = torch.randn(3, generator=generator, device=generator.device) * WANDER
     xyz = torch.from_numpy(molecule.xyz).to(generator.device)
     centre = xyz[draws.below(len(xyz))]
+    if as_is:
+        rotation, shift, centre = torch.eye(3, device=xyz.device), torch.zeros_like(shift), torch.zeros_like(centre)
     points = ((xyz - centre) @ rotation.T + shift) / voxel
     inside = ((points >= -(size // 2)) & (points < size - size // 2)).all(1)
     kept = inside.nonzero()[:, 0]
@@ -139,13 +145,20 @@ def lacking(residues: Tensor, share: float, draws: Draws) -> Tensor:  # (n,) boo
 
 
 def simulate(
-    molecule: Molecule, options: PairOptions, generator: torch.Generator, device: torch.device | str = "cpu"
+    molecule: Molecule,
+    options: PairOptions,
+    generator: torch.Generator,
+    device: torch.device | str = "cpu",
+    as_is: bool = False,
 ) -> Volume:
-    """Tasks sharpen, superres and pretrain: a cube of ``options.volume`` voxels about some place of a molecule."""
+    """Tasks sharpen, superres and pretrain: a cube of ``options.volume`` voxels about some place of a molecule.
+
+    ``as_is``: in the molecule's own frame, its centre of mass at voxel volume//2 (whole maps for tests).
+    """
     size, voxel = options.volume, options.voxel_size
     draws = Draws(generator)
     drawn = _drawn(options, draws)
-    points, numbers, residues, _ = place_atoms(molecule, size, voxel, draws, generator)
+    points, numbers, residues, _ = place_atoms(molecule, size, voxel, draws, generator, as_is)
     points, numbers = points.to(device), numbers.to(device)
     spectra = _spectra(points, numbers, lacking(residues, drawn["missing"], draws).to(device), size, voxel)
     squared = squared_frequency(size, voxel, device)
@@ -172,8 +185,10 @@ def _drawn(options: PairOptions, draws: Draws) -> dict[str, float]:
     """One value of every property; all are drawn whether used or not, so that one switch does not change the rest."""
     superres = options.task == "superres"
     out = {"resolution": draws.uniform(options.superres_input if superres else options.resolution)}
-    out["target"] = options.superres_target if superres else out["resolution"]
+    finest = FINEST * options.voxel_size
+    out["target"] = max(finest, options.superres_target if superres else out["resolution"])
     out["clean"] = float(draws.chance(options.clean) and not superres)
+    out["cut"] = draws.uniform(options.cut)
     b, share = draws.uniform(options.b), draws.uniform(options.sharpened)
     out["b"] = b
     out["sharpened"] = share if draws.chance(options.chance_sharpened) else 0.0
@@ -222,7 +237,7 @@ def _gain(
     squared = squared_frequency(size, voxel, device)
     b = drawn["b"] * (1 - drawn["sharpened"])
     gain = torch.exp(-b / 4 * squared)
-    beyond = (squared.sqrt() - 1 / drawn["resolution"]) * (size * voxel / EDGE)
+    beyond = (squared.sqrt() - 1 / (drawn["cut"] * drawn["resolution"])) * (size * voxel / EDGE)
     gain = gain * (0.5 - 0.5 * torch.cos(math.pi * (0.5 - beyond).clamp(0, 1)))
     like = torch.empty(1, size, size, size, device=device)
     if drawn["anisotropy"] > 0:
