@@ -33,7 +33,9 @@ COMMANDS = {
     "polish": ("polish", "Reconstruct"),
     "analyze": ("analyze", "Look"),
     "eval-fsc": ("eval_fsc", "Look"),
+    "select": ("select", "Look"),
     "export": ("export", "Look"),
+    "slurm": ("slurm", "Run"),
 }
 
 
@@ -51,7 +53,8 @@ class LazyGroup(TyperGroup):
         module, panel = COMMANDS[cmd_name]
         function = import_module(f"cryosuite.commands.{module}").main
         single = typer.Typer(add_completion=False, rich_markup_mode="rich")
-        single.command(cmd_name, rich_help_panel=panel)(function)
+        settings = getattr(function, "context_settings", None)
+        single.command(cmd_name, rich_help_panel=panel, context_settings=settings)(function)
         command = typer.main.get_command(single)
         command.name = cmd_name
         return command
