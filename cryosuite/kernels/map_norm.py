@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from cryosuite.kernels.degrade import soft_lowpass
 from cryosuite.kernels.fourier import resize_axis
 
-__all__ = ["NORMS", "auto_mask", "grey_range", "to_unit"]
+__all__ = ["NORMS", "auto_mask", "grey_range", "occupied", "quantile", "to_unit"]
 
 NORMS = ("robust", "paper", "emready")
 LOWPASS = 8.0  # A, before the threshold; never finer than 4 voxels
@@ -28,6 +28,8 @@ FEW = 0.05  # of the box: with less than this outside the mask, solvent is the m
 SAMPLE = 1 << 18  # voxels that the level of the solvent is measured on
 SPREAD = 3.0  # standard deviations of what is below the threshold that must lie below it
 MANY = 1 << 22  # voxels are enough for the median of the solvent
+WEAK = 5.0  # standard deviations of the solvent above which there is something
+FAINT = 0.05  # of the map's range: the same where the solvent is empty
 MAD = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
 
 
@@ -42,27 +44,26 @@ def auto_mask(
     two where the molecule is a small part of the box. With ``contour`` the mask is the map itself above that level,
     grown by 3 A. Found on a grid of about 2 A. All False for a constant map.
     """
-    shape = tuple(volume.shape)
-    coarse = tuple(max(1, round(n * voxel_size / max(COARSE, voxel_size))) for n in shape)
-    step = max(COARSE, voxel_size)
     if contour is not None:
-        small = F.adaptive_max_pool3d(volume[None].float(), coarse)[0]
-        inside = small > contour
-    else:
-        small = volume.float()
-        for dim in (2, 1, 0):
-            small = resize_axis(small, coarse[dim], dim)
-        low, high = _ends(small)
-        if not high > low:
-            return torch.zeros_like(volume, dtype=torch.bool)
-        # near 0 .. 1: transforms of maps with a large constant would lose the map
-        small = soft_lowpass((small[None] - low) / (high - low), step, max(LOWPASS, 4 * voxel_size))[0]
-        inside = small > _threshold(small)
-    inside = _grown(inside, max(DILATE, voxel_size) / step)
-    for dim, (n, m) in enumerate(zip(shape, coarse, strict=True)):
-        nearest = (torch.arange(n, device=volume.device) * m / n).round().long().clamp(max=m - 1)
-        inside = inside if n == m else inside.index_select(dim, nearest)
-    return inside
+        small = F.adaptive_max_pool3d(volume[None].float(), _coarse(volume, voxel_size))[0]
+        return _spread(small > contour, volume, voxel_size)
+    small = _lowpassed(volume, voxel_size)
+    return _spread(small > _threshold(small)[0], volume, voxel_size)
+
+
+def occupied(
+    volume: Tensor,  # (z, y, x)
+    voxel_size: float,  # A
+) -> Tensor:  # (z, y, x) bool
+    """Where there is anything but plain solvent: weak parts of the molecule too, that ``auto_mask`` leaves out.
+
+    The low-passed map above the solvent's median by five of its standard deviations and by 5 % of the map's range, but
+    wherever ``auto_mask`` is True.
+    """
+    small = _lowpassed(volume, voxel_size)
+    cut, middle, spread = _threshold(small)
+    weak = max(middle + WEAK * spread, middle + FAINT * (_ends(small)[1] - middle))
+    return _spread(small > min(cut, weak), volume, voxel_size)
 
 
 def grey_range(
@@ -123,11 +124,38 @@ def _ends(values: Tensor) -> tuple[float, float]:
     return tuple(float(v) for v in torch.aminmax(values))
 
 
-def _threshold(values: Tensor) -> float:
-    """Otsu's threshold (1979), then raised as ``auto_mask`` says."""
+def _coarse(volume: Tensor, voxel_size: float) -> tuple[int, int, int]:
+    """Shape of the grid that masks are found on."""
+    return tuple(max(1, round(n * voxel_size / max(COARSE, voxel_size))) for n in volume.shape)
+
+
+def _lowpassed(volume: Tensor, voxel_size: float) -> Tensor:
+    """The map between 0 and 1 on the coarse grid, low-passed; zeros for a constant map."""
+    small = volume.float()
+    for dim, n in reversed(list(enumerate(_coarse(volume, voxel_size)))):
+        small = resize_axis(small, n, dim)
+    low, high = _ends(small)
+    if not high > low:
+        return torch.zeros_like(small)
+    # near 0 .. 1: transforms of maps with a large constant would lose the map
+    small = (small - low) / (high - low)
+    return soft_lowpass(small[None], max(COARSE, voxel_size), max(LOWPASS, 4 * voxel_size))[0]
+
+
+def _spread(inside: Tensor, volume: Tensor, voxel_size: float) -> Tensor:
+    """A mask of the coarse grid grown by 3 A, at the voxels of the volume."""
+    inside = _grown(inside, max(DILATE, voxel_size) / max(COARSE, voxel_size))
+    for dim, (n, m) in enumerate(zip(volume.shape, inside.shape, strict=True)):
+        nearest = (torch.arange(n, device=volume.device) * m / n).round().long().clamp(max=m - 1)
+        inside = inside if n == m else inside.index_select(dim, nearest)
+    return inside
+
+
+def _threshold(values: Tensor) -> tuple[float, float, float]:
+    """Otsu's threshold (1979), raised as ``auto_mask`` says; median and standard deviation of what is below it."""
     low, high = _ends(values)
     if not high > low:
-        return high
+        return high, high, 0.0
     counts = torch.histc(values, 512, low, high).double()
     centres = low + (torch.arange(512, dtype=torch.float64, device=values.device) + 0.5) * (high - low) / 512
     weight = counts.cumsum(0) / counts.sum()
@@ -136,16 +164,18 @@ def _threshold(values: Tensor) -> float:
     cut = float(centres[int(between.argmax())])
     step = max(1, values.numel() // SAMPLE) | 1  # odd: no plane of the box is met again and again
     some = values.flatten()[::step].sort().values
+    middle, spread = cut, 0.0
     for _ in range(20):
         below = some[: int(torch.searchsorted(some, cut, right=True))]
         if not len(below):
             break
-        middle = below.median()
-        raised = float(middle + SPREAD * MAD * (below - middle).abs().median())
+        middle = float(below.median())
+        spread = MAD * float((below - middle).abs().median())
+        raised = middle + SPREAD * spread
         if raised <= cut or raised >= high:
             break
         cut = raised
-    return cut
+    return cut, middle, spread
 
 
 def _grown(inside: Tensor, radius: float) -> Tensor:
