@@ -8,8 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from cryosuite.data.export import export_particles, load_metadata, origin, some_rows, source_rows
+from cryosuite.data.export_relion import relion_form
 from cryosuite.data.particles import ParticleSet
 from cryosuite.errors import InputError, notice
+from cryosuite.formats.pickles import write_pickle
+
+TABLE = "cluster_files.csv"
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,9 @@ class ClassFiles:
 
 
 def write_classes(
-    folder: Path | str, particles: ParticleSet, labels: np.ndarray, poses: bool | None = None
-) -> list[ClassFiles]:
+    folder: Path | str, particles: ParticleSet, labels: np.ndarray, poses: bool | None = None, binned: bool = False,
+    relion: str | None = None, lists: bool = False,
+) -> list[ClassFiles]:  # fmt: skip
     """Write cluster_000.star (and .cs for particles from cryoSPARC) for each class, and cluster_files.csv.
 
     Rows are those of the original, un-binned images with all columns, optics and uids of the file the particles were
@@ -38,6 +43,7 @@ def write_classes(
     Args:
         labels: (N,) class of each particle from 0, -1 for none.
         poses: write the set's own poses in place of the source's; None: where it has any.
+        binned, relion: as ``export_particles`` takes them. lists: original indices (.ind.pkl) too.
 
     Raises:
         InputError: another number of labels, or a folder that cannot be written.
@@ -46,11 +52,14 @@ def write_classes(
     if len(labels) != len(particles):
         raise InputError(f"{len(labels)} labels for {len(particles)} particles")
     poses = particles.rotation is not None if poses is None else poses
+    relion_form(relion)
     folder.mkdir(parents=True, exist_ok=True)
-    for old in [*folder.glob("cluster_*.star"), *folder.glob("cluster_*.cs")]:
-        old.unlink()  # of an earlier run with more classes
-    endings = _endings(particles)
-    source = source_rows(particles) if endings else None  # read once, however many classes there are
+    for kind in ("star", "cs", *(["ind.pkl"] if lists else [])):
+        for old in folder.glob(f"cluster_*.{kind}"):
+            old.unlink()  # of an earlier run with more classes
+    endings = _endings(particles, binned)
+    # read once, however many classes there are
+    source = None if not endings else load_metadata(particles) if binned else source_rows(particles)
     rows = []
     for label in range(int(labels.max(initial=-1)) + 1):
         own = np.flatnonzero(labels == label)
@@ -58,14 +67,20 @@ def write_classes(
         for ending in endings if len(own) else ():
             path = folder / f"cluster_{label:03d}.{ending}"
             part = some_rows(source, own)
-            written[ending] = export_particles(particles.subset(own), path, poses=poses, metadata=part)
+            written[ending] = export_particles(
+                particles.subset(own), path, binned, poses, metadata=part, relion=relion if ending == "star" else None
+            )
+        if lists and len(own):
+            write_pickle(folder / f"cluster_{label:03d}.ind.pkl", particles.index[own])
         rows.append(ClassFiles(label, len(own), written.get("star"), written.get("cs")))
-    _write_table(folder / "cluster_files.csv", rows, len(labels))
+    _write_table(folder / TABLE, rows, len(labels))
     return rows
 
 
-def _endings(particles: ParticleSet) -> tuple[str, ...]:
+def _endings(particles: ParticleSet, binned: bool = False) -> tuple[str, ...]:
     """Kinds of file these particles can be written as; a notice says why when there is none."""
+    if binned:
+        return ("star",)
     try:
         start = origin(particles)
     except InputError as error:

@@ -60,3 +60,46 @@ AmplitudeContrast = Annotated[
     typer.Option("-w", "--amplitude-contrast", help="Amplitude contrast, 0 to 1.", rich_help_panel=INPUT),
 ]
 Threads = Annotated[int, typer.Option("--threads", help="Processor threads; 0: all.")]
+Sources = Annotated[
+    list[str],
+    typer.Argument(
+        help="A training run, an analysis, a work folder, or a .star or .cs file.", metavar="RUN", show_default=False
+    ),
+]
+Labels = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--labels", help="Cluster of each particle (labels.pkl); nothing: that of the newest analysis."),
+]
+Analysis = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--analysis", help="Folder that analyze wrote; nothing: the newest of the run."),
+]
+Epoch = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--epoch", help="Epoch of the run, counted from 1; nothing: that of the analysis."),
+]
+Binned = Annotated[bool, typer.Option("--binned", help="The cropped images of the work folder, not the original ones.")]
+Relion = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--relion",
+        help="RELION that is to read the .star: 3.0, 3.1, 4 or 5 (3.1 to 5 read the same); nothing: as the source.",
+        metavar="<version>",
+    ),
+]
+
+
+def run_and_clusters(arguments: list[str], clusters: list[str] | None) -> tuple[Path, list[int]]:
+    """What RUN and --cluster say; numbers behind a cluster's number belong to it (``--cluster 3 5``)."""
+    from cryosuite.errors import InputError
+
+    more = [text for text in arguments if text.isdigit()] if clusters and len(arguments) > 1 else []
+    paths = [text for text in arguments if text not in more]
+    if len(paths) != 1:
+        raise InputError(f"give one RUN, found {len(paths)}: {', '.join(paths) or 'none'}")
+    numbers: list[int] = []
+    for word in " ".join([*(clusters or []), *more]).replace(",", " ").split():
+        if not word.isdigit():
+            raise InputError(f"--cluster {word}: clusters are whole numbers that count from 0")
+        numbers.append(int(word))
+    return Path(paths[0]), list(dict.fromkeys(numbers))

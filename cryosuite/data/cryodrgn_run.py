@@ -1,8 +1,9 @@
-"""A training folder of cryoDRGN (train_vae, train_nn): its particles and latents, so that they can be polished."""
+"""A training folder of cryoDRGN (train_vae, train_dec, abinit): its particles and latents, and what its config says."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,57 +11,166 @@ import numpy as np
 
 from cryosuite.data.open import open_particles
 from cryosuite.data.particles import ParticleSet
-from cryosuite.data.workdir import RunDir, resolve_link
-from cryosuite.errors import InputError
+from cryosuite.data.workdir import RunDir
+from cryosuite.errors import InputError, notice
+from cryosuite.formats.checks import printable
 from cryosuite.formats.config import read_yaml
-from cryosuite.formats.pickles import read_latent
+from cryosuite.formats.pickles import read_latent, read_poses, safe_load
+
+FILES = ("particles", "poses", "ctf", "ind")
 
 
 @dataclass
 class CryodrgnRun:
-    """Particles, latent means (N, zdim) and the epoch they were read from."""
+    """Particles, latent means (N, zdim) and the epoch they were read from.
+
+    config: as read. norm: (mean, sd) its images were normalised by. poses_found: poses are those the run found.
+    """
 
     particles: ParticleSet
     z: np.ndarray
     epoch: int
+    config: dict[str, Any] = field(default_factory=dict, repr=False)
+    poses_found: bool = False
+
+
+def config_file(folder: Path) -> Path | None:
+    """config.yaml, or the config.pkl of versions before 2.0; None where there is neither."""
+    for path in (RunDir(folder).config, Path(folder) / "config.pkl"):
+        if path.is_file():
+            return path
+    return None
 
 
 def is_cryodrgn_run(folder: Path) -> bool:
-    """True when a folder's config.yaml is one of cryoDRGN's."""
-    config = RunDir(folder).config
-    if not config.is_file():
+    """True when a folder's config is one of cryoDRGN's."""
+    path = config_file(folder)
+    if path is None:
         return False
-    found = read_yaml(config)
+    if path.suffix == ".pkl":
+        return True
+    found = read_yaml(path)
     return isinstance(found.get("dataset_args"), dict) and "method" not in found
 
 
-def open_cryodrgn_run(folder: Path, epoch: int | None = None, pixel_size: float | None = None) -> CryodrgnRun:
-    """Open the particles a cryoDRGN run was trained on, with their latents.
-
-    Paths in its config.yaml are taken as written, or relative to the folder. cryoDRGN counts saved epochs from 1 in
-    recent versions and from 0 in old ones: the number is that of the file z.N.pkl.
+def read_cryodrgn_config(folder: Path) -> dict[str, Any]:
+    """The config of a run, through the safe readers.
 
     Raises:
-        InputError: files that are missing, or latents of another number of particles.
+        InputError: no config, a hostile one, or one without ``dataset_args``.
     """
-    run = RunDir(folder)
-    given: dict[str, Any] = read_yaml(run.config)["dataset_args"]
-    wanted = run.epoch(epoch)
+    path = config_file(folder)
+    if path is None:
+        raise InputError(f"{folder}: has neither config.yaml nor config.pkl: not a run of cryoDRGN")
+    # config.pkl: a second pickle holds the date and the command, which nothing here asks for
+    found = read_yaml(path) if path.suffix != ".pkl" else safe_load(path, only_first=True)[0]
+    if not isinstance(found, dict) or not isinstance(found.get("dataset_args"), Mapping):
+        raise InputError(f"{path}: has no `dataset_args`: not the config of a cryoDRGN run")
+    return found
 
-    def path(name: str) -> Path | None:
-        value = given.get(name)
-        return None if value is None else resolve_link(str(value), Path(folder))
 
-    stack = path("particles")
-    if stack is None or path("poses") is None:
-        raise InputError(f"{run.config}: names no particles or no poses. Use: cryosuite polish PARTICLES --z Z.pkl")
+def open_cryodrgn_run(
+    folder: Path,
+    epoch: int | None = None,
+    pixel_size: float | None = None,
+    datadir: Path | None = None,
+    need_poses: bool = True,
+) -> CryodrgnRun:
+    """Open the particles a cryoDRGN run was trained on, with their latents.
+
+    Its config often names paths of another machine: every file is looked for as written, relative to the folder, in
+    ``datadir``, and beside the folder, also by its last names alone. cryoDRGN counts saved epochs from 1 in recent
+    versions and from 0 in old ones: the number is that of the file z.N.pkl.
+
+    Raises:
+        InputError: files that are missing, with all places looked at; latents of another number of particles.
+    """
+    run, folder = RunDir(folder), Path(folder)
+    config = read_cryodrgn_config(folder)
+    given: Mapping[str, Any] = config["dataset_args"]
+    wanted, z = _latents(run, epoch)
+    named = {name: _located(name, given.get(name), folder, datadir) for name in FILES}
+    where = config_file(folder)
+    if named["particles"] is None:
+        raise InputError(f"{where}: names no particles. Use: cryosuite polish PARTICLES --z Z.pkl")
+    found = _found_poses(folder, wanted, config)
+    needed = need_poses and found is None
+    if needed and named["poses"] is None and named["particles"].suffix not in (".star", ".cs"):
+        raise InputError(f"{where}: names no poses. Use: cryosuite polish PARTICLES --poses poses.pkl --z Z.pkl")
     # its CTF is minus ours, so inverted data with its CTF are data as they are with ours
     sign = 1 if given.get("invert_data", True) else -1
     particles = open_particles(
-        stack, poses=path("poses"), ctf=path("ctf"), ind=path("ind"), datadir=path("datadir"), pixel_size=pixel_size,
-        need_ctf=path("ctf") is not None, sign=sign,
+        named["particles"], poses=named["poses"], ctf=named["ctf"], ind=named["ind"],
+        datadir=_data_folder(given.get("datadir"), folder, datadir), pixel_size=pixel_size, need_poses=needed,
+        need_ctf=need_poses and named["ctf"] is not None, sign=sign,
     )  # fmt: skip
-    z = read_latent(run.z(wanted), finite=False)[0]
     if len(z) != len(particles):
-        raise InputError(f"{run.z(wanted)}: {len(z)} latents for {len(particles)} particles of {stack}")
-    return CryodrgnRun(particles, z, wanted)
+        raise InputError(f"{run.z(wanted)}: {len(z)} latents for {len(particles)} particles of {named['particles']}")
+    if found is not None:
+        particles = _with_poses(particles, found)
+    return CryodrgnRun(particles, z, wanted, config, found is not None)
+
+
+def _located(name: str, value: Any, folder: Path, datadir: Path | None) -> Path | None:
+    """The file that an entry of the config names; InputError listing the places where it was looked for."""
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise InputError(
+            f"{config_file(folder)}: dataset_args.{name} is {printable(value)}, expected the name of a file"
+        )
+    written = Path(value)
+    tails = [Path(*written.parts[-count:]) for count in range(min(3, len(written.parts)), 0, -1) if written.name]
+    tails = [tail for tail in tails if not tail.is_absolute() and ".." not in tail.parts]
+    bases = [*([datadir] if datadir is not None else []), folder, folder.absolute().parent]
+    places = [*([folder / written, written] if not written.is_absolute() else [written])]
+    places += [base / tail for base in bases for tail in tails]
+    for place in places:
+        if place.is_file():
+            if place != written and written.is_absolute():
+                notice(f"{config_file(folder)}: {printable(value)} is not there: {place} is used as {name}")
+            return place
+    looked = ", ".join(dict.fromkeys(map(str, places)))
+    raise InputError(
+        f"{config_file(folder)}: its {name} {printable(value)} are not there. Looked for: {looked}. Say where they "
+        "are: --datadir FOLDER."
+    )
+
+
+def _data_folder(value: Any, folder: Path, datadir: Path | None) -> Path | None:
+    """Where the stacks lie: as the user says, else as the config says where that folder exists."""
+    if datadir is not None or not isinstance(value, str):
+        return datadir
+    return next((place for place in (folder / value, Path(value)) if place.is_dir()), None)
+
+
+def _found_poses(folder: Path, epoch: int, config: Mapping[str, Any]) -> Path | None:
+    """The poses that the run found or refined itself (pose.N.pkl, pose.pkl), where it did."""
+    args = config["dataset_args"]
+    if args.get("poses") is not None and not args.get("do_pose_sgd"):
+        return None
+    return next((path for path in (folder / f"pose.{epoch}.pkl", folder / "pose.pkl") if path.is_file()), None)
+
+
+def _with_poses(particles: ParticleSet, path: Path) -> ParticleSet:
+    rotation, shift = read_poses(path)
+    if len(rotation) == particles.n_source != len(particles):
+        rotation, shift = rotation[particles.index], shift[particles.index]
+    if len(rotation) != len(particles):
+        raise InputError(f"{path}: {len(rotation)} poses for {len(particles)} particles")
+    return replace(particles, rotation=rotation, shift=shift, poses_from=path)
+
+
+def _latents(run: RunDir, epoch: int | None) -> tuple[int, np.ndarray]:
+    """The epoch asked for and its latents; by default the last one whose file is whole: cryoDRGN may be writing."""
+    if epoch not in (None, -1):
+        wanted = run.epoch(epoch)
+        return wanted, read_latent(run.z(wanted), finite=False)[0]
+    epochs, problem = run.epochs() or [run.last_epoch()], None
+    for wanted in reversed(epochs):
+        try:
+            return wanted, read_latent(run.z(wanted), finite=False)[0]
+        except InputError as error:
+            problem = problem or error
+            notice(f"epoch {wanted} is left out: {error}")
+    raise problem

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from cryosuite.data.export_poses import with_poses
+from cryosuite.data.export_relion import as_relion_30, columns_of_cs, relion_form
 from cryosuite.data.locate import StackFinder
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.star_tables import star_tables
@@ -111,47 +112,73 @@ def origin(particles: ParticleSet) -> Origin:
     return found or here
 
 
+def export_all(
+    particles: ParticleSet, outs: Sequence[Path | str], binned: bool = False, poses: bool = False,
+    relion: str | None = None,
+) -> None:  # fmt: skip
+    """``export_particles`` to several files: all are checked before the first is written."""
+    outs = [Path(out) for out in outs]
+    twice = [out for number, out in enumerate(outs) if out.absolute() in [other.absolute() for other in outs[:number]]]
+    if twice:
+        raise InputError(f"{twice[0]}: was given twice")
+    for out in outs:
+        _checked(particles, out, binned)
+    table = any(out.suffix.lower() != ".pkl" for out in outs)
+    metadata = (load_metadata(particles) if binned else source_rows(particles)) if table else None
+    for out in outs:
+        export_particles(particles, out, binned, poses, metadata=metadata, relion=relion)
+
+
 def export_particles(
     particles: ParticleSet, out: Path | str, binned: bool = False, poses: bool = False,
     columns: Mapping[str, np.ndarray] | None = None, metadata: ParticleTables | np.ndarray | None = None,
+    relion: str | None = None,
 ) -> Path:  # fmt: skip
     """Write the rows of ``particles`` to ``out``: .star, .cs (from a cs source), or .pkl with original indices.
 
     Rows are those of the original, un-binned set (``binned``: of the work directory itself); every column, block and
     uid of the source is kept, and the order is that of ``particles``. With ``poses`` the set's own poses stand in place
     of the source's. ``columns`` (n,) are added to the particle table of a star file. ``metadata``: the source's rows of
-    these particles (``source_rows``) where they have been read before. Raises InputError for other endings, a .cs of
-    particles that cryoSPARC never saw, and a source that is gone.
+    these particles (``source_rows``) where they have been read before. ``relion``: the version that is to read a star
+    file; None: the form of the source, of other sources 3.1. Raises InputError for other endings, a .cs of particles
+    that cryoSPARC never saw, and a source that is gone.
     """
-    out = Path(out)
+    out, form = Path(out), relion_form(relion)
+    start = _checked(particles, out, binned)
+    if out.suffix.lower() == ".pkl":
+        write_pickle(out, particles.index)
+        return out
+    if metadata is None:
+        metadata = _rows_of(start.table, start.rows, start.passthrough)
+    if poses and metadata is not None:
+        metadata = with_poses(metadata, particles)
+    if out.suffix.lower() == ".cs":
+        write_cs(out, metadata)
+        return out
+    blocks, name = _star_blocks(particles, start, metadata, out, binned, poses, form)
+    write_star(out, {**blocks, name: blocks[name].assign(**(columns or {}))})
+    return out
+
+
+def _checked(particles: ParticleSet, out: Path, binned: bool) -> Origin:
+    """Where the rows come from; InputError for a name that cannot be written."""
     suffix = out.suffix.lower()
     if suffix not in (".star", ".cs", ".pkl"):
         raise InputError(f"{out}: give a name that ends in .star, .cs, or .pkl (a list of indices)")
     if suffix == ".pkl":
         _require_not_source(out, [particles.path, particles.source, particles.poses_from, particles.ctf_from])
-        write_pickle(out, particles.index)
-        return out
+        return Origin(Path(), Path(), particles.index)
     if binned and particles.source is not None:
         start = Origin(particles.source, particles.source, particles.rows, particles.passthrough, particles.datadir)
     else:
         start = origin(particles)
     _require_not_source(out, [particles.path, particles.source, start.source, start.table, *start.passthrough])
-    if metadata is None:
-        metadata = _rows_of(start.table, start.rows, start.passthrough)
-    if poses and metadata is not None:
-        metadata = with_poses(metadata, particles)
-    if suffix == ".star":
-        blocks = _star_blocks(particles, start, metadata, out, binned, poses)
-        name = metadata.block if isinstance(metadata, ParticleTables) else "particles"
-        write_star(out, {**blocks, name: blocks[name].assign(**(columns or {}))})
-    elif isinstance(metadata, np.ndarray):
-        write_cs(out, metadata)
-    else:
+    if suffix == ".cs" and start.table.suffix.lower() != ".cs":
         raise InputError(
             f"{out}: the particles come from {start.table}, which is no .cs file, so there are no uids for cryoSPARC. "
             "Give a name that ends in .star."
         )
-    return out
+    return start
 
 
 def _require_not_source(out: Path, sources: Sequence[Path | None]) -> None:
@@ -161,13 +188,21 @@ def _require_not_source(out: Path, sources: Sequence[Path | None]) -> None:
 
 
 def _star_blocks(
-    particles: ParticleSet, start: Origin, metadata: Any, out: Path, binned: bool, poses: bool = False
-) -> dict[str, Any]:
-    """The source's own tables with fewer rows; of a cs file or bare stack the tables we make."""
-    if isinstance(metadata, ParticleTables):
-        return metadata.blocks(particles=_reachable(metadata, start, out))
+    particles: ParticleSet, start: Origin, metadata: Any, out: Path, binned: bool, poses: bool, form: str | None
+) -> tuple[dict[str, Any], str]:
+    """The blocks to write and the name of the particle table.
+
+    The source's own tables with fewer rows; of a cs file, a bare stack, or where another form is asked for, the tables
+    we make.
+    """
     from cryosuite.data.open import open_particles
 
+    own = isinstance(metadata, ParticleTables)
+    if own and form in (None, metadata.version):
+        return metadata.blocks(particles=_reachable(metadata, start, out)), metadata.block
+    if own and form == "3.0":
+        older = as_relion_30(replace(metadata, particles=_reachable(metadata, start, out)))
+        return older.blocks(), older.block
     if not binned and particles.dataset:
         opened = open_particles(
             start.source, passthrough=start.passthrough, datadir=start.datadir, need_poses=False, need_ctf=False,
@@ -175,8 +210,25 @@ def _star_blocks(
         )  # fmt: skip
         found = opened.subset(start.rows)
         particles = replace(found, **_moved(particles, found)) if poses else found
+    if own:  # 3.0 to 3.1: names stay, optics groups are made
+        names = list(_reachable(metadata, start, out)["rlnImageName"])
+        blocks = star_tables(particles, names, particles.box_size, particles.pixel_size, metadata)
+        blocks["particles"] = blocks["particles"].drop(columns="rlnImageOriginalName", errors="ignore")
+        return blocks, "particles"
     _warn_relion(particles, out)
-    return star_tables(particles, _image_names(particles, out), particles.box_size, particles.pixel_size)
+    blocks = star_tables(particles, _image_names(particles, out), particles.box_size, particles.pixel_size)
+    if isinstance(metadata, np.ndarray):
+        blocks["particles"] = blocks["particles"].assign(**columns_of_cs(metadata))
+    if form == "3.0":
+        older = as_relion_30(_tables_of(out, blocks))
+        return older.blocks(), older.block
+    return blocks, "particles"
+
+
+def _tables_of(out: Path, blocks: dict[str, Any]) -> ParticleTables:
+    """Blocks we made, as ``particle_tables`` would read them."""
+    group = blocks["particles"]["rlnOpticsGroup"].to_numpy() - 1
+    return ParticleTables(out, blocks["particles"], blocks["optics"], {}, "3.1", "particles", list(blocks), group)
 
 
 def _moved(particles: ParticleSet, onto: ParticleSet) -> dict[str, np.ndarray | None]:

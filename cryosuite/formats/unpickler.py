@@ -166,21 +166,22 @@ class _Unpickler(pickle.Unpickler):
         raise InputError(f"{self._path}: refused: the pickle asks for objects outside the file (persistent id)")
 
 
-def safe_load(path: str | os.PathLike) -> list[Any]:
+def safe_load(path: str | os.PathLike, only_first: bool = False) -> list[Any]:
     """All objects pickled in a file, one after the other (cryoDRGN writes mu and logvar as two pickles).
 
     Admits numbers, text, bytes, None, tuples, lists, dicts, and numpy arrays and scalars of numbers or text in the
     forms that numpy 1 and 2 write with protocols 0 to 5. Nothing of the file is executed. Raises InputError for a
-    missing, empty, truncated or damaged file, and for any other global, naming it.
+    missing, empty, truncated or damaged file, and for any other global, naming it. ``only_first``: what follows the
+    first object is not looked at.
     """
-    return load_bytes(Path(path), read_bytes(path, "pickle"))
+    return load_bytes(Path(path), read_bytes(path, "pickle"), only_first)
 
 
-def load_bytes(path: Path, data: bytes) -> list[Any]:
+def load_bytes(path: Path, data: bytes, only_first: bool = False) -> list[Any]:
     """``safe_load`` of bytes that were found in ``path``."""
     stream = io.BytesIO(data)
     loaded: list[Any] = []
-    while stream.tell() < len(data):
+    while stream.tell() < len(data) and not (only_first and loaded):
         start = stream.tell()
         _check_opcodes(path, stream, data)
         stream.seek(start)

@@ -1,0 +1,169 @@
+"""What ``select`` and ``export`` start from: a run, an analysis, a work folder or a particle file, opened alike."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cryosuite.data.cryodrgn_run import is_cryodrgn_run, open_cryodrgn_run
+from cryosuite.data.open import open_particles
+from cryosuite.data.particles import ParticleSet
+from cryosuite.data.workdir import AnalysisDir, RunDir, WorkDir
+from cryosuite.errors import InputError
+from cryosuite.formats.config import read_yaml
+from cryosuite.formats.pickles import read_labels, read_latent
+
+
+@dataclass
+class Source:
+    """Particles and what is known of them; None where there is nothing of the kind.
+
+    Attributes:
+        z: (N, zdim) float32 latents of ``epoch``, a row per particle.
+        analysis: of that epoch. labels: (N,) int64 from 0, -1 for none, read from ``labels_from``.
+        run: the run's folder. poses_found: the run's own poses replace those of the source file.
+    """
+
+    particles: ParticleSet
+    z: np.ndarray | None = None
+    epoch: int | None = None
+    run: RunDir | None = None
+    analysis: AnalysisDir | None = None
+    labels: np.ndarray | None = None
+    labels_from: Path | None = None
+    poses_found: bool = False
+
+    @property
+    def name(self) -> str:
+        """The run's name, or the file's."""
+        path = self.run.path if self.run is not None else self.particles.path
+        return path.resolve().name if path is not None else "particles"
+
+    def need_labels(self) -> np.ndarray:
+        """The labels; InputError where there are none."""
+        if self.labels is None:
+            where = (
+                f"{self.run.path} has no analysis yet: run `cryosuite analyze {self.run.path}`, or" if self.run else ""
+            )
+            raise InputError(
+                f"{where or self.particles.path}{'' if where else ':'} give the clusters: --labels labels.pkl"
+            )
+        return self.labels
+
+    def need_latents(self) -> np.ndarray:
+        """The latents; InputError where there are none."""
+        if self.z is None:
+            raise InputError(f"{self.particles.path}: has no latents: give the folder of a training run")
+        return self.z
+
+
+def open_source(
+    path: Path,
+    *,
+    epoch: int | None = None,
+    labels: Path | None = None,
+    analysis: Path | None = None,
+    datadir: Path | None = None,
+    passthrough: Sequence[Path] = (),
+) -> Source:
+    """Open a run (ours or cryoDRGN's), the folder of an analysis, a work folder, or a particle file.
+
+    Args:
+        epoch: of the run; None: that of the analysis, else the last.
+        labels: in place of those of the analysis. analysis: in place of the newest one of the run.
+        datadir, passthrough: as ``open_particles`` takes them.
+
+    Raises:
+        InputError: nothing of the kind; labels, latents or an analysis of other particles.
+    """
+    path = Path(path)
+    looked = AnalysisDir(path) if AnalysisDir(path).summary.is_file() else None
+    if looked is not None:
+        run = _run_of(looked)
+        analysis = analysis or path
+    else:
+        run = RunDir(path) if path.is_dir() and not WorkDir(path).exists() and _is_run(path) else None
+    if run is None:
+        if epoch is not None or analysis is not None:
+            raise InputError(f"--{'epoch' if epoch is not None else 'analysis'}: {path} is not a training run")
+        found = open_particles(path, datadir=datadir, need_poses=False, need_ctf=False, passthrough=passthrough)
+        source = Source(found)
+    else:
+        source = _open_run(run, epoch, analysis, datadir)
+    _read_labels(source, labels)
+    return source
+
+
+def newest_analysis(run: RunDir, epoch: int | None = None) -> AnalysisDir | None:
+    """The analysis of an epoch, or of the last epoch that has one; None where there is none."""
+    found = []
+    for entry in run.path.glob("analyze.*"):
+        match = re.fullmatch(r"analyze\.(\d+)(\.cryosuite)?", entry.name)
+        if match and AnalysisDir(entry).labels.is_file() and epoch in (None, int(match.group(1))):
+            found.append((int(match.group(1)), entry))
+    return AnalysisDir(max(found)[1]) if found else None
+
+
+def _is_run(path: Path) -> bool:
+    return RunDir(path).exists() or is_cryodrgn_run(path)
+
+
+def _run_of(analysis: AnalysisDir) -> RunDir:
+    """The run that was analysed: the folder above, or the one analyze.yaml names."""
+    above = analysis.path.absolute().parent
+    named = read_yaml(analysis.summary).get("run")
+    places = [above, *([(analysis.path / str(named)), Path(str(named))] if named else [])]
+    for place in places:
+        if _is_run(place):
+            return RunDir(place)
+    raise InputError(f"{analysis.path}: the run it belongs to is not there (looked for {places[-1]}): give the run")
+
+
+def _open_run(run: RunDir, epoch: int | None, analysis: Path | None, datadir: Path | None) -> Source:
+    looked = AnalysisDir(analysis) if analysis is not None else newest_analysis(run, epoch)
+    if analysis is not None and not looked.labels.is_file():
+        raise InputError(f"{analysis}: has no {looked.labels.name}: give the folder that `cryosuite analyze` wrote")
+    if epoch is None and looked is not None:
+        epoch = _epoch_of(looked)
+    if is_cryodrgn_run(run.path):
+        opened = open_cryodrgn_run(run.path, epoch, datadir=datadir, need_poses=False)
+        source = Source(opened.particles, opened.z, opened.epoch, run, looked, poses_found=opened.poses_found)
+    else:
+        chosen: dict[str, Any] = {} if datadir is None else {"datadir": datadir}
+        found = open_particles(run.path, need_poses=False, need_ctf=False, **chosen)
+        source = Source(found, None, None, run, looked, poses_found=bool(run.read_config().get("poses_found")))
+        if run.epochs():
+            source.epoch = run.epoch(epoch)
+            source.z = read_latent(run.z(source.epoch), finite=False)[0]
+    if source.z is not None and len(source.z) != len(source.particles):
+        raise InputError(
+            f"{run.z(source.epoch)}: {len(source.z)} latents for {len(source.particles)} particles: did the set change?"
+        )
+    return source
+
+
+def _epoch_of(analysis: AnalysisDir) -> int | None:
+    if analysis.summary.is_file():
+        epoch = read_yaml(analysis.summary).get("epoch")
+        return epoch if isinstance(epoch, int) and epoch >= 0 else None
+    match = re.fullmatch(r"analyze\.(\d+).*", analysis.path.name)
+    return int(match.group(1)) if match else None
+
+
+def _read_labels(source: Source, given: Path | None) -> None:
+    path = given if given is not None else source.analysis.labels if source.analysis is not None else None
+    if path is None:
+        return
+    values = read_labels(path, unlabelled=True)
+    count = len(source.particles)
+    if len(values) != count:
+        raise InputError(
+            f"{path}: {len(values)} labels, but {source.particles.path} has {count} particles. Give the labels of this "
+            "run."
+        )
+    source.labels, source.labels_from = values, path
