@@ -71,8 +71,12 @@ def grey_range(
     voxel_size: float,  # A
     norm: str = "robust",
     contour: float | None = None,
+    mask: Tensor | None = None,  # (z, y, x) bool
 ) -> tuple[float, float]:
-    """Grey values lo and hi that become 0 and 1; see the module's text. ``contour`` is the level of the mask.
+    """Grey values lo and hi that become 0 and 1; see the module's text.
+
+    Args:
+        contour: level of the mask of "robust". mask: that mask itself.
 
     Raises:
         ValueError: unknown rule, values that are not finite, or a constant map.
@@ -84,7 +88,7 @@ def grey_range(
         raise ValueError("the map has values that are not finite")
     if not high > low:
         raise ValueError(f"all values of the map are {low:g}")
-    lo, hi = _range(volume, voxel_size, norm, contour)
+    lo, hi = _range(volume, voxel_size, norm, contour, mask)
     if not hi > lo:  # inverted contrast, or hardly any voxel that differs
         lo, hi = (quantile(volume, q) for q in (0.01, 0.99))
     return (lo, hi) if hi > lo else (low, high)
@@ -104,13 +108,15 @@ def quantile(values: Tensor, q: float) -> float:
     return float(torch.kthvalue(values, rank + 1).values)
 
 
-def _range(volume: Tensor, voxel_size: float, norm: str, contour: float | None) -> tuple[float, float]:
+def _range(
+    volume: Tensor, voxel_size: float, norm: str, contour: float | None, mask: Tensor | None
+) -> tuple[float, float]:
     if norm == "paper":
         return quantile(volume, 0.01), quantile(volume, 0.99)
     if norm == "emready":
         positive = volume[volume > 0]
         return 0.0, quantile(positive, 0.99999) if len(positive) else 0.0
-    mask = auto_mask(volume, voxel_size, contour)
+    mask = auto_mask(volume, voxel_size, contour) if mask is None else mask
     inside = int(mask.sum())
     step = max(1, volume.numel() // MANY) | 1
     flat = volume.flatten()[::step]
