@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 TASKS = ("sharpen", "superres", "wedge", "pretrain")
+RESOLUTIONS = {"sharpen": (2.5, 8.0), "superres": (4.0, 8.0), "wedge": (27.0, 45.0), "pretrain": (2.5, 8.0)}
 VOXELS = {"sharpen": 1.0, "superres": 1.0, "wedge": 10.0, "pretrain": 1.0}
 
 Range = tuple[float, float]
@@ -18,12 +19,13 @@ class PairOptions:
     """Pairs of an input map and its target; ranges are drawn from evenly, chances are per simulated volume.
 
     Attributes:
-        task: sharpen (deposited map -> molmap of the same resolution), superres (input low-passed to
-            ``superres_input`` -> molmap at ``superres_target``), wedge (missing wedge, noise -> the whole), pretrain
+        task: sharpen (deposited map -> molmap of the same resolution), superres (maps of 4 to 8 A -> molmap at
+            ``superres_target``, so 6 A -> 3 A in the middle), wedge (missing wedge, noise -> the whole scene), pretrain
             (no target: degraded and clean maps mixed).
         crop: edge of the crops, voxels. volume: edge of the simulated cube. voxel: A, None for the task's.
         norm: rule of grey values (kernels.map_norm.NORMS). crops_per_volume: crops of one draw.
-        resolution: A, where the half-map FSC is .143; also the target's. cut: the low-pass filter's limit over it.
+        resolution: A, where the half-map FSC is .143; also the target's, but for superres; None: ``RESOLUTIONS`` of the
+            task. cut: the low-pass filter's limit over it.
         b: global B-factor, A^2. sharpened: share of it that the depositor took back again (chance
             ``chance_sharpened``).
         local_b: largest B of the smooth field over ``field_scale`` A. anisotropy: ratio of eigenvalues, smallest
@@ -31,6 +33,9 @@ class PairOptions:
             much stronger in the middle. solvent: grey value of the solvent over the molecule's mean. lipid: of
             lipid-like blobs, the same. missing: share of residues the target lacks. source_voxel: A, of the map before
             it was resampled. affine: error of the grey range, as a share of it.
+        crowding: share of a scene's volume that molecules fill. membranes, filaments: how many. tilt_low, tilt_high:
+            degrees; soft: edge of the wedge, degrees. scene_noise: standard deviation over the scene's, before the
+            wedge; noise_b: its B-factor, A^2.
         clean: chance that the input is as good as the target. solvent_crops: share of crops taken anywhere.
         phantoms: chance of a procedural molecule where there are both kinds. users: chance of the user's own pairs.
     """
@@ -41,9 +46,8 @@ class PairOptions:
     voxel: float | None = None
     volume: int = 96
     crops_per_volume: int = 16
-    resolution: Range = (2.5, 8.0)
+    resolution: Range | None = None
     cut: Range = (0.85, 1.0)
-    superres_input: Range = (4.0, 8.0)
     superres_target: float = 3.0
     b: Range = (30.0, 250.0)
     sharpened: Range = (0.0, 1.0)
@@ -58,6 +62,14 @@ class PairOptions:
     missing: Range = (0.0, 0.1)
     source_voxel: Range = (0.5, 2.1)
     affine: Range = (-0.05, 0.05)
+    crowding: Range = (0.01, 0.1)
+    membranes: Range = (0.0, 3.0)
+    filaments: Range = (0.0, 2.0)
+    tilt_low: Range = (-70.0, -45.0)
+    tilt_high: Range = (45.0, 70.0)
+    soft: Range = (1.0, 2.0)
+    scene_noise: Range = (0.1, 1.5)
+    noise_b: Range = (0.0, 2000.0)
     clean: float = 0.08
     chance_sharpened: float = 0.5
     chance_local: float = 0.7
@@ -80,6 +92,11 @@ class PairOptions:
     def voxel_size(self) -> float:
         """A per voxel that the network works at."""
         return VOXELS[self.task] if self.voxel is None else self.voxel
+
+    @property
+    def resolutions(self) -> Range:
+        """A, between what the resolution of maps is drawn."""
+        return RESOLUTIONS[self.task] if self.resolution is None else self.resolution
 
 
 class MapBatch(NamedTuple):

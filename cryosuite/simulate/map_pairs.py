@@ -17,6 +17,7 @@ from torch import Tensor
 from cryosuite.errors import InputError
 from cryosuite.kernels.map_norm import grey_range, to_unit
 from cryosuite.simulate.map_options import VOXELS, MapBatch, PairOptions
+from cryosuite.simulate.map_scenes import scene
 from cryosuite.simulate.map_structures import Molecule, hold_out_names, load_molecules
 from cryosuite.simulate.map_volume import Draws, Volume, simulate
 
@@ -94,9 +95,18 @@ class MapPairs:
 
     def volume(self, index: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Volume:
         """A whole simulated cube of molecule ``index``, both maps on the networks' scale 0..1."""
-        found = simulate(self.molecules[index], self.options, generator, device)
+        if self.options.task == "wedge":
+            found = scene(self._together(index, generator), self.options, generator, device)
+        else:
+            found = simulate(self.molecules[index], self.options, generator, device)
         draws = Draws(generator, 8)
         return replace(found, input=self._input(found, draws), target=_target(found))
+
+    def _together(self, index: int, generator: torch.Generator) -> list[Molecule]:
+        """The molecule and others of its own group (held out or not) in random order, for one scene."""
+        group = self.testing if index in self.testing else self.training
+        order = torch.randperm(len(group), generator=generator, device=generator.device).tolist()
+        return [self.molecules[index], *(self.molecules[group[i]] for i in order if group[i] != index)]
 
     def _crops(self, index: int, generator: torch.Generator, device: torch.device | str) -> MapBatch:
         found = self.volume(index, generator, device)
@@ -110,6 +120,7 @@ class MapPairs:
             mask=((targets > FAINT) | (inputs > FAINT)).float(),
             resolution=torch.full((b,), found.resolution, device=inputs.device),
             index=torch.full((b,), index, dtype=torch.int64, device=inputs.device),
+            wedge=found.wedge,
         )
 
     def _input(self, found: Volume, draws: Draws) -> Tensor:

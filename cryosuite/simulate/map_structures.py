@@ -19,7 +19,7 @@ PHANTOM_RESIDUE = 8  # atoms
 HELD_SEED = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Molecule:
     """name; xyz (n, 3) float32, A, centre of mass at 0; number (n,) uint8 atomic numbers; residue (n,) int32, counted
     through the molecule in the order of the file."""

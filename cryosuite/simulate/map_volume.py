@@ -184,7 +184,7 @@ def simulate(
 def _drawn(options: PairOptions, draws: Draws) -> dict[str, float]:
     """One value of every property; all are drawn whether used or not, so that one switch does not change the rest."""
     superres = options.task == "superres"
-    out = {"resolution": draws.uniform(options.superres_input if superres else options.resolution)}
+    out = {"resolution": draws.uniform(options.resolutions)}
     finest = FINEST * options.voxel_size
     out["target"] = max(finest, options.superres_target if superres else out["resolution"])
     out["clean"] = float(draws.chance(options.clean) and not superres)
