@@ -31,6 +31,7 @@ COMMANDS = {
     "train-lvm": ("train_lvm", "Train"),
     "fastar-infer": ("fastar_infer", "Reconstruct"),
     "polish": ("polish", "Reconstruct"),
+    "lvm-sharpen": ("lvm_sharpen", "Reconstruct"),
     "analyze": ("analyze", "Look"),
     "eval-fsc": ("eval_fsc", "Look"),
     "select": ("select", "Look"),

@@ -71,7 +71,7 @@ def evaluate_model(options: ModelOptions) -> None:
 
 def _read_maps(options: ModelOptions) -> tuple[MapGrid, tuple[np.ndarray, np.ndarray] | None]:
     """The map and its half maps; without a map the mean of the half maps."""
-    from cryosuite.data.map_grid import read_grid
+    from cryosuite.data.map_grid import read_grid, values_on
 
     paths = [path for path in (options.half1, options.half2) if path is not None]
     if len(paths) == 1:
@@ -81,23 +81,10 @@ def _read_maps(options: ModelOptions) -> tuple[MapGrid, tuple[np.ndarray, np.nda
     grids = [read_grid(path, options.apix) for path in paths]
     if options.map is None:
         notice("no --map: the mean of the half maps is judged")
-        grid = grids[0].with_data((grids[0].data + _on_grid(grids[1], grids[0])) / 2)
+        grid = grids[0].with_data((grids[0].data + values_on(grids[1], grids[0])) / 2)
     else:
         grid = read_grid(options.map, options.apix)
-    return grid, tuple(_on_grid(half, grid) for half in grids) if grids else None
-
-
-def _on_grid(half: MapGrid, grid: MapGrid) -> np.ndarray:
-    """The values of a half map, which must lie on the grid of the map."""
-    same = half.data.shape == grid.data.shape and np.allclose(half.voxel, grid.voxel, rtol=1e-3)
-    if not same or np.abs(np.subtract(half.origin, grid.origin)).max() > 0.05 * max(grid.voxel):
-        raise InputError(f"{_where(half)}, {_where(grid)}: they are not on one grid")
-    return half.data
-
-
-def _where(grid: MapGrid) -> str:
-    shape, origin = (" x ".join(f"{x:g}" for x in np.round(one, 3)) for one in (grid.data.shape[::-1], grid.origin))
-    return f"{grid.path} has {shape} voxels of {grid.voxel[0]:.4g} A from {origin} A"
+    return grid, tuple(values_on(half, grid) for half in grids) if grids else None
 
 
 def _local(grid: MapGrid, halves: tuple[np.ndarray, np.ndarray], scores: ModelScores) -> LocalResolution | None:

@@ -97,6 +97,19 @@ def read_grid(path: str | os.PathLike, apix: float | None = None) -> MapGrid:
     return MapGrid(found.data, voxel, placed.placement, found, corrected=apix is not None)
 
 
+def values_on(other: MapGrid, grid: MapGrid) -> np.ndarray:
+    """The values (z, y, x) of a map that must lie on the grid of another; InputError that describes both if not."""
+    same = other.data.shape == grid.data.shape and np.allclose(other.voxel, grid.voxel, rtol=1e-3)
+    if not same or np.abs(np.subtract(other.origin, grid.origin)).max() > 0.05 * max(grid.voxel):
+        raise InputError(f"{_where(other)}, {_where(grid)}: they are not on one grid")
+    return other.data
+
+
+def _where(grid: MapGrid) -> str:
+    shape, origin = (" x ".join(f"{x:g}" for x in np.round(one, 3)) for one in (grid.data.shape[::-1], grid.origin))
+    return f"{grid.path} has {shape} voxels of {grid.voxel[0]:.4g} A from {origin} A"
+
+
 def write_like(path: str | os.PathLike, array: np.ndarray, source: MapGrid, label: str = "") -> None:
     """Write values (z, y, x) on the grid of a map that was read, with the header it had, as float32.
 
