@@ -88,7 +88,7 @@ def open_cryodrgn_run(
     run, folder = RunDir(folder), Path(folder)
     config = read_cryodrgn_config(folder)
     given: Mapping[str, Any] = config["dataset_args"]
-    wanted, z = _latents(run, epoch)
+    wanted, z = last_latents(run, epoch)
     named = {name: _located(name, given.get(name), folder, datadir) for name in FILES}
     where = config_file(folder)
     if named["particles"] is None:
@@ -161,7 +161,7 @@ def _with_poses(particles: ParticleSet, path: Path) -> ParticleSet:
     return replace(particles, rotation=rotation, shift=shift, poses_from=path)
 
 
-def _latents(run: RunDir, epoch: int | None) -> tuple[int, np.ndarray]:
+def last_latents(run: RunDir, epoch: int | None) -> tuple[int, np.ndarray]:
     """The epoch asked for and its latents; by default the last one whose file is whole: cryoDRGN may be writing."""
     if epoch not in (None, -1):
         wanted = run.epoch(epoch)

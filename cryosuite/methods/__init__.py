@@ -25,6 +25,7 @@ METHODS = {
     "lvm": "cryosuite.methods.lvm_run",
     "lvm-pretrain": "cryosuite.methods.lvm_run",
 }
+CRYODRGN = "cryosuite.methods.cryodrgn_run"  # its config.yaml has no method
 
 
 @dataclass
@@ -33,10 +34,11 @@ class LoadedRun:
 
     z (N, zdim) float32, a row per particle of ``particles``; pixel_size in Angstrom; ``decode`` takes latents
     (k, zdim) and gives volumes (k, D, D, D) float32 in the grey values of the images; None: latents without volumes.
+    particles: None for a run of cryoDRGN whose images are not there.
     """
 
     name: str
-    particles: ParticleSet
+    particles: ParticleSet | None
     z: np.ndarray
     epoch: int
     pixel_size: float
@@ -46,15 +48,18 @@ class LoadedRun:
 
 
 def load_run(run: Path | str, epoch: int | None = None, **options: Any) -> LoadedRun:
-    """Open a run folder at an epoch (None or -1: the last one with latents).
+    """Open a run folder, ours or cryoDRGN's, at an epoch (None or -1: the last one with latents).
 
-    ``options`` go to the method, e.g. ``volume_from`` of CryoHype. Raises InputError for a folder that holds no run, a
+    ``options`` go to the method, e.g. ``volume_from`` of CryoHype, ``datadir`` of cryoDRGN. Raises InputError for a folder that holds no run, a
     missing epoch, and a method this version does not know.
     """
+    from cryosuite.data.cryodrgn_run import is_cryodrgn_run
     from cryosuite.data.workdir import RunDir
     from cryosuite.training.runs import read_run_config
 
     folder = RunDir(Path(run))
+    if is_cryodrgn_run(folder.path):
+        return import_module(CRYODRGN).load(folder, epoch, **options)
     config = read_run_config(folder)
     if config["method"] not in METHODS:
         raise InputError(
