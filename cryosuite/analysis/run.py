@@ -6,6 +6,7 @@ labels, file numbers, rows and indices count from 0.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -91,6 +92,7 @@ def analyze(
     particles: ParticleSet | None = None,
     epoch: int = 0,
     records: Sequence[Mapping[str, float]] = (),
+    run: Path | None = None,
 ) -> Analysis:
     """Analyse latents and write everything to ``out``.
 
@@ -100,6 +102,7 @@ def analyze(
         pixel_size: of the decoded box, A. box_size: D.
         particles: the particle set of the rows, for original indices and lists per cluster.
         records: lines of metrics.jsonl, for the learning curve up to ``epoch``.
+        run: folder of the run, noted in analyze.yaml so that ``select`` finds it from ``out``.
 
     Raises:
         InputError: no finite latent, options that cannot be met, a folder that cannot be written.
@@ -132,7 +135,7 @@ def analyze(
     if decode is not None and not options.skip_volumes:
         _volumes(result, good, decode, pixel_size, box_size, options)
         clock.lap(result, "volumes", "decoded and drawn")
-    _summarise(result, options, epoch, pixel_size, len(z))
+    _summarise(result, options, epoch, pixel_size, len(z), run)
     return result
 
 
@@ -345,12 +348,16 @@ def _walk(
     return folder
 
 
-def _summarise(result: Analysis, options: AnalyzeOptions, epoch: int, pixel_size: float, count: int) -> None:
+def _summarise(
+    result: Analysis, options: AnalyzeOptions, epoch: int, pixel_size: float, count: int, run: Path | None
+) -> None:
     """analyze.yaml: what was done and found, for people and for later commands."""
     mixture = result.mixture
+    way = {} if run is None else {"run": os.path.relpath(run.absolute(), result.out.path.absolute())}
     write_yaml(result.out.summary, {
         "kind": "analysis",
         "version": __version__,
+        **way,
         "epoch": epoch,
         "n_particles": count,
         "left_out": [int(row) for row in np.setdiff1d(np.arange(count), result.rows)],

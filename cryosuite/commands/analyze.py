@@ -15,7 +15,7 @@ def _option(default: Any, *names: str, help: str, panel: str, **more: Any) -> An
 
 
 def main(
-    run: Path = typer.Argument(..., help="Folder of a training run.", metavar="RUN"),
+    run: Path = typer.Argument(..., help="Folder of a training run, ours or cryoDRGN's.", metavar="RUN"),
     epoch_number: int = typer.Argument(None, help="Epoch, as cryoDRGN takes it; the same as --epoch.", metavar="EPOCH"),
     epoch: int = typer.Option(None, "--epoch", help="Epoch, counted from 1; -1 or nothing: the last whole one."),
     outdir: Path = _option(None, "-o", "--outdir", help="Folder to write to; nothing: RUN/analyze.EPOCH.", panel=PLOTS),
@@ -58,9 +58,12 @@ def main(
     polish: bool = _option(
         False, "--polish", help="Also backproject and polish the particles of each cluster (see polish).", panel=VOLUMES
     ),
+    datadir: Path = _option(
+        None, "--datadir", help="Folder of the images of a cryoDRGN run that were moved.", panel=PLOTS
+    ),
     seed: int = _option(0, "--seed", help="Same seed, same result.", panel=PLOTS),
 ) -> None:
-    """Look at a trained run: a map of its particles, their clusters, and a volume of each.
+    """Look at a trained run, ours or cryoDRGN's: a map of its particles, their clusters, a volume of each.
 
     Writes RUN/analyze.EPOCH: PCA, UMAP and cluster plots, volumes (.mrc)
     with pictures, particle lists per cluster, and view.cxc for ChimeraX in
@@ -93,12 +96,15 @@ def main(
         ksample=ksample, gmm=gmm, cluster=cluster or ("kmeans" if k else None), k=_number(k),
         components=pc, per_component=n_per_pc, skip_umap=skip_umap, skip_volumes=skip_vol, seed=seed, volumes=volumes,
     )  # fmt: skip
-    loaded = load_run(run, epoch)
+    loaded = load_run(run, epoch, **({} if datadir is None else {"datadir": datadir}))
+    if polish and loaded.particles is None:
+        raise InputError(f"--polish: the images of {run} are not there: say where they are (--datadir)")
     out = AnalysisDir(outdir) if outdir is not None else folder.analysis(loaded.epoch)
     say(f"epoch {loaded.epoch}: {loaded.z.shape[0]:,} particles, {loaded.z.shape[1]} latent numbers each -> {out.path}")
     result = analyze(
         loaded.z, loaded.decode, out, loaded.pixel_size, loaded.box_size, options,
         particles=loaded.particles, epoch=loaded.epoch, records=read_metrics(folder.metrics),
+        run=run,
     )  # fmt: skip
     _report(result, folder)
     if polish:
@@ -160,4 +166,4 @@ def _report(result: Any, run: Any) -> None:
     if result.files:
         say(f"look:  chimerax {out.chimerax}")
     largest = int(result.clusters.sizes.argmax())
-    say(f"next:  cryosuite export {run.path} --labels {out.labels} --cluster {largest} -o cluster{largest}.star")
+    say(f"next:  cryosuite export {out.path} --cluster {largest} -o cluster{largest}.star")

@@ -230,8 +230,10 @@ class RunDir:
         return wanted
 
     def analysis(self, epoch: int) -> AnalysisDir:
-        """The folder of an epoch's analysis."""
-        return AnalysisDir(self.path / f"analyze.{epoch}")
+        """The folder of an epoch's analysis; beside cryoDRGN's own, which has files of the same names."""
+        folder = AnalysisDir(self.path / f"analyze.{epoch}")
+        theirs = not folder.summary.is_file() and any(folder.path.glob("*.ipynb"))
+        return AnalysisDir(self.path / f"analyze.{epoch}.cryosuite") if theirs else folder
 
     def exists(self) -> bool:
         """True when the folder holds a run."""
@@ -276,6 +278,20 @@ class AnalysisDir:
     def report(self) -> Path:
         """The page with all results."""
         return self.path / "report.html"
+
+    @property
+    def particles(self) -> Path:
+        """One row per particle: all that is known of it (``particles_columns.csv`` says what each column is)."""
+        return self.path / "particles.csv"
+
+    @property
+    def confounds(self) -> Path:
+        """What the latents and clusters have to do with microscope and view."""
+        return self.path / "confounds.csv"
+
+    def turntable(self, label: int, kind: str = "") -> Path:
+        """Frames of a turning volume of a cluster side by side; ``kind``: "polished", ... for other maps of it."""
+        return self.path / "turntable" / f"cluster_{label:03d}{'_' if kind else ''}{kind}.webp"
 
     @property
     def summary(self) -> Path:

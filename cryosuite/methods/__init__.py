@@ -50,8 +50,8 @@ class LoadedRun:
 def load_run(run: Path | str, epoch: int | None = None, **options: Any) -> LoadedRun:
     """Open a run folder, ours or cryoDRGN's, at an epoch (None or -1: the last one with latents).
 
-    ``options`` go to the method, e.g. ``volume_from`` of CryoHype, ``datadir`` of cryoDRGN. Raises InputError for a folder that holds no run, a
-    missing epoch, and a method this version does not know.
+    ``options`` go to the method, e.g. ``volume_from`` of CryoHype, ``datadir`` of cryoDRGN. Raises InputError for
+    a folder that holds no run, a missing epoch, and a method this version does not know.
     """
     from cryosuite.data.cryodrgn_run import is_cryodrgn_run
     from cryosuite.data.workdir import RunDir
