@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from cryosuite.data.map_weights import MapWeights
     from cryosuite.methods.lvm_sharpen import Enhanced, EnhanceOptions
     from cryosuite.methods.lvm_sharpen_files import Inputs
+    from cryosuite.metrics.model import ModelScores
 
 NETWORK, GREY, MORE, WEDGE, MACHINE = (
     "Network", "The map", "What else is written", "Missing wedge (--task wedge)", "Machine",
@@ -128,12 +129,13 @@ def main(
     device = torch.device(resolve_accelerator(accelerator))
     network = open_weights(task, weights)
     inputs = read_inputs(path, half1, half2, mask, apix)
+    before = None if model is None else _score(inputs.grid, model, resolution)
     found = _run(inputs, network, options, device, out, resolution, uncertainty, local_cc)
     if per_half:
         _halves(inputs, network, options, device, out)
     _report(found, inputs.grid, network, outputs)
-    if model is not None:
-        _scores(inputs, found, model, resolution)
+    if before is not None:
+        _compare(before, _score(found.map, model, before.d_min), model)
 
 
 def _batch(text: str) -> int | None:
@@ -259,15 +261,17 @@ def _report(found: Enhanced, grid: MapGrid, network: MapWeights, outputs: dict[s
     say("resolution from it.")
 
 
-def _scores(inputs: Inputs, found: Enhanced, model: Path, resolution: float | None) -> None:
-    """Scores of the map against an atomic model before and after, with one cut-off for the calculated map."""
-    from cryosuite.console import say, table
+def _score(grid: MapGrid, model: Path, resolution: float | None) -> ModelScores:
     from cryosuite.formats.atoms import read_atoms
     from cryosuite.metrics.model import score_model
 
-    atoms = read_atoms(model, waters=True)
-    before = score_model(inputs.grid, atoms, resolution)
-    after = score_model(found.map, atoms, before.d_min)
+    return score_model(grid, read_atoms(model, waters=True), resolution)
+
+
+def _compare(before: ModelScores, after: ModelScores, model: Path) -> None:
+    """Scores of the map against an atomic model before and after, with one cut-off for the calculated map."""
+    from cryosuite.console import say, table
+
     rows = [
         ["CC mask", f"{before.solvent.mask:.3f}", f"{after.solvent.mask:.3f}", "higher"],
         ["CC mask, 3 A", f"{before.plain.mask:.3f}", f"{after.plain.mask:.3f}", "higher"],

@@ -12,6 +12,7 @@ import torch
 from cryosuite.console import say
 from cryosuite.data.map_grid import MapGrid, read_grid, values_on, write_like
 from cryosuite.data.map_weights import MapWeights, load_map_weights, shipped_map_weights
+from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError
 from cryosuite.methods.lvm_sharpen import Enhanced, EnhanceOptions, enhance
 from cryosuite.methods.lvm_sharpen_checks import inspect_map
@@ -31,13 +32,13 @@ class Inputs:
 
 
 def open_weights(task: str | None, path: Path | None) -> MapWeights:
-    """The network of a file, or the one that comes with cryosuite for a task ("sharpen" where none is named).
+    """The network of a file or run, or the one that comes with cryosuite for a task ("sharpen" where none is named).
 
     Raises InputError where there is none, or the file is for another task than asked for.
     """
     if path is None:
         return load_map_weights(shipped_map_weights(task or "sharpen"))
-    weights = load_map_weights(path)
+    weights = load_map_weights(RunDir(path).network if Path(path).is_dir() else path)
     if task is not None and task != weights.task:
         raise InputError(f"{path}: was trained for --task {weights.task}, not {task}: leave --task out, or give others")
     return weights
