@@ -14,11 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cryosuite.data.map_sets import map_entries, read_pairs
 from cryosuite.errors import InputError
 from cryosuite.kernels.map_norm import grey_range, to_unit
+from cryosuite.kernels.wedge import wedge_mask
 from cryosuite.simulate.map_options import VOXELS, MapBatch, PairOptions
 from cryosuite.simulate.map_scenes import scene
-from cryosuite.simulate.map_structures import Molecule, hold_out_names, load_molecules
+from cryosuite.simulate.map_structures import PHANTOM, Molecule, hold_out_names, load_molecules
+from cryosuite.simulate.map_users import UserMaps
 from cryosuite.simulate.map_volume import Draws, Volume, simulate
 
 __all__ = ["VOXELS", "MapBatch", "MapPairs", "PairOptions"]
@@ -31,23 +34,30 @@ TOP = 0.99  # quantile inside the mask that becomes 1
 
 
 class MapPairs:
-    """Simulated pairs of maps; see ``open``.
+    """Simulated pairs of maps and the user's own; see ``open``.
 
     Attributes:
-        names: of all molecules, held-out ones included; ``MapBatch.index`` counts in it.
+        names: of all molecules, then of all the user's maps, held-out ones included; ``MapBatch.index`` counts in it.
         training, testing: rows of ``names`` that ``draw`` and ``held`` take.
     """
 
-    def __init__(self, molecules: list[Molecule], options: PairOptions, held: set[str] = frozenset()) -> None:
+    def __init__(
+        self, molecules: list[Molecule], options: PairOptions, hold_out: str = "0", users: UserMaps | None = None
+    ) -> None:
         self.options = options
         self.molecules = molecules
-        self.names = [molecule.name for molecule in molecules]
+        self.users = users
+        own = [entry.name for entry in users.entries] if users else []
+        self.names = [molecule.name for molecule in molecules] + own
+        held = hold_out_names(self.names, hold_out, self.names[: len(molecules)] or own)
         self.training = [i for i, name in enumerate(self.names) if name not in held]
         self.testing = [i for i, name in enumerate(self.names) if name in held]
         if not self.training:
             raise InputError("--hold-out leaves no structure to train on")
-        self._procedural = [i for i in self.training if self.names[i].startswith("phantom")]
-        self._real = [i for i in self.training if not self.names[i].startswith("phantom")]
+        first = len(molecules)
+        procedural = [i for i in self.training if i < first and self.names[i].startswith(PHANTOM)]
+        real = [i for i in self.training if i < first and not self.names[i].startswith(PHANTOM)]
+        self._kinds = {"users": [i for i in self.training if i >= first], "phantoms": procedural, "real": real}
 
     @classmethod
     def open(
@@ -72,18 +82,24 @@ class MapPairs:
         Raises:
             InputError: nothing found, unreadable files, unknown names.
         """
-        molecules = load_molecules(structures, cache)
-        return cls(molecules, options, hold_out_names([m.name for m in molecules], hold_out))
+        entries = (read_pairs(Path(pairs)) if pairs is not None else []) + map_entries(maps)
+        if entries and options.task == "wedge":
+            raise InputError("--task wedge is trained on simulated scenes: leave --pairs out")
+        if maps and options.task != "pretrain":
+            raise InputError("maps without models have no target to train on: give --pairs with maps and models")
+        molecules = load_molecules(structures, cache) if structures or not entries else []
+        return cls(molecules, options, hold_out, UserMaps(entries, options) if entries else None)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def draw(self, generator: torch.Generator, device: torch.device | str = "cpu") -> MapBatch:
         """``crops_per_volume`` crops of one volume, never seen before; the generator's state decides them all."""
-        draws = Draws(generator, 4)
-        rows = self.training
-        if self._procedural and self._real:
-            rows = self._procedural if draws.chance(self.options.phantoms) else self._real
+        draws, options = Draws(generator, 4), self.options
+        kinds = ["real", "phantoms", "users"]
+        for kind, chance in (("phantoms", options.phantoms), ("users", options.users)):
+            kinds = [kind, *kinds] if draws.chance(chance) else kinds
+        rows = next(self._kinds[kind] for kind in kinds if self._kinds[kind])
         return self._crops(rows[draws.below(len(rows))], generator, device)
 
     def held(self, seed: int, count: int) -> list[MapBatch]:
@@ -94,8 +110,10 @@ class MapPairs:
         return [self._crops(self.testing[i % len(self.testing)], generator, "cpu") for i in range(count)]
 
     def volume(self, index: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Volume:
-        """A whole simulated cube of molecule ``index``, both maps on the networks' scale 0..1."""
-        if self.options.task == "wedge":
+        """A whole cube of molecule or map ``index``, both maps on the networks' scale 0..1."""
+        if index >= len(self.molecules):
+            found = self.users.volume(index - len(self.molecules), generator, device)
+        elif self.options.task == "wedge":
             found = scene(self._together(index, generator), self.options, generator, device)
         else:
             found = simulate(self.molecules[index], self.options, generator, device)
@@ -120,12 +138,19 @@ class MapPairs:
             mask=((targets > FAINT) | (inputs > FAINT)).float(),
             resolution=torch.full((b,), found.resolution, device=inputs.device),
             index=torch.full((b,), index, dtype=torch.int64, device=inputs.device),
-            wedge=found.wedge,
+            wedge=self._wedge(found.drawn, b, inputs.device) if options.task == "wedge" else None,
         )
+
+    def _wedge(self, drawn: dict[str, float], b: int, device: torch.device) -> Tensor:
+        tilts, edge = (drawn["tilt_low"], drawn["tilt_high"]), self.options.crop
+        mask = wedge_mask((edge,) * 3, tilts, "y", self.options.voxel_size, drawn["soft"], device=device)
+        return mask.expand(b, *mask.shape)
 
     def _input(self, found: Volume, draws: Draws) -> Tensor:
         options = self.options
-        if options.norm == "robust":
+        if not found.drawn:  # of the user: on the scale already
+            lo, hi = 0.0, 1.0
+        elif options.norm == "robust":
             lo, hi = robust_range(found.input, found.mask)
         else:
             lo, hi = grey_range(found.input, options.voxel_size, options.norm)

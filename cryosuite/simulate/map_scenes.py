@@ -71,7 +71,7 @@ def scene(
     inside = target > 0.15 * PROTEIN
     if drawn["clean"]:
         seen = target.clone()
-    return Volume(seen, target, inside, drawn["resolution"], drawn, mask)
+    return Volume(seen, target, inside, drawn["resolution"], drawn)
 
 
 def _drawn(options: PairOptions, draws: Draws) -> dict[str, float]:

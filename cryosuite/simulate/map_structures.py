@@ -17,6 +17,7 @@ FORMAT = 1
 PHANTOMS = 24  # procedural proteins when no number is asked for
 PHANTOM_RESIDUE = 8  # atoms
 HELD_SEED = 3
+PHANTOM = "phantom"  # what the names of procedural proteins begin with
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,17 +53,17 @@ def load_molecules(spec: str, cache: Path | None = None, seed: int = 0) -> list[
     found = _from_files(files, cache) if files else []
     count = count or (PHANTOMS if both else 0)
     phantoms = make_phantoms(count, np.random.default_rng(seed)) if count else []
-    return found + [_from_phantom(phantom, f"phantom{i:03d}") for i, phantom in enumerate(phantoms)]
+    return found + [_from_phantom(phantom, f"{PHANTOM}{i:03d}") for i, phantom in enumerate(phantoms)]
 
 
-def hold_out_names(names: list[str], wanted: str) -> set[str]:
-    """Names of the molecules that are never trained on: a number of them (of the atomic models, where there are any)
-    drawn once and for all, or those listed.
+def hold_out_names(names: list[str], wanted: str, numbered: list[str]) -> set[str]:
+    """Names of the molecules that are never trained on: a number of them drawn once and for all from ``numbered`` (of
+    the atomic models among them, where there are any), or those listed.
 
     Raises InputError for unknown names.
     """
     if wanted.strip().isdigit():
-        real = [name for name in names if not name.startswith("phantom")] or names
+        real = [name for name in numbered if not name.startswith(PHANTOM)] or numbered
         count = min(int(wanted), len(real) // 2)
         return set(np.random.default_rng(HELD_SEED).permutation(sorted(real))[:count].tolist())
     kept = {name.strip() for name in wanted.split(",") if name.strip()}

@@ -39,14 +39,13 @@ WANDER = 10.0  # A from the atom that the cube is centred on
 @dataclass(frozen=True)
 class Volume:
     """A simulated cube: input and target (n, n, n) in their own units, mask (n, n, n) bool of the molecule, resolution
-    of the target in A, what was drawn, and the mask of the tilt series (task wedge)."""
+    of the target in A, and what was drawn (nothing for the user's maps)."""
 
     input: Tensor
     target: Tensor
     mask: Tensor
     resolution: float
     drawn: dict[str, float]
-    wedge: Tensor | None = None
 
 
 class Draws:
