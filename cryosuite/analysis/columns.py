@@ -11,6 +11,7 @@ import numpy as np
 from cryosuite.data.source import Source
 from cryosuite.errors import InputError
 from cryosuite.formats.checks import printable
+from cryosuite.formats.pickles import safe_load
 from cryosuite.formats.relion import ParticleTables
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class Columns:
     def __init__(self, source: Source) -> None:
         self.source = source
         self._values: dict[str, np.ndarray] = {}
-        self._table = None if source.analysis is None else source.analysis.path / "particles.csv"
+        self._table = None if source.analysis is None else source.analysis.particles
         self._header = _header(self._table) if self._table is not None and self._table.is_file() else []
         self._made: dict[str, np.ndarray] | None = None
         self._file: dict[str, np.ndarray] | None = None
@@ -125,7 +126,9 @@ def _make(source: Source) -> dict[str, np.ndarray]:
             scores[good] = found
     else:
         z, confidence = np.zeros((count, 0), np.float32), np.full(count, np.nan, np.float32)
-    columns = particle_columns(z, labels, source.particles, pca_scores=scores, confidence=confidence)
+    columns = particle_columns(
+        z, labels, source.particles, pca_scores=scores, umap=_umap(source), confidence=confidence
+    )
     made = {}
     for column in columns:
         texts = np.array([*column.names, ""], object)  # -1 is the last
@@ -133,6 +136,15 @@ def _make(source: Source) -> dict[str, np.ndarray]:
     if source.labels is None:
         made = {name: values for name, values in made.items() if name not in ("cluster", "confidence")}
     return made
+
+
+def _umap(source: Source) -> np.ndarray | None:
+    """The UMAP of the analysis, where there is one."""
+    path = None if source.analysis is None else source.analysis.umap
+    if path is None or not path.is_file():
+        return None
+    places = np.asarray(safe_load(path)[0], np.float32)
+    return places if places.shape == (len(source.particles), 2) else None
 
 
 def _file_columns(source: Source) -> dict[str, np.ndarray]:
