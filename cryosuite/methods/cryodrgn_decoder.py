@@ -92,12 +92,12 @@ class CryodrgnDecoder:
 
     def _frequencies(self, half: int) -> Tensor:
         """Frequencies (n,) of the encodings in geometric or linear series."""
-        count, lattice = int(self.args.get("pe_dim") or half), self.box + 1.0
+        count, whole = int(self.args.get("pe_dim") or half), float(self.box)
         step = torch.arange(count, dtype=torch.float32)
         at = step / max(count - 1, 1)
         series = {
-            "geom_ft": lambda: lattice * math.pi * (2.0 / lattice) ** at,
-            "geom_full": lambda: lattice * math.pi * (1.0 / lattice / math.pi) ** at,
+            "geom_ft": lambda: whole * math.pi * (2.0 / whole) ** at,
+            "geom_full": lambda: whole * math.pi * (1.0 / whole / math.pi) ** at,
             "geom_lowf": lambda: half * (1.0 / half) ** at,
             "geom_nohighf": lambda: half * (2.0 * math.pi / half) ** at,
             "linear_lowf": lambda: step + 1.0,
