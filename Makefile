@@ -1,12 +1,13 @@
 # make test        set up .venv and run the linters and the fast tests (what CI runs)
 # make test-all    the slow tests too
+# make test-slurm  trainings under a real SLURM on this machine (root, Debian)
 # make quickstart  from nothing to volumes in one command, with simulated data
 # make bench       the tables of speed and quality (needs cryoDRGN and RELION for the peers' columns)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: test test-all lint quickstart bench clean
+.PHONY: test test-all test-slurm lint quickstart bench clean
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -23,7 +24,12 @@ test: lint
 	$(BIN)/python -m pytest -n 2
 
 test-all: lint
-	$(BIN)/python -m pytest -n 2 -m "slow or not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slurm"
+
+# trainings under a real SLURM of one node, pre-empted and resumed; installs Debian's packages if need be (as root)
+test-slurm: $(VENV)/installed
+	command -v /usr/sbin/slurmctld >/dev/null || (apt-get update && apt-get install -y slurm-wlm munge)
+	$(BIN)/python -m pytest -m slurm -rs tests/test_slurm.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
