@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from cryosuite.data.map_weights import TASKS, load_map_encoder, load_map_weights, shipped_map_weights
@@ -56,6 +58,36 @@ def fill(net: nn.Module, path: str, pretrained: bool) -> None:
         part.load_state_dict(other.state_dict(), strict=True)
     except RuntimeError:
         raise InputError(f"{path}: holds another network than the run was started with") from None
+
+
+@torch.no_grad()
+def start_as_identity(net: nn.Module, ridge: float = 1e-6) -> None:
+    """Let a SCUNet with a new decoder begin by answering with the map it is given, whatever its encoder holds.
+
+    The finest stage of the decoder begins at zero, so that what reaches the tail is the head's output x * H + b alone;
+    the tail T is the least-squares solution of T * H = 1 (125 equations for 27 d numbers). All of it is trained from
+    there on. A map ViT has no way around its tokens and stays as it is.
+    """
+    if not isinstance(net, Scunet):
+        return
+    decoder, head = net.decoder, net.encoder.head
+    nn.init.zeros_(decoder.ups[0].weight)
+    nn.init.zeros_(decoder.ups[0].bias)
+    for block in decoder.stages[0]:
+        nn.init.zeros_(block.mix.weight)
+        nn.init.zeros_(block.mix.bias)
+    kernel = head.weight[:, 0].double()  # (d, 3, 3, 3)
+    rows = kernel.new_zeros(len(kernel), 3, 3, 3, 5, 5, 5)
+    for j in itertools.product(range(3), repeat=3):
+        rows[(slice(None), *j, *(slice(i, i + 3) for i in j))] = kernel
+    a = rows.flatten(4).flatten(0, 3)  # (27 d, 125)
+    wanted = a.new_zeros(125)
+    wanted[62] = 1
+    gram = a.T @ a
+    gram = gram + ridge * gram.diagonal().mean() * torch.eye(125, dtype=a.dtype)
+    taps = (a @ torch.linalg.solve(gram, wanted)).view(1, -1, 3, 3, 3)
+    decoder.tail.weight.copy_(taps)
+    decoder.tail.bias.fill_(-float((taps.sum((2, 3, 4)) * head.bias.double()).sum()))
 
 
 def _in_run(path: Path, inside: Path) -> Path:

@@ -12,6 +12,7 @@ from cryosuite.kernels.map_losses import shell_loss, ssim
 from cryosuite.methods.lvm import decayed, factor
 from cryosuite.methods.lvm_loader import CropBatch, CropLoader, Crops
 from cryosuite.methods.lvm_options import TrainLvmOptions
+from cryosuite.methods.lvm_start import SCRATCH, fill, start_as_identity
 from cryosuite.training.method import Step
 
 RATIO_EVERY = 20  # steps between two looks at the gradients of the losses
@@ -54,10 +55,10 @@ class TrainLvm:
     def build(self, particles: Crops) -> MapModel:
         """The network, with the weights it starts from."""
         net = self.options.network()
-        if self.load and self.options.start != "scratch":
-            from cryosuite.methods.lvm_start import fill
-
+        if self.load and self.options.start != SCRATCH:
             fill(net, self.options.start, self.options.pretrained)
+        if self.options.pretrained or self.options.start == SCRATCH:
+            start_as_identity(net)
         return MapModel(net)
 
     def loader(self, particles: Crops, batch_size: int, rank: int, processes: int, **how: Any) -> CropLoader:
