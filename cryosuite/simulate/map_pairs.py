@@ -3,7 +3,9 @@
 The target is scaled by one rule for all volumes, which padding cannot change: 0 is vacuum, 1 the .99 quantile of the
 target inside the molecule's mask. The input is scaled as ``lvm-sharpen`` scales a deposited map: "robust" is the median
 of the solvent and the .99 quantile inside the mask, here with the mask that the simulation knows, since a cube inside
-a large complex has too little solvent to find one; the other rules are those of ``kernels.map_norm``.
+a large complex has too little solvent to find one; the other rules are those of ``kernels.map_norm``. Scenes (task
+wedge) are the exception: their target has the grey values of the input, so that a network's answer can be joined with
+the measured coefficients; "paper" suits them best, since "robust" clips the streaks below the solvent.
 """
 
 from __future__ import annotations
@@ -117,8 +119,9 @@ class MapPairs:
             found = scene(self._together(index, generator), self.options, generator, device)
         else:
             found = simulate(self.molecules[index], self.options, generator, device)
-        draws = Draws(generator, 8)
-        return replace(found, input=self._input(found, draws), target=_target(found))
+        lo, hi = self._span(found, Draws(generator, 8))
+        target = to_unit(found.target, lo, hi) if self.options.task == "wedge" else _target(found)
+        return replace(found, input=to_unit(found.input, lo, hi), target=target)
 
     def _together(self, index: int, generator: torch.Generator) -> list[Molecule]:
         """The molecule and others of its own group (held out or not) in random order, for one scene."""
@@ -146,7 +149,8 @@ class MapPairs:
         mask = wedge_mask((edge,) * 3, tilts, "y", self.options.voxel_size, drawn["soft"], device=device)
         return mask.expand(b, *mask.shape)
 
-    def _input(self, found: Volume, draws: Draws) -> Tensor:
+    def _span(self, found: Volume, draws: Draws) -> tuple[float, float]:
+        """Grey values of the input that become 0 and 1, a little wrong as they are for a map of which less is known."""
         options = self.options
         if not found.drawn:  # of the user: on the scale already
             lo, hi = 0.0, 1.0
@@ -158,7 +162,7 @@ class MapPairs:
         if found.drawn.get("clean"):
             errors = [0.0, 0.0]
         span = hi - lo
-        return to_unit(found.input, lo + errors[0] * span, hi + errors[1] * span)
+        return lo + errors[0] * span, hi + errors[1] * span
 
 
 def robust_range(volume: Tensor, mask: Tensor) -> tuple[float, float]:
