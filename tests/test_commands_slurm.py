@@ -105,3 +105,9 @@ def test_submit_hands_the_script_to_sbatch(monkeypatch, capsys, tmp_path: Path):
     fake.unlink()
     assert run(monkeypatch, "slurm", "--submit", "train-kraqen", "work", "-o", "run") == 2
     assert "sbatch is not on this machine" in capsys.readouterr().err
+
+
+def test_help_of_the_other_command_is_shown(monkeypatch, capsys):
+    assert run(monkeypatch, "slurm", "train-hype", "--help") == 0
+    shown = capsys.readouterr().out
+    assert "--batch-size" in shown and "#SBATCH" not in shown

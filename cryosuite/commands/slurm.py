@@ -118,8 +118,6 @@ def main(
 
 def _inspect(command: str, arguments: list[str]) -> tuple[bool, bool]:
     """(runs on several GPUs, is a training) of a command whose arguments it has taken without complaint."""
-    import click
-
     from cryosuite.errors import InputError
 
     module = command.replace("-", "_")
@@ -134,7 +132,7 @@ def _inspect(command: str, arguments: list[str]) -> tuple[bool, bool]:
     try:
         with target.make_context(command, list(arguments)):
             pass
-    except click.exceptions.Exit as error:  # --help
+    except typer.Exit as error:  # --help
         raise typer.Exit(error.exit_code) from error
     names = {parameter.name for parameter in target.params}
     return set(SHARED) <= names, "requeue" in names
