@@ -16,10 +16,12 @@ import reconstruct_toy as toy
 
 from cryosuite.cli import main
 from cryosuite.data.cryodrgn_run import is_cryodrgn_run, open_cryodrgn_run
+from cryosuite.data.map_weights import save_map_weights
 from cryosuite.data.results import PolishDir
 from cryosuite.formats.mrc import read_map
 from cryosuite.formats.pickles import write_pickle
 from cryosuite.formats.stacks import StackWriter
+from cryosuite.nets.scunet import Scunet, ScunetSpec
 from cryosuite.reconstruct.bins import bins_of
 from cryosuite.reconstruct.local import local_gain, local_resolution
 from cryosuite.reconstruct.masks import soft_sphere
@@ -220,3 +222,23 @@ def test_local_gain_is_the_share_that_was_kept():
     found = local_gain(raw, raw * kept, torch.ones(D, D, D), 5.0)
     assert float(found[..., 6].mean()) == pytest.approx(0.9, abs=0.03)
     assert float(found[..., 26].mean()) == pytest.approx(0.3, abs=0.03)
+
+
+def test_sharpened_maps_lie_beside_the_others(stack, tmp_path, capsys, monkeypatch):
+    plain, out = PolishDir(tmp_path / "plain"), PolishDir(tmp_path / "sharp")
+    how = [*given(stack), "--labels", stack / "labels.pkl", "--passes", 0, "-o"]
+    monkeypatch.setattr("cryosuite.data.map_weights.WEIGHTS", tmp_path)
+    assert run(monkeypatch, "polish", *how, out.path, "--sharpen") == 2  # before any work
+    assert "train-lvm --task sharpen" in capsys.readouterr().err and not out.path.exists()
+    network = Scunet(ScunetSpec(d=8, bottleneck=2))
+    save_map_weights(tmp_path / "lvm-sharpen.safetensors", network, task="sharpen", voxel=toy.PIXEL, norm="robust")
+    assert run(monkeypatch, "polish", *how, out.path, "--sharpen") == 0
+    assert "Predictions" in capsys.readouterr().err
+    assert run(monkeypatch, "polish", *how, plain.path) == 0
+    for k in range(2):
+        assert out.map(k).read_bytes()[1024:] == plain.map(k).read_bytes()[1024:]
+        found = read_map(out.sharp(k))
+        assert found.data.shape == (D, D, D) and found.pixel_size == pytest.approx(toy.PIXEL)
+        assert b"not a measurement" in found.header and not np.array_equal(found.data, read_map(out.map(k)).data)
+    assert run(monkeypatch, "polish", *how, out.path, "--overwrite") == 0
+    assert not out.sharp(0).exists()  # of the maps before

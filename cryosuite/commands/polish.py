@@ -76,6 +76,12 @@ def main(
     basis: str = _option(
         "auto", "--basis", help="modal: states that resemble each other. class: unrelated molecules.", panel=MAPS
     ),
+    sharpen: bool = _option(
+        False,
+        "--sharpen",
+        help="Also write sharp_000.mrc ...: what lvm-sharpen makes of each map, a network's prediction.",
+        panel=MAPS,
+    ),
     memory: float = _option(
         4.0, "--memory", help="GiB for sums of classes; the rest goes to files in the output folder.", panel=MACHINE
     ),
@@ -117,6 +123,8 @@ def main(
         raise InputError(f"--seed {seed}: expected 0 or more")
     if mode not in MODES:
         raise InputError(f"--mode {mode}: expected one of {', '.join(MODES)}")
+    if sharpen:
+        _weights_at_hand()
     options = PolishOptions(passes=passes, window_A=window, basis=basis)
     how = {"poses": poses, "ctf": ctf, "ind": ind, "datadir": datadir, "pixel_size": apix}
     source = _open(path, epoch, z, labels, how, -1 if invert_data else None)
@@ -141,6 +149,27 @@ def main(
         **more, source=str(path.absolute()), classes_from=origin, half_sets_apart=half_sets,
     )  # fmt: skip
     report(rows, out, latent_from_both=labels is None and not half_sets)
+    if sharpen:
+        sharpened([(out.map(row.number), out.sharp(row.number)) for row in rows])
+
+
+def _weights_at_hand() -> None:
+    """Fail before the work, not behind it, where lvm-sharpen has no weights."""
+    from cryosuite.data.map_weights import shipped_map_weights
+
+    shipped_map_weights("sharpen")
+
+
+def sharpened(files: list[tuple[Path, Path]]) -> None:
+    """What lvm-sharpen makes of maps, beside them, and what it is worth."""
+    from cryosuite.console import say
+    from cryosuite.methods.lvm_sharpen_files import sharpen_files
+
+    found = sharpen_files(files)
+    if found:
+        names = f"{files[0][1]}" + (f" to {files[-1][1].name}" if len(files) > 1 else "")
+        say(f"sharpened by a network: {names}. Predictions, to look at: resolution and FSC are those of the maps")
+        say("beside them, which are as they were.")
 
 
 @dataclass

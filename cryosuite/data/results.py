@@ -83,6 +83,10 @@ class PolishDir:
         """Local resolution of the plain half maps in Angstrom."""
         return self.path / "local" / f"vol_{k:03d}_resolution.mrc"
 
+    def sharp(self, k: int) -> Path:
+        """What lvm-sharpen made of the polished map: a network's prediction, beside the map."""
+        return self.path / f"sharp_{k:03d}.mrc"
+
     @property
     def mask(self) -> Path:
         """The soft mask around all classes."""
@@ -106,7 +110,8 @@ class PolishDir:
     def maps(self) -> list[Path]:
         """All maps of classes that lie in the folder, whatever their number."""
         parents = [self.path, *(of.parent for of in (self.half(0, 0), self.raw(0), self.gain(0)))]
-        return [path for parent in parents for path in sorted(parent.glob("vol_[0-9]*.mrc"))]
+        found = [path for parent in parents for path in sorted(parent.glob("vol_[0-9]*.mrc"))]
+        return [*found, *sorted(self.path.glob("sharp_[0-9]*.mrc"))]
 
     @property
     def shares(self) -> Path:
