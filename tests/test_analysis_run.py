@@ -141,7 +141,7 @@ def test_walk_goes_up_its_component(finished) -> None:
     along = np.loadtxt(result.walks[0].z_values)
     score = (along - result.pca.mean) @ result.pca.components[0]
     assert (np.diff(score) > 0).all() and len(result.walks[0].volumes()) == 4
-    levels = set(re.findall(r"level (\S+)", result.walks[0].chimerax.read_text()))
+    levels = set(re.findall(r"level (\S+) color", result.walks[0].chimerax.read_text()))
     assert len(levels) == 1, "one level along a path"
 
 
@@ -158,35 +158,53 @@ def test_colours_of_the_script_are_those_of_the_map(finished) -> None:
 
 
 NUMBER = r"-?\d+(\.\d+)?(e-?\d+)?"
+MODELS = r"#\d+(-\d+)?"
+# after the pages of the ChimeraX user guide on these commands (version 1.6)
 GRAMMAR = {
     "set": [r"bgColor white"],
     "camera": [r"ortho"],
     "lighting": [r"soft"],
     "graphics": [r"silhouettes true"],
-    "open": [r'[\w./-]+\.mrc id \d+( name "[^"]+")?', r"([\w./-]+\.mrc )+vseries true id 1"],
+    "open": [r'([\w./-]+|"[\w ./#-]+")(?<=\.mrc|mrc") id \d+ name "[^"]+"'],
     "volume": [
-        rf"#[\d.]+ style surface step 1 level {NUMBER} color #[0-9a-f]{{6}}",
+        rf"#\d+ style surface step 1 level {NUMBER} color #[0-9a-f]{{6}}",
         rf"morph #1-\d+ frames \d+ playStep {NUMBER} interpolateColors true",
     ],
-    "surface": [rf"dust #1(-\d+)? size {NUMBER}"],
+    "surface": [rf"dust {MODELS} size {NUMBER}"],
     "view": [r"", r"orient"],
     "turn": [rf"[xyz] {NUMBER}"],
-    "tile": [r"#1-\d+ columns \d+ spacingFactor [\d.]+"],
-    "vseries": [r"slider #1", r"play #1 direction oscillate loop true maxFrameRate \d+"],
+    "tile": [rf"{MODELS} columns \d+ spacingFactor [\d.]+"],
+    "hide": [rf"{MODELS} models"],
+    "mseries": [rf"slider {MODELS}"],
 }
 
 
-@pytest.mark.parametrize("name", ["view.cxc", "pc1/view.cxc", "pc1/morph.cxc"])
-def test_scripts_hold_known_commands_and_relative_paths(finished, name: str) -> None:
-    script: Path = finished[0].out.path / name
+def check_script(script: Path) -> dict[int, str]:
+    """Every line is a known command, every file is there by a relative path; returns the colour of each model."""
+    opened, colours = set(), {}
     for line in script.read_text().splitlines():
         if line.startswith("#"):
             continue
         command, _, rest = line.partition(" ")
         assert any(re.fullmatch(form, rest) for form in GRAMMAR[command]), line
         if command == "open":
-            files = [word for word in shlex.split(rest) if word.endswith(".mrc")]
-            assert files and all((script.parent / file).is_file() and not Path(file).is_absolute() for file in files)
+            words = shlex.split(rest)
+            assert not Path(words[0]).is_absolute() and (script.parent / words[0]).is_file()
+            opened.add(int(words[2]))
+        elif command == "volume" and not rest.startswith("morph"):
+            model, colour = re.match(r"#(\d+) .*color (#[0-9a-f]{6})", rest).groups()
+            colours[int(model)] = colour
+        for first, last in re.findall(r"#(\d+)(?:-(\d+))?(?= |$)", rest.partition(" color ")[0]):
+            assert set(range(int(first), int(last or first) + 1)) <= opened, line
+    assert opened == set(colours) == set(range(1, len(opened) + 1))
+    return colours
+
+
+@pytest.mark.parametrize("name", ["view.cxc", "clusters.cxc", "pc1/view.cxc", "pc1/morph.cxc"])
+def test_scripts_hold_known_commands_and_relative_paths(finished, name: str) -> None:
+    colours = check_script(finished[0].out.path / name)
+    if "/" not in name:
+        assert list(colours.values()) == finished[0].colours
 
 
 def test_options_of_volumes() -> None:

@@ -1,7 +1,8 @@
-"""ChimeraX scripts (version 1.6 or later): clusters side by side, and films along a path.
+"""ChimeraX scripts (version 1.6 or later): clusters side by side or one after the other, and films along a path.
 
 A script names its volumes relative to its own folder; ChimeraX runs a script from there, so a run can be moved.
-Commands after the ChimeraX user guide: open, volume, volume morph, vseries, surface dust, tile, lighting, camera.
+Commands after the ChimeraX user guide: open, volume, volume morph, mseries slider, surface dust, tile, hide, lighting,
+camera. A series is a model series and not a volume series, because the latter copies colour and level from map to map.
 """
 
 from __future__ import annotations
@@ -34,6 +35,28 @@ def _write(script: Path, lines: Sequence[str]) -> None:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def _opened(script: Path, files: Sequence[VolumeFile], names: Sequence[str], pixel_size: float | None) -> list[str]:
+    """Commands that open the volumes as models #1, #2, ... in their colours, at their levels."""
+    lines = []
+    for number, (file, name) in enumerate(zip(files, names, strict=True), start=1):
+        lines += [
+            f'open {_relative(file.path, script)} id {number} name "{name}"',
+            f"volume #{number} style surface step 1 level {_number(file.level)} color {file.colour}",
+        ]
+    if pixel_size is not None:
+        lines.append(f"surface dust {_models(len(files))} size {_number(5 * pixel_size)}")
+    return lines
+
+
+def _models(count: int, first: int = 1) -> str:
+    return f"#{first}-{count}" if count > first else f"#{first}"
+
+
+def _slider(count: int) -> list[str]:
+    """One model at a time, the first at the start."""
+    return [f"hide {_models(count, 2)} models", f"mseries slider {_models(count)}"] if count > 1 else []
+
+
 def cluster_script(
     script: Path, files: Sequence[VolumeFile], sizes: Sequence[int], pixel_size: float, columns: int | None = None
 ) -> None:
@@ -46,54 +69,70 @@ def cluster_script(
     """
     count = len(files)
     columns = columns or max(1, round((1.4 * count) ** 0.5))
-    lines = [
-        "# ChimeraX 1.6 or later: open this file, or type  open view.cxc",
-        "# model #1 is cluster 0, #2 is cluster 1, ...; colours are those of the UMAP",
-        *OPENING,
-    ]
-    for label, (file, size) in enumerate(zip(files, sizes, strict=True)):
-        model = f"#{label + 1}"
-        lines += [
-            f'open {_relative(file.path, script)} id {label + 1} name "cluster {label}, {size} particles"',
-            f"volume {model} style surface step 1 level {_number(file.level)} color {file.colour}",
-        ]
-    everything = f"#1-{count}" if count > 1 else "#1"
-    lines += [f"surface dust {everything} size {_number(5 * pixel_size)}", "view orient", *TURN]
+    lines = [*_head(f"type  open {script.name}"), *_opened(script, files, _cluster_names(sizes), pixel_size)]
+    lines += ["view orient", *TURN]
     if count > 1:
-        lines.append(f"tile {everything} columns {columns} spacingFactor 1.1")
+        lines.append(f"tile {_models(count)} columns {columns} spacingFactor 1.1")
     lines.append("view")
     _write(script, lines)
 
 
-def series_script(script: Path, files: Sequence[VolumeFile], title: str) -> None:
-    """Write a script that plays the volumes of a path to and fro, all at one level, with a slider."""
-    names = " ".join(_relative(file.path, script) for file in files)
-    lines = [f"# ChimeraX 1.6 or later: {title}; stop with  vseries stop #1", *OPENING]
-    lines += [f"open {names} vseries true id 1" if len(files) > 1 else f"open {names} id 1"]
-    lines.append(f"volume #1 style surface step 1 level {_number(files[0].level)} color {files[0].colour}")
-    if len(files) > 1:
-        for number, file in enumerate(files, start=1):
-            lines.append(f"volume #1.{number} style surface step 1 level {_number(file.level)} color {file.colour}")
-    lines += ["view orient", *TURN, "view"]
-    if len(files) > 1:
-        lines += ["vseries slider #1", "vseries play #1 direction oscillate loop true maxFrameRate 6"]
+def overlay_script(script: Path, files: Sequence[VolumeFile], sizes: Sequence[int], pixel_size: float) -> None:
+    """Write a script that shows the clusters at one place, one at a time, with a slider: what moves is seen at once.
+
+    Arguments as of ``cluster_script``.
+    """
+    lines = [*_head(f"type  open {script.name}"), *_opened(script, files, _cluster_names(sizes), pixel_size)]
+    lines += ["view orient", *TURN, "view", *_slider(len(files))]
     _write(script, lines)
 
 
-def morph_script(script: Path, files: Sequence[VolumeFile], title: str) -> None:
-    """Write a script that blends each volume of a path into the next (a smooth film of interpolated densities)."""
+def _cluster_names(sizes: Sequence[int]) -> list[str]:
+    return [f"cluster {label}, {size} particles" for label, size in enumerate(sizes)]
+
+
+def _head(how: str) -> list[str]:
+    return [
+        f"# ChimeraX 1.6 or later: open this file, or {how}",
+        "# model #1 is cluster 0, #2 is cluster 1, ...; colours are those of the plots",
+        *OPENING,
+    ]
+
+
+def series_script(script: Path, files: Sequence[VolumeFile], title: str, loop: bool = False) -> None:
+    """Write a script that steps through the volumes of a path, all at one level, with a slider.
+
+    The slider plays them one after the other. ``loop``: the path comes back to its beginning.
+    """
     count = len(files)
-    lines = [f"# ChimeraX 1.6 or later: {title}, blended from one volume to the next", *OPENING]
-    for number, file in enumerate(files, start=1):
-        lines += [
-            f"open {_relative(file.path, script)} id {number}",
-            f"volume #{number} style surface step 1 level {_number(file.level)} color {file.colour}",
-        ]
-    lines += ["view orient", *TURN, "view"]
+    back = ", which comes back to its beginning" if loop else ""
+    lines = [
+        f"# ChimeraX 1.6 or later: {title}{back}; drag the slider or press its play button",
+        f"# another level for all:  volume {_models(count)} level {_number(files[0].level)}",
+        *OPENING,
+        *_opened(script, files, [f"volume {file.number}" for file in files], None),
+        "view orient", *TURN, "view", *_slider(count),
+    ]  # fmt: skip
+    _write(script, lines)
+
+
+def morph_script(script: Path, files: Sequence[VolumeFile], title: str, loop: bool = False) -> None:
+    """Write a script that blends each volume of a path into the next (a smooth film of interpolated densities).
+
+    It plays to and fro; with ``loop`` the first volume follows the last one and it plays once round.
+    """
+    shown = [*files, files[0]] if loop and len(files) > 1 else list(files)
+    count = len(shown)
+    lines = [
+        f"# ChimeraX 1.6 or later: {title}, blended from one volume to the next", *OPENING,
+        *_opened(script, shown, [f"volume {file.number}" for file in shown], None),
+        "view orient", *TURN, "view",
+    ]  # fmt: skip
     if count > 1:
-        step = 1.0 / (FILM_FRAMES * (count - 1))
+        # to and fro is twice the number of steps; frames are counted over both
+        steps = FILM_FRAMES * (count - 1)
+        frames = steps if loop else 2 * steps
         lines.append(
-            f"volume morph #1-{count} frames {2 * FILM_FRAMES * (count - 1)} playStep {_number(step)} "
-            "interpolateColors true"
+            f"volume morph {_models(count)} frames {frames} playStep {_number(1.0 / steps)} interpolateColors true"
         )
     _write(script, lines)

@@ -7,9 +7,11 @@ labels, file numbers, rows and indices count from 0.
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,8 @@ from cryosuite.analysis import chimerax, latents, plots, sheets
 from cryosuite.analysis.latents import Clusters, Pca
 from cryosuite.analysis.overview import overview
 from cryosuite.analysis.palette import palette
+from cryosuite.analysis.path_files import UMAP_NAMES, plot_path, write_path
+from cryosuite.analysis.trajectory import of_points
 from cryosuite.analysis.volumes import Decode, VolumeFile, VolumeOptions, check_options, draw_volumes, write_volumes
 from cryosuite.console import Progress, say
 from cryosuite.data.particles import ParticleSet
@@ -29,7 +33,6 @@ from cryosuite.formats.config import write_yaml
 from cryosuite.formats.pickles import write_pickle
 
 PREVIEW = 320  # pixels on a side of the pictures of volumes
-UMAP_NAMES = ("UMAP 1", "UMAP 2")
 
 
 @dataclass(frozen=True)
@@ -218,6 +221,8 @@ def _write_numbers(result: Analysis, z: np.ndarray, particles: ParticleSet | Non
         write_pickle(out.umap, result.umap)
         places = result.umap[result.rows]
         plots.write_csv(out.plot("umap").with_suffix(".csv"), columns | {"umap1": places[:, 0], "umap2": places[:, 1]})
+    if clusters.confidence is not None:
+        write_pickle(result.folder.confidence, _full(clusters.confidence, result.rows, len(result.labels), np.nan))
     if result.mixture is not None:
         folder = out.gmm(result.mixture.count)
         labels = _full(result.mixture.labels, result.rows, len(result.labels), -1)
@@ -286,6 +291,7 @@ def _volumes(
             result.walks.append(_walk(result, component, decode, pixel_size, box_size, options, progress))
     sizes = [int(size) for size in clusters.sizes]
     chimerax.cluster_script(out.chimerax, result.files, sizes, final)
+    chimerax.overlay_script(out.chimerax_overlay, result.files, sizes, final)
     heads, texts = [str(label) for label in range(clusters.count)], sheets.percent(sizes)
     sheets.contact_sheet(result.folder.plot("volumes"), result.pictures, result.colours, heads, texts)
     xy, names = (result.umap, UMAP_NAMES) if result.umap is not None else _fallback_map(result, z)
@@ -320,30 +326,18 @@ def _walk(
     """Volumes along one component (from 0; its folder counts from 1), all shown at their median level."""
     folder, count = result.out.pc(component + 1), options.per_component
     along = latents.traversal(result.pca, component, count, *options.percentiles)
-    colours = plots.path_colours(count)
-    files = write_volumes(along, decode, folder, pixel_size, options.volumes, colours, box_size, progress)
-    level = float(np.median([file.level for file in files]))
-    files = [replace(file, level=level) for file in files]
-    pictures = draw_volumes(files, folder, PREVIEW, progress)
+    path = of_points(along, f"along principal component {component + 1}", "pc")
     score = (along - result.pca.mean) @ result.pca.components[component]
-    heads = [str(file.number) for file in files]
-    texts, columns = [f"PC{component + 1} = {value:.3g}" for value in score], sheets.walk_columns(count)
-    sheets.contact_sheet(folder.plot("volumes"), pictures, colours, heads, texts, columns)
-    title = f"along principal component {component + 1}"
-    chimerax.series_script(folder.chimerax, files, title)
-    chimerax.morph_script(folder.morph, files, title)
-    columns = {"volume": [file.path.name for file in files], f"pc{component + 1}": score, "level": [level] * count}
+    texts = [f"PC{component + 1} = {value:.3g}" for value in score]
+    files = write_path(
+        folder, path, decode, pixel_size, box_size, options.volumes, texts, folder.chimerax.name, PREVIEW, progress
+    )
+    columns = {"volume": [file.path.name for file in files], f"pc{component + 1}": score,
+               "level": [file.level for file in files]}  # fmt: skip
     plots.write_csv(folder.plot("pca_traversal").with_suffix(".csv"), columns)
-    first = options.volumes.start_index
-    if result.pca.scores.shape[1] > 1:
-        places = (along - result.pca.mean) @ result.pca.components[:2].T
-        plots.traversal(
-            folder.plot("pca_traversal"), result.pca.scores[:, :2], places, ("PC1", "PC2"), title.capitalize(), first
-        )
-    if result.umap is not None:
-        xy = result.umap[result.rows]
-        nearest = latents.nearest(result.pca.scores, (along - result.pca.mean) @ result.pca.components.T)
-        plots.traversal(folder.plot("umap_traversal"), xy, xy[nearest], UMAP_NAMES, f"Nearest particles {title}", first)
+    xy = None if result.umap is None else result.umap[result.rows]
+    plot_path(folder, path, result.pca, xy, options.volumes.start_index, path.title.capitalize())
+    if xy is not None:
         plots.coloured(folder.plot("umap"), xy, result.pca.scores[:, component], UMAP_NAMES, f"PC{component + 1}")
     return folder
 
@@ -353,7 +347,8 @@ def _summarise(
 ) -> None:
     """analyze.yaml: what was done and found, for people and for later commands."""
     mixture = result.mixture
-    way = {} if run is None else {"run": os.path.relpath(run.absolute(), result.out.path.absolute())}
+    way = {} if run is None else {"run": os.path.relpath(run.absolute(), result.out.path.absolute()),
+                                  "command": shlex.join(["cryosuite", *sys.argv[1:]])}  # fmt: skip
     write_yaml(result.out.summary, {
         "kind": "analysis",
         "version": __version__,

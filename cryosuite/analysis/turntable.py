@@ -7,12 +7,17 @@ for the surface and 0.04 s a frame; the ray caster that was here before took 0.2
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cryosuite.analysis.mesh import VIEW, picture, surface, turned
 from cryosuite.analysis.render import common_zoom, on_white, reach
+
+if TYPE_CHECKING:
+    from PIL import ImageFont
 
 BAR_SHARE = 0.3  # of the picture's width: the longest scale bar
 INK = (36, 41, 47)
@@ -73,20 +78,29 @@ def bar_length(width_angstrom: float) -> float:
 
 def scale_bar(pictures: Sequence[np.ndarray], width_angstrom: float) -> list[np.ndarray]:
     """Pictures (h, w, 3) uint8 with a bar of a round length, in A, in the lower left corner."""
-    import matplotlib
-    from PIL import Image, ImageDraw, ImageFont
-
-    drawn = []
-    letters = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
     length = bar_length(width_angstrom)
+    drawn = []
     for one in pictures:
         height, width = one.shape[:2]
         edge, thick = max(width // 32, 2), max(width // 100, 1)
-        page = Image.fromarray(one)
-        pen = ImageDraw.Draw(page)
-        right, low = edge + length / width_angstrom * width, height - edge
-        pen.rectangle((edge, low - thick, right, low), fill=INK)
-        font = ImageFont.truetype(letters, max(width // 18, 8))
-        pen.text((edge, low - thick - 2), f"{length:g} Å", fill=INK, font=font, anchor="ls")
-        drawn.append(np.asarray(page))
+        one = labelled(one, f"{length:g} Å", (edge, height - edge - thick - 2), "ls")
+        one[height - edge - thick : height - edge + 1, edge : edge + round(length / width_angstrom * width)] = INK
+        drawn.append(one)
     return drawn
+
+
+def labelled(shown: np.ndarray, text: str, at: tuple[int, int], anchor: str) -> np.ndarray:
+    """A copy of the picture (h, w, 3) with a small text; ``at`` is (x, y) of its ``anchor`` (Pillow's two letters)."""
+    from PIL import Image, ImageDraw
+
+    page = Image.fromarray(shown)
+    ImageDraw.Draw(page).text(at, text, fill=INK, font=_letters(max(shown.shape[1] // 18, 8)), anchor=anchor)
+    return np.array(page)
+
+
+@cache
+def _letters(size: int) -> ImageFont.FreeTypeFont:
+    import matplotlib
+    from PIL import ImageFont
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
