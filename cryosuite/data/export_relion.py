@@ -62,7 +62,10 @@ def as_relion_30(tables: ParticleTables) -> ParticleTables:
     table = table.drop(
         columns=[name for name in ("rlnOriginXAngst", "rlnOriginYAngst", "rlnOpticsGroup") if name in table]
     )
-    order = [name for name in tables.order if name != "optics"]
+    order = [
+        tables.block,
+        *(name for name in tables.order if name not in ("optics", tables.block)),
+    ]  # 3.0 reads the first
     return replace(
         tables, particles=table, optics=None, version="3.0", order=order, group=np.zeros(len(table), np.int64)
     )
