@@ -33,6 +33,8 @@ COMMANDS = {
     "polish": ("polish", "Reconstruct"),
     "lvm-sharpen": ("lvm_sharpen", "Reconstruct"),
     "analyze": ("analyze", "Look"),
+    "trajectory": ("trajectory", "Look"),
+    "report": ("report", "Look"),
     "eval-fsc": ("eval_fsc", "Look"),
     "select": ("select", "Look"),
     "export": ("export", "Look"),

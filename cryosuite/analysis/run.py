@@ -23,7 +23,15 @@ from cryosuite.analysis.overview import overview
 from cryosuite.analysis.palette import palette
 from cryosuite.analysis.path_files import UMAP_NAMES, plot_path, write_path
 from cryosuite.analysis.trajectory import of_points
-from cryosuite.analysis.volumes import Decode, VolumeFile, VolumeOptions, check_options, draw_volumes, write_volumes
+from cryosuite.analysis.volumes import (
+    Decode,
+    VolumeFile,
+    VolumeOptions,
+    check_options,
+    draw_volumes,
+    make_folder,
+    write_volumes,
+)
 from cryosuite.console import Progress, say
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.workdir import AnalysisDir, VolumeDir
@@ -115,7 +123,7 @@ def analyze(
     _check(options, particles, len(z))
     rows = latents.finite_rows(np.asarray(z))
     good = np.ascontiguousarray(z[rows], np.float32)
-    _make_folder(out.path)
+    make_folder(out.path)
     clock = _Clock()
 
     model = latents.pca(good)
@@ -177,16 +185,6 @@ class _Clock:
         result.seconds[name] = round(now - self.last, 2)
         say(f"{name}: {text} ({now - self.last:.1f} s)")
         self.last = now
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path / ".writable") as probe:
-            Path(probe).touch()
-        (path / ".writable").unlink()
-    except (OSError, InputError) as error:
-        raise InputError(f"{path}: cannot write there ({error}). Give another folder with -o.") from error
 
 
 def _full(values: np.ndarray, rows: np.ndarray, count: int, missing: float) -> np.ndarray:

@@ -61,13 +61,17 @@ def main(
     datadir: Path = _option(
         None, "--datadir", help="Folder of the images of a cryoDRGN run that were moved.", panel=PLOTS
     ),
+    no_report: bool = _option(
+        False, "--no-report", help="Leave out report.html (`cryosuite report` writes it later).", panel=PLOTS
+    ),
     seed: int = _option(0, "--seed", help="Same seed, same result.", panel=PLOTS),
 ) -> None:
     """Look at a trained run, ours or cryoDRGN's: a map of its particles, their clusters, a volume of each.
 
     Writes RUN/analyze.EPOCH: PCA, UMAP and cluster plots, volumes (.mrc)
     with pictures, particle lists per cluster, and view.cxc for ChimeraX in
-    the colours of the plots. Clusters, volumes and rows count from 0.
+    the colours of the plots. report.html shows it all in a browser: one
+    file that needs no network. Clusters, volumes and rows count from 0.
 
         cryosuite analyze run/
 
@@ -85,6 +89,7 @@ def main(
 
     from cryosuite.analysis.run import AnalyzeOptions, analyze
     from cryosuite.analysis.volumes import VolumeOptions
+    from cryosuite.commands.report import make_report
     from cryosuite.console import say
     from cryosuite.data.workdir import AnalysisDir, RunDir
     from cryosuite.methods import load_run
@@ -106,13 +111,14 @@ def main(
         particles=loaded.particles, epoch=loaded.epoch, records=read_metrics(folder.metrics),
         run=run,
     )  # fmt: skip
-    _report(result, folder)
     if polish:
         if flip or invert or downsample or low_pass:
             notice("--flip, --invert, --downsample and --low-pass change the decoded volumes, not the polished maps")
         _polish(result, loaded.particles)
-        if folder.shares(loaded.epoch).is_file():
-            say(f"These are clusters of the latents. This run's own codes: cryosuite polish {run}")
+    make_report(out, loaded.particles, loaded.z, loaded.epoch, folder, page=not no_report)
+    _report(result, folder, not no_report)
+    if polish and folder.shares(loaded.epoch).is_file():
+        say(f"These are clusters of the latents. This run's own codes: cryosuite polish {run}")
 
 
 def _number(k: str | None) -> int | str:
@@ -141,13 +147,14 @@ def _polish(result: Any, particles: Any) -> None:
     report(rows, out, latent_from_both=True)
 
 
-def _report(result: Any, run: Any) -> None:
+def _report(result: Any, run: Any, page: bool) -> None:
     """Where things lie and what to do next."""
     from cryosuite.console import say, table
 
     out = result.out
     shown = "umap" if result.umap is not None else "z_pca" if len(result.pca.ratio) > 1 else "z"
-    rows: list[list[object]] = [["map of the particles", out.plot(shown)]]
+    rows: list[list[object]] = [["everything in one page, for a browser", out.report]] if page else []
+    rows.append(["map of the particles", out.plot(shown)])
     if result.files:
         rows += [
             ["UMAP and volumes in one picture", out.plot("overview")],

@@ -1,0 +1,123 @@
+"""An analysis read back from its folder, and what a report needs of the run besides."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cryosuite.analysis import latents
+from cryosuite.analysis.palette import palette
+from cryosuite.data.particles import ParticleSet
+from cryosuite.data.workdir import AnalysisDir, VolumeDir
+from cryosuite.errors import InputError
+from cryosuite.formats.config import read_yaml
+from cryosuite.formats.pickles import read_labels, safe_load
+
+COLOUR = re.compile(r"#[0-9a-fA-F]{6}")
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a report needs of the run besides the analysis' own files.
+
+    Attributes:
+        z: (N, zdim) latents of ``epoch``. particles: the set of the rows, or None.
+        name: of the run. run: its folder, for commands and polished maps. method, command: from its config.
+        records: lines of metrics.jsonl. maps: folders of ``polish`` or ``backproject`` to look for maps of clusters in.
+        codes: (N,) the run's own classes, or None.
+    """
+
+    z: np.ndarray
+    epoch: int
+    particles: ParticleSet | None = None
+    name: str = ""
+    run: Path | None = None
+    method: str = ""
+    command: str = ""
+    records: Sequence[Mapping[str, float]] = ()
+    maps: Sequence[Path] = ()
+    codes: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """An analysis read back from its folder: labels (N,), colours per cluster, coordinates with NaN where left out."""
+
+    out: AnalysisDir
+    summary: dict[str, Any]
+    labels: np.ndarray
+    colours: list[str]
+    folder: VolumeDir
+    levels: list[float | None]
+    first_volume: int
+    scores: np.ndarray | None
+    ratio: np.ndarray
+    umap: np.ndarray | None
+    confidence: np.ndarray | None
+    groups: tuple[np.ndarray, np.ndarray] | None
+
+
+def read_analysis(out: AnalysisDir, z: np.ndarray) -> Found:
+    """Read an analysis back, its principal components made again from the latents (N, zdim).
+
+    Raises:
+        InputError: a folder without an analysis, or one of another number of particles.
+    """
+    if not out.labels.is_file() or not out.summary.is_file():
+        raise InputError(f"{out.path}: holds no finished analysis (run `cryosuite analyze RUN` first)")
+    summary = read_yaml(out.summary)
+    labels = read_labels(out.labels, unlabelled=True)
+    if len(labels) != len(z):
+        raise InputError(f"{out.labels}: {len(labels)} labels, but the run has {len(z)} latents: not its analysis")
+    known = summary.get("kmeans") or {}
+    count = max(int(labels.max(initial=-1)) + 1, int(known.get("clusters") or 0))
+    colours = [c for c in known.get("colours") or [] if isinstance(c, str) and COLOUR.fullmatch(c)]
+    levels = list(known.get("levels") or [])
+    folder = VolumeDir(out.path / Path(str(known.get("folder") or f"kmeans{count}")).name)
+    scores, ratio = _scores(z)
+    umap = _array(out.umap, (len(z), 2)) if out.umap.is_file() else None
+    mixture = summary.get("gmm") or {}
+    groups = _groups(out.gmm(int(mixture["groups"])), len(z)) if mixture.get("groups") else None
+    confidence = _array(folder.confidence, (len(z),)) if folder.confidence.is_file() else None
+    volumes = summary.get("volumes") or {}
+    return Found(
+        out, summary, labels, colours if len(colours) == count else palette(count), folder,
+        levels if len(levels) == count else [None] * count, int(volumes.get("start_index") or 0), scores, ratio, umap,
+        confidence, groups,
+    )  # fmt: skip
+
+
+def _scores(z: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
+    good = np.flatnonzero(np.isfinite(z).all(axis=1))
+    if z.shape[1] < 2 or not len(good):
+        return None, np.ones(1)
+    model = latents.pca(z[good])
+    scores = np.full((len(z), min(model.scores.shape[1], 8)), np.nan, np.float32)
+    scores[good] = model.scores[:, :8]
+    return scores, model.ratio
+
+
+def _array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    values = np.asarray(safe_load(path)[0])
+    if values.shape != shape or values.dtype.kind not in "fiu":
+        raise InputError(f"{path}: expected numbers of shape {shape}, found {values.dtype} of shape {values.shape}")
+    return values
+
+
+def _groups(folder: VolumeDir, count: int) -> tuple[np.ndarray, np.ndarray] | None:
+    if not (folder.labels.is_file() and folder.confidence.is_file()):
+        return None
+    return read_labels(folder.labels, count, unlabelled=True), _array(folder.confidence, (count,))
+
+
+def shown_path(path: Path) -> str:
+    """A path as one types it: relative where it lies below the present folder, quoted where a shell needs it."""
+    relative = os.path.relpath(path)
+    return shlex.quote(str(path) if relative.startswith("..") else relative)
