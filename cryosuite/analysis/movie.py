@@ -112,12 +112,12 @@ def write_movies(
 
 
 def write_gif(path: Path, pictures: Sequence[np.ndarray], rate: float = RATE) -> None:
-    """An endless GIF of pictures (h, w, 3) uint8, one palette for all, so that nothing flickers."""
+    """An endless GIF of pictures (h, w, 3) uint8, each with the 255 colours that suit it best."""
     from PIL import Image
 
-    some = np.concatenate([pictures[i] for i in np.linspace(0, len(pictures) - 1, min(len(pictures), 8)).astype(int)])
-    palette = Image.fromarray(some).quantize(255, method=Image.Quantize.MEDIANCUT)
-    few = [Image.fromarray(p).quantize(palette=palette, dither=Image.Dither.NONE) for p in pictures]
+    few = [
+        Image.fromarray(p).quantize(255, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE) for p in pictures
+    ]
     with atomic_path(path, suffix=".gif") as temporary:
         few[0].save(temporary, format="GIF", save_all=True, append_images=few[1:], duration=round(1000 / rate), loop=0)
 

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from cryosuite.analysis import chimerax, plots, sheets
-from cryosuite.analysis.latents import Pca, nearest
+from cryosuite.analysis.latents import Pca, nearest, pca
+from cryosuite.analysis.movie import frame_count, path_frames, write_movies
 from cryosuite.analysis.trajectory import LatentPath
-from cryosuite.analysis.volumes import Decode, VolumeFile, VolumeOptions, draw_volumes, write_volumes
+from cryosuite.analysis.volumes import (
+    Decode,
+    VolumeFile,
+    VolumeOptions,
+    check_options,
+    draw_volumes,
+    make_folder,
+    write_volumes,
+)
 from cryosuite.console import Progress
-from cryosuite.data.workdir import VolumeDir
+from cryosuite.data.workdir import AnalysisDir, VolumeDir
+from cryosuite.errors import InputError
+from cryosuite.formats.pickles import safe_load
 
 UMAP_NAMES = ("UMAP 1", "UMAP 2")
 SHOWN_COMPONENTS = 8
@@ -87,11 +99,65 @@ def plot_path(
         umap: (M, 2) of the rows of ``model``, or None. first: number of the first volume.
     """
     scores = (path.z - model.mean) @ model.components.T
+    title = textwrap.fill(title, 56)
     if model.scores.shape[1] > 1:
         xy = model.scores[:, :2]
         plots.traversal(folder.plot("pca_traversal"), xy, scores[:, :2], ("PC1", "PC2"), title, first)
     if umap is not None:
         places = umap[nearest(model.scores, scores)]
         plots.traversal(
-            folder.plot("umap_traversal"), umap, places, UMAP_NAMES, f"Nearest particles: {title}", first
+            folder.plot("umap_traversal"), umap, places, UMAP_NAMES, f"{title}\nby the nearest particles", first
         )  # fmt: skip
+
+
+def make_trajectory(
+    folder: VolumeDir,
+    path: LatentPath,
+    z: np.ndarray,  # (N, zdim)
+    decode: Decode | None,
+    pixel_size: float,
+    box_size: int,
+    options: VolumeOptions,
+    *,
+    umap: np.ndarray | None = None,
+    film: bool = True,
+    pixels: int = 320,
+) -> list[VolumeFile]:
+    """Write a trajectory: volumes along a path, their pictures and table, scripts, plots over all particles, films.
+
+    Args:
+        umap: (N, 2) of all particles, NaN where left out. film: also movie.gif and, with ffmpeg, movie.mp4.
+
+    Raises:
+        InputError: a run that makes no volumes; options that cannot be met; a folder that cannot be written.
+    """
+    if decode is None:
+        raise InputError("this run makes no volumes of latents, so there is nothing to walk through.")
+    check_options(options, box_size)
+    make_folder(folder.path)
+    rows = np.flatnonzero(np.isfinite(z).all(axis=1))
+    model = pca(z[rows])
+    count, table = len(path.z), folder.path / "trajectory.csv"
+    for old in (table, folder.path / "movie.gif", folder.path / "movie.mp4"):
+        old.unlink(missing_ok=True)
+    frames = frame_count(count, loop=path.loop) if film and count > 1 else 0
+    texts = [f"{at:.3g}" for at in path.at]
+    with Progress(2 * count + frames, "trajectory", unit="steps") as progress:
+        files = write_path(folder, path, decode, pixel_size, box_size, options, texts, pixels=pixels, progress=progress)
+        columns = path_table(path, files, model, rows)
+        plots.write_csv(table, columns)
+        plot_path(folder, path, model, None if umap is None else umap[rows], options.start_index, path.title)
+        if frames:
+            drawn = path_frames(files, loop=path.loop, progress=progress)
+            write_movies(folder.path / "movie.gif", folder.path / "movie.mp4", drawn, to_and_fro=not path.loop)
+    if len(path.through):
+        plots.write_csv(folder.path / "particles.csv", {"row_from_0": path.through})
+    return files
+
+
+def read_umap(analysis: AnalysisDir, count: int) -> np.ndarray | None:
+    """UMAP coordinates (count, 2) of an analysis; None where there are none, or of other particles."""
+    if not analysis.umap.is_file():
+        return None
+    found = np.asarray(safe_load(analysis.umap)[0])
+    return found if found.shape == (count, 2) and found.dtype.kind == "f" else None

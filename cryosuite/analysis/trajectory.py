@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -74,7 +75,7 @@ def direct(z: np.ndarray, rows: np.ndarray, count: int, loop: bool = False) -> L
     corners = z[np.append(rows, rows[0])] if loop else z[rows]
     points, at, anchors = _along(corners, np.arange(len(corners)), count, loop)
     title = " to ".join(map(str, rows)) + (" and back" if loop else "")
-    return LatentPath(points, at, anchors, rows, loop, "direct", f"straight from particle {title}")
+    return LatentPath(points, at, anchors, rows, loop, "direct", f"from particle {title}, in straight lines")
 
 
 def through_neighbours(
@@ -104,7 +105,7 @@ def through_neighbours(
     points, at, anchors = _along(z[through], corners, count, loop)
     title = " to ".join(map(str, rows)) + (" and back" if loop else "")
     return LatentPath(
-        points, at, anchors, through, loop, "graph", f"from neighbour to neighbour, from particle {title}"
+        points, at, anchors, through, loop, "graph", f"from particle {title}, from neighbour to neighbour"
     )
 
 
@@ -202,3 +203,32 @@ def _shares(lengths: np.ndarray, steps: int) -> list[int]:
     for leg in np.argsort(whole - exact, kind="stable")[: spare - whole.sum()]:
         whole[leg] += 1
     return [int(w) + 1 for w in whole]
+
+
+def read_points(path: Path, zdim: int) -> np.ndarray:
+    """Latents (k, zdim) float32 of a text file, one point per line, numbers separated by blanks or commas.
+
+    Raises:
+        InputError: no such file, no numbers, or another number of them per line.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as text: {error}") from error
+    points = []
+    for number, line in enumerate(lines, start=1):
+        words = line.partition("#")[0].replace(",", " ").split()
+        if not words:
+            continue
+        try:
+            point = [float(word) for word in words]
+        except ValueError as error:
+            raise InputError(f"{path}, line {number}: expected {zdim} numbers, found {line.strip()[:60]!r}") from error
+        if len(point) != zdim or not np.isfinite(point).all():
+            raise InputError(
+                f"{path}, line {number}: expected {zdim} numbers, found {len(point)}: {line.strip()[:60]!r}"
+            )
+        points.append(point)
+    if not points:
+        raise InputError(f"{path}: holds no latents (one point per line, {zdim} numbers each).")
+    return np.array(points, np.float32)
