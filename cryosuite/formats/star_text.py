@@ -341,15 +341,19 @@ def _named(path: Path, block: _Block, frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def write_star(path: str | os.PathLike, blocks: dict[str, pd.DataFrame]) -> None:
-    """Write tables as a STAR file in RELION 3.1 form, atomically; blocks in the order given.
+    """Write tables as a STAR file of RELION, atomically; blocks in the order given.
+
+    Files with an optics table say that they are of version 3.1. Others do not, or RELION 3.1 and later would not convert
+    them from 3.0 and would take origins in pixels for none.
 
     A table with ``attrs["simple"]`` and one row is written as key and value lines. Values that hold blanks or would be
     taken for something else are quoted. Numbers are written with up to 15 digits, so that what was read is written
     back. Raises InputError when the file cannot be written or a text holds a line break, a tab or both kinds of quotes.
     """
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as stream:
+        version = "\n# version 30001\n" if "optics" in blocks else ""
         for name, frame in blocks.items():
-            stream.write(f"\n# version 30001\n\ndata_{name}\n\n")
+            stream.write(f"{version}\ndata_{name}\n\n")
             simple = bool(frame.attrs.get("simple")) and len(frame) == 1
             if simple:
                 width = max((len(str(column)) for column in frame.columns), default=0) + 4

@@ -2,8 +2,8 @@
 
 A point k of the Fourier box (cycles per pixel, |k| <= 1/2) is encoded by sines and cosines, joined with the latent, and
 passed through fully connected layers with residual connections. The Fourier decoder gives (re, im) and is defined on
-half of the points only, the others being their conjugates; the Hartley decoder gives re - im everywhere (Zhong et al.,
-Nature Methods 18, 176, 2021; behaviour checked against versions 4.3).
+half of the points of the ball only, the others being their conjugates; the Hartley decoder gives re - im at every point
+of the box (Zhong et al., Nature Methods 18, 176, 2021; behaviour checked against version 4.3).
 """
 
 from __future__ import annotations
@@ -151,13 +151,13 @@ class CryodrgnDecoder:
         axis = torch.arange(-(self.box // 2), self.box // 2, dtype=torch.float32) / self.box
         z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")
         points = torch.stack([x, y, z], -1).view(-1, 3)
+        if not self.fourier:
+            return points, torch.arange(len(points)), torch.zeros(len(points), dtype=torch.bool)
         inside = torch.nonzero((points**2).sum(1) <= 0.25)[:, 0]  # in float32, as there
         points = points[inside]
         x, y, z = points.unbind(1)
         other = ~((z < 0) | ((z == 0) & ((y < 0) | ((y == 0) & (x <= 0)))))
-        if self.fourier:
-            points = torch.where(other[:, None], -points, points)
-        return points, inside, other
+        return torch.where(other[:, None], -points, points), inside, other
 
 
 def _box(config: Mapping[str, Any], path: Path) -> int:
