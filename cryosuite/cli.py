@@ -34,6 +34,7 @@ COMMANDS = {
     "lvm-sharpen": ("lvm_sharpen", "Reconstruct"),
     "analyze": ("analyze", "Look"),
     "trajectory": ("trajectory", "Look"),
+    "landscape": ("landscape", "Look"),
     "report": ("report", "Look"),
     "eval-fsc": ("eval_fsc", "Look"),
     "select": ("select", "Look"),

@@ -42,6 +42,11 @@ class AnalysisDir:
         return self.path / "trajectories"
 
     @property
+    def landscape(self) -> LandscapeDir:
+        """The folder of the landscape of volumes."""
+        return LandscapeDir(self.path / "landscape")
+
+    @property
     def report(self) -> Path:
         """The page with all results."""
         return self.path / "report.html"
@@ -159,3 +164,84 @@ class VolumeDir:
     def plot(self, name: str) -> Path:
         """A picture in this folder."""
         return self.path / f"{name}.png"
+
+
+@dataclass(frozen=True)
+class LandscapeDir:
+    """A folder with a landscape of volumes: states, counted from 0, and what they rest on."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
+
+    @property
+    def labels(self) -> Path:
+        """State of every particle, counted from 0; -1 for those left out."""
+        return self.path / "labels.pkl"
+
+    @property
+    def coordinates(self) -> Path:
+        """Volume components of every particle, (N, c)."""
+        return self.path / "volume_pca.pkl"
+
+    @property
+    def table(self) -> Path:
+        """One row per state: particles with their interval, typical particle, level, colour."""
+        return self.path / "states.csv"
+
+    @property
+    def states(self) -> VolumeDir:
+        """The typical volume of each state: vol_000.mrc, ..."""
+        return VolumeDir(self.path)
+
+    @property
+    def maps(self) -> Path:
+        """Folder of the mean and standard deviation maps."""
+        return self.path / "maps"
+
+    def mean(self, k: int) -> Path:
+        """Mean of the volumes of a state."""
+        return self.maps / f"state_{k:03d}_mean.mrc"
+
+    def spread(self, k: int) -> Path:
+        """Their standard deviation."""
+        return self.maps / f"state_{k:03d}_sd.mrc"
+
+    @property
+    def mean_map(self) -> Path:
+        """Mean of all volumes."""
+        return self.path / "mean.mrc"
+
+    @property
+    def mask(self) -> Path:
+        """Where volumes are compared."""
+        return self.path / "mask.mrc"
+
+    def walk(self, component: int) -> VolumeDir:
+        """Maps along a volume component, counted from 1."""
+        return VolumeDir(self.path / f"component{component}")
+
+    @property
+    def chimerax(self) -> Path:
+        """The ChimeraX script that shows the states side by side."""
+        return self.path / "view.cxc"
+
+    @property
+    def overlay(self) -> Path:
+        """The ChimeraX script that shows them at one place, one at a time."""
+        return self.path / "clusters.cxc"
+
+    @property
+    def scratch(self) -> Path:
+        """Decoded volumes while they are compared."""
+        return self.path / ".sketch.npy"
+
+    def plot(self, name: str) -> Path:
+        """A picture, e.g. ``plot("states")`` -> states.png."""
+        return self.path / f"{name}.png"
+
+    @property
+    def summary(self) -> Path:
+        """What was done and found; written last, so its presence says that the folder is complete."""
+        return self.path / "landscape.yaml"
