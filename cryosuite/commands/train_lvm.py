@@ -20,7 +20,7 @@ from cryosuite.commands.pretrain_lvm import (
     train_values,
 )
 
-OWN = ("alpha", "hist_mask", "hist_sample", "ssim", "fsc", "frozen", "patience")
+OWN = ("alpha", "hist_mask", "hist_sample", "cc", "ssim", "fsc", "frozen", "patience")
 LR, ENCODER_LR, FROZEN = 3e-4, 1e-4, 0.1  # of the decoder, of an encoder that was trained before
 
 
@@ -77,6 +77,7 @@ def main(
         None, help="Voxels of the histogram: union (molecule in either map, default) or whole.", panel=LEARNT
     ),
     hist_sample: int = _option(None, help="Voxels of each crop it is taken from; 0: all.", panel=LEARNT),
+    cc: float = _option(None, help="Weight of 1 - correlation inside the molecule.", panel=LEARNT),
     ssim: float = _option(None, help="Weight of a structural similarity loss.", panel=LEARNT),
     fsc: float = _option(None, help="Weight of a Fourier shell correlation loss.", panel=LEARNT),
     encoder_lr: float = _option(

@@ -1,4 +1,4 @@
-"""How unlike two maps look, differentiable: structural similarity and Fourier shell correlation of crops."""
+"""How unlike two maps look, differentiable: correlation, structural similarity, Fourier shells of crops."""
 
 from __future__ import annotations
 
@@ -8,10 +8,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["ssim", "shell_loss"]
+__all__ = ["masked_correlation", "ssim", "shell_loss"]
 
 K1, K2 = 0.01, 0.03  # of SSIM, for grey values in 0..1
 DIMS = (-3, -2, -1)
+
+
+def masked_correlation(
+    a: Tensor,  # (b, ...)
+    b: Tensor,  # (b, ...)
+    mask: Tensor,  # (b, ...) bool
+    least: int = 64,
+) -> Tensor:  # ()
+    """Pearson correlation inside the mask, the mean over crops whose mask holds ``least`` voxels (1 if none does)."""
+    with torch.autocast(a.device.type, enabled=False):
+        a, b, w = (x.flatten(1).float() for x in (a, b, mask))
+        count = w.sum(1, keepdim=True)
+        a, b = (w * (x - (w * x).sum(1, keepdim=True) / count.clamp(min=1)) for x in (a, b))
+        cc = (a * b).sum(1) * torch.rsqrt(((a * a).sum(1) * (b * b).sum(1)).clamp(min=1e-12))
+        good = count[:, 0] >= least
+        return torch.where(good, cc, torch.zeros_like(cc)).sum() / good.sum().clamp(min=1) + (~good.any()).float()
 
 
 def ssim(

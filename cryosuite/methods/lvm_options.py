@@ -120,7 +120,7 @@ class TrainLvmOptions(LvmOptions):
 
     start: file its weights came from, or "scratch"; pretrained: whether that held an encoder only. alpha: share of the
     mean square error, the rest is the histogram divergence over hist_mask, from hist_sample voxels per crop (0: all).
-    ssim, fsc: weights of two further losses. encoder_lr: over the decoder's learning rate; frozen: part of the training
+    cc, ssim, fsc: weights of further losses. encoder_lr: over the decoder's learning rate; frozen: part of the training
     in which a pre-trained encoder stays as it is. patience: epochs without a better CC_mask until the end; 0: never.
     """
 
@@ -130,6 +130,7 @@ class TrainLvmOptions(LvmOptions):
     alpha: float = 0.9
     hist_mask: str = "union"
     hist_sample: int = 8192
+    cc: float = 0.0
     ssim: float = 0.0
     fsc: float = 0.0
     encoder_lr: float = 1.0
@@ -142,7 +143,7 @@ class TrainLvmOptions(LvmOptions):
         self._need("alpha", 0 <= self.alpha <= 1, "a share between 0 and 1")
         self._need("hist_mask", self.hist_mask in HIST_MASKS, f"one of {', '.join(HIST_MASKS)}")
         self._need("hist_sample", self.hist_sample >= 0, "0 (all voxels) or more")
-        for name in ("ssim", "fsc"):
+        for name in ("cc", "ssim", "fsc"):
             self._need(name, getattr(self, name) >= 0, "0 (off) or more")
         self._need("encoder_lr", self.encoder_lr > 0, "above 0")
         self._need("frozen", 0 <= self.frozen < 1, "a fraction of the training, from 0, below 1")

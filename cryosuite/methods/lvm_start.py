@@ -82,7 +82,7 @@ def start_as_identity(net: nn.Module, ridge: float = 1e-6) -> None:
         rows[(slice(None), *j, *(slice(i, i + 3) for i in j))] = kernel
     a = rows.flatten(4).flatten(0, 3)  # (27 d, 125)
     wanted = a.new_zeros(125)
-    wanted[62] = 1
+    wanted[62] = 1  # the middle of 5^3
     gram = a.T @ a
     gram = gram + ridge * gram.diagonal().mean() * torch.eye(125, dtype=a.dtype)
     taps = (a @ torch.linalg.solve(gram, wanted)).view(1, -1, 3, 3, 3)

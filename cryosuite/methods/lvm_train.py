@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cryosuite.kernels.histogram import histogram_divergence
-from cryosuite.kernels.map_losses import shell_loss, ssim
+from cryosuite.kernels.map_losses import masked_correlation, shell_loss, ssim
 from cryosuite.methods.lvm import decayed, factor
 from cryosuite.methods.lvm_loader import CropBatch, CropLoader, Crops
 from cryosuite.methods.lvm_options import TrainLvmOptions
@@ -16,6 +16,7 @@ from cryosuite.methods.lvm_start import SCRATCH, fill, start_as_identity
 from cryosuite.training.method import Step
 
 RATIO_EVERY = 20  # steps between two looks at the gradients of the losses
+SHOWN = 0.02  # grey value of the target above which a voxel belongs to the molecule
 LAST = 0.01  # of the learning rate, where the cosine ends
 
 
@@ -57,7 +58,7 @@ class TrainLvm:
         net = self.options.network()
         if self.load and self.options.start != SCRATCH:
             fill(net, self.options.start, self.options.pretrained)
-        if self.options.pretrained or self.options.start == SCRATCH:
+        if self.load and (self.options.pretrained or self.options.start == SCRATCH):
             start_as_identity(net)
         return MapModel(net)
 
@@ -85,6 +86,9 @@ class TrainLvm:
             if step.index % RATIO_EVERY == 0 and predicted.requires_grad:
                 told["hist_over_mse"] = self._ratio(predicted, told)
             total = total + (1 - o.alpha) * told["hist"]
+        if o.cc:
+            told["cc"] = 1 - masked_correlation(predicted, batch.target, batch.target > SHOWN)
+            total = total + o.cc * told["cc"]
         if o.ssim:
             told["ssim"] = 1 - ssim(predicted, batch.target).mean()
             total = total + o.ssim * told["ssim"]
