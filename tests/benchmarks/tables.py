@@ -9,6 +9,7 @@ from statistics import mean
 
 from common import RESULTS
 from tables_fastar import quality_table, race_table, scaling_table
+from tables_lvm import lvm_table
 from tables_maps import (
     ablation_table,
     kraqen_speed_table,
@@ -136,6 +137,9 @@ def latest() -> dict[str, str]:
         tables["pose-search"] = search_table(search[0])
     if scaling := results(RESULTS, "fastar_scaling_*.json"):
         tables["fastar-scaling"] = scaling_table(scaling[0])
+    quality = {name: results(RESULTS, f"lvm-{name}.json") for name in ("sharpen", "superres", "wedge", "safety")}
+    if any(quality.values()):
+        tables["lvm"] = lvm_table({name: found[0] for name, found in quality.items() if found})
     polished = results(RESULTS, "polish_*.json")
     for name, found, make in (
         ("kraqen", results(RESULTS, "kraqen_*_s*.json"), kraqen_table),
