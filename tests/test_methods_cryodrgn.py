@@ -1,0 +1,262 @@
+"""``analyze`` on cryoDRGN's own run folders: latents, particles, volumes; moved files, old forms, hostile ones."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+from cryosuite.cli import app
+from cryosuite.data.cryodrgn_run import is_cryodrgn_run, open_cryodrgn_run, read_cryodrgn_config
+from cryosuite.data.workdir import RunDir
+from cryosuite.errors import InputError
+from cryosuite.formats.mrc import read_map
+from cryosuite.formats.pickles import read_indices, read_labels, read_torch, safe_load, write_pickle
+from cryosuite.methods import load_run
+from cryosuite.methods.cryodrgn_decoder import CryodrgnDecoder
+
+QUICK = ("--skip-umap", "--ksample", "3", "--pc", "1", "--n-per-pc", "2")
+
+
+@pytest.fixture
+def project(golden: Path, tmp_path: Path) -> Path:
+    """The golden run with the files its config names, in a folder that can be written."""
+    for name in ("cryodrgn_run", "relion", "cryodrgn"):
+        (tmp_path / name).mkdir()
+        for path in (golden / name).iterdir():
+            if path.is_file():
+                shutil.copyfile(path, tmp_path / name / path.name)
+    return tmp_path
+
+
+def invoke(*arguments: object) -> str:
+    done = CliRunner().invoke(app, list(map(str, arguments)))
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def rewrite(run: Path, **entries: object) -> None:
+    """Change dataset_args of a config."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["dataset_args"].update(entries)
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def test_volumes_are_those_of_its_own_program(golden: Path) -> None:
+    """eval_vol of cryoDRGN 4.3.1 at a row of zvals.txt; grey values and orientation included."""
+    run = golden / "cryodrgn_run"
+    loaded = load_run(run)
+    assert (loaded.name, loaded.epoch, loaded.box_size, loaded.z.shape) == ("cryodrgn", 2, 64, (200, 4))
+    assert loaded.pixel_size == pytest.approx(3.0) and len(loaded.particles) == 200
+    assert np.array_equal(loaded.z, safe_load(run / "z.2.pkl")[0])
+    z = np.loadtxt(run / "eval_vol/zvals.txt")
+    volumes = loaded.decode(z)
+    theirs = read_map(run / "eval_vol/vol_002.mrc").data
+    assert volumes.shape == (3, 64, 64, 64) and volumes.dtype == np.float32
+    assert np.abs(volumes[1] - theirs).max() < 1e-4 * theirs.std()
+    assert np.abs(volumes[0] - theirs).max() > 0.1 * theirs.std()
+
+
+@pytest.mark.parametrize("epoch", [1, 7])
+def test_other_epochs(golden: Path, epoch: int) -> None:
+    if epoch == 7:
+        with pytest.raises(InputError, match="epoch 7"):
+            load_run(golden / "cryodrgn_run", 7)
+        return
+    with pytest.warns(UserWarning, match=r"no volumes: .*weights.1.pkl"):  # the golden run kept those of the end alone
+        loaded = load_run(golden / "cryodrgn_run", 1)
+    assert loaded.decode is None and np.array_equal(loaded.z, safe_load(golden / "cryodrgn_run/z.1.pkl")[0])
+
+
+@pytest.mark.slow
+def test_analyze_select_and_export(project: Path) -> None:
+    run = project / "cryodrgn_run"
+    assert "next:" in invoke("analyze", run, *QUICK)
+    out = RunDir(run).analysis(2)
+    labels = read_labels(out.labels)
+    assert len(labels) == 200 and len(out.kmeans(3).volumes()) == 3 and out.chimerax.is_file()
+    invoke("select", run, "--cluster", 0, 2, "-o", project / "ind.pkl")
+    assert read_indices(project / "ind.pkl").tolist() == np.flatnonzero(labels != 1).tolist()
+    invoke("export", out.path, "--cluster", 1, "-o", project / "one.star")
+    from cryosuite.data.open import open_particles
+
+    star = open_particles(project / "one.star")
+    wanted = open_particles(project / "relion/particles.star").subset(np.flatnonzero(labels == 1))
+    assert np.array_equal(star.read(slice(None)), wanted.read(slice(None)))
+    assert np.allclose(star.rotation, wanted.rotation, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_its_own_analysis_is_left_alone(project: Path) -> None:
+    theirs = project / "cryodrgn_run/analyze.2"
+    (theirs / "kmeans20").mkdir(parents=True)
+    (theirs / "cryoDRGN_viz.ipynb").touch()
+    (theirs / "kmeans20/labels.pkl").write_bytes(b"theirs")
+    invoke("analyze", project / "cryodrgn_run", *QUICK, "--skip-vol")
+    assert (theirs / "kmeans20/labels.pkl").read_bytes() == b"theirs" and not (theirs / "labels.pkl").exists()
+    assert (project / "cryodrgn_run/analyze.2.cryosuite/labels.pkl").is_file()
+    invoke("select", project / "cryodrgn_run", "--cluster", 1, "-o", project / "ind.pkl")
+
+
+def test_files_of_another_machine_are_found_beside_or_by_datadir(project: Path) -> None:
+    run, far = project / "cryodrgn_run", "/cluster/someone/2021"
+    rewrite(run, particles=f"{far}/relion/particles.mrcs", poses=f"{far}/cryodrgn/pose.pkl", ctf=f"{far}/ctf.pkl")
+    with pytest.raises(InputError, match=r"ctf .*2021/ctf.pkl.*are not there.*Looked for: /cluster.*--datadir"):
+        open_cryodrgn_run(run)
+    (project / "meta").mkdir()
+    shutil.copyfile(project / "cryodrgn/ctf.pkl", project / "meta/ctf.pkl")
+    with pytest.warns(UserWarning, match="is used as ctf"):
+        found = open_cryodrgn_run(run, datadir=project / "meta")
+    assert len(found.particles) == 200 and found.particles.ctf is not None and found.particles.rotation is not None
+
+
+def test_without_the_images_there_are_latents_and_volumes(project: Path) -> None:
+    shutil.rmtree(project / "relion")
+    with pytest.warns(UserWarning, match="Without them") as told:
+        loaded = load_run(project / "cryodrgn_run")
+    assert "particles.mrcs" in str(told[0].message) and any("--Apix" in str(one.message) for one in told)
+    assert loaded.particles is None and loaded.z.shape == (200, 4)
+    assert loaded.decode(loaded.z[:1]).shape == (1, 64, 64, 64)
+    with pytest.raises(InputError, match="--polish"):
+        invoke("analyze", project / "cryodrgn_run", *QUICK, "--polish")
+
+
+@pytest.mark.slow
+def test_analysis_without_the_images(project: Path) -> None:
+    shutil.rmtree(project / "relion")
+    with pytest.warns(UserWarning, match="Without them"):
+        invoke("analyze", project / "cryodrgn_run", *QUICK, "--Apix", 3)
+    out = RunDir(project / "cryodrgn_run").analysis(2)
+    assert len(read_labels(out.labels)) == 200
+    assert read_map(out.kmeans(3).volume(0)).pixel_size == pytest.approx(3.0)
+
+
+def test_the_config_of_old_versions(project: Path) -> None:
+    """config.pkl: the config with numpy numbers, then a second pickle with a date, which is not looked at."""
+    import datetime
+
+    run = project / "cryodrgn_run"
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").unlink()
+    config["dataset_args"]["norm"] = tuple(np.float32(value) for value in config["dataset_args"]["norm"])
+    del config["time"]
+    meta = {"time": datetime.datetime(2021, 1, 1), "version": "0.3.2"}
+    (run / "config.pkl").write_bytes(pickle.dumps(config) + pickle.dumps(meta))
+    assert is_cryodrgn_run(run) and read_cryodrgn_config(run)["lattice_args"]["D"] == 65
+    assert load_run(run).decode(np.zeros((1, 4))).shape == (1, 64, 64, 64)
+
+
+def test_hostile_configs_and_weights_run_nothing(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = project / "cryodrgn_run"
+    monkeypatch.chdir(project)
+
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return os.system, ("touch PWNED",)
+
+    torch.save({"model_state_dict": Evil()}, run / "weights.2.pkl")
+    with pytest.warns(UserWarning, match="no volumes: .*refused"):
+        assert load_run(run).decode is None
+    (run / "config.yaml").unlink()
+    (run / "config.pkl").write_bytes(pickle.dumps({"dataset_args": Evil()}))
+    with pytest.raises(InputError, match="config.pkl: refused"):
+        load_run(run)
+    (run / "config.pkl").unlink()
+    (run / "config.yaml").write_text("dataset_args: !!python/object/apply:os.system ['touch PWNED']\n")
+    with pytest.raises(InputError, match="config.yaml: refused"):
+        load_run(run)
+    assert not (project / "PWNED").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "mention"),
+    [
+        (lambda c, s: c["model_args"].update(pe_type="wavelets"), "wavelets"),
+        (lambda c, s: c["model_args"].update(activation="sine"), "sine"),
+        (lambda c, s: c["lattice_args"].update(D=64), "lattice_args.D is 64"),
+        (lambda c, s: c["dataset_args"].update(norm=None), "norm is None"),
+        (lambda c, s: c["dataset_args"].update(norm=[0.0, float("nan")]), "finite"),
+        (lambda c, s: s.pop("decoder.rand_freqs"), "rand_freqs"),
+        (lambda c, s: [s.pop(key) for key in list(s) if key.startswith("decoder.decoder")], "no layers"),
+        (lambda c, s: c["model_args"].update(domain="hartley"), "2 outputs"),
+    ],
+)
+def test_networks_that_are_not_known_are_named(golden: Path, change, mention: str) -> None:
+    path = golden / "cryodrgn_run/weights.2.pkl"
+    config, state = read_cryodrgn_config(path.parent), dict(read_torch(path)["model_state_dict"])
+    change(config, state)
+    with pytest.raises(InputError, match=mention):
+        CryodrgnDecoder(state, config, path)
+
+
+def test_a_run_that_is_being_written(project: Path) -> None:
+    """Its files are not written at once: half a z.N.pkl is left out, the epoch before is analysed."""
+    run = project / "cryodrgn_run"
+    whole = (run / "z.2.pkl").read_bytes()
+    (run / "z.3.pkl").write_bytes(whole[: len(whole) // 3])
+    (run / "z.4.pkl").touch()
+    with pytest.warns(UserWarning, match="epoch 4 is left out") as told:
+        assert load_run(run).epoch == 2
+    assert any("epoch 3 is left out" in str(one.message) for one in told)
+    with pytest.raises(InputError, match="truncated"):
+        load_run(run, 3)
+
+
+def test_indices_choose_the_particles(project: Path) -> None:
+    run = project / "cryodrgn_run"
+    chosen = np.arange(0, 200, 4)
+    write_pickle(project / "ind.pkl", chosen)
+    rewrite(run, ind="../ind.pkl")
+    for epoch in (1, 2):
+        mu, logvar = safe_load(run / f"z.{epoch}.pkl")
+        write_pickle(run / f"z.{epoch}.pkl", mu[chosen], logvar[chosen])
+    loaded = load_run(run)
+    assert np.array_equal(loaded.particles.index, chosen) and len(loaded.z) == 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["train_vae", "--domain", "hartley", "--activation", "leaky_relu"],
+        ["train_vae", "--pe-type", "geom_full", "--pe-dim", "6"],
+        ["train_dec", "--pe-type", "geom_lowf"],
+    ],
+    ids=["hartley", "geometric", "train_dec"],
+)
+def test_volumes_of_a_run_made_now(project: Path, options: list[str]) -> None:
+    """With a cryoDRGN beside (CRYODRGN_VENV): train a tiny run, let both programs draw its volumes."""
+    program = Path(os.environ.get("CRYODRGN_VENV", "/nonexistent")) / "bin" / "cryodrgn"
+    if not program.is_file():
+        pytest.skip("no cryoDRGN: set CRYODRGN_VENV to an environment with `pip install cryodrgn`")
+    command, *more = options
+    given = ["../relion/particles.mrcs", "--poses", "../cryodrgn/pose.pkl", "--ctf", "../cryodrgn/ctf.pkl"]
+    size = ["--zdim", "4", "-n", "1", "--dec-dim", "16", "--dec-layers", "2", "-b", "8", "--seed", "3", "--no-amp"]
+    if command == "train_vae":
+        size += ["--enc-dim", "8", "--enc-layers", "1", "--no-analysis"]
+    work = project / "now"
+    work.mkdir()
+    points = np.array([[0.5, -1, 0.2, 0.1], [1, 0, 0, -1]])
+    np.savetxt(work / "points.txt", points)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for line in (
+        [command, *given, *size, *more, "-o", "run"],
+        ["eval_vol", "run/weights.1.pkl", "-c", "run/config.yaml", "--zfile", "points.txt", "-o", "volumes"],
+    ):
+        done = subprocess.run([program, *line], cwd=work, env=environment, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr[-3000:]
+    loaded = load_run(work / "run")
+    volumes = loaded.decode(points)
+    for number, name in enumerate(sorted((work / "volumes").glob("*.mrc"))):
+        theirs = read_map(name).data
+        assert np.abs(volumes[number] - theirs).max() < 1e-4 * theirs.std()
