@@ -26,6 +26,7 @@ BOOTSTRAPS = 2000
 INTERVAL = (2.5, 97.5)  # percent
 FIT_ROWS = 200_000  # particles k-means is fitted on
 GRID = 90  # cells on a side of the landscape
+WIDTH_ROWS = 5_000  # particles whose neighbours say how loose the crowd is
 HIGHEST = 7.0  # kT: above, there are too few particles to tell
 FOLDS = 5
 
@@ -199,24 +200,31 @@ class Landscape:
 
 
 def landscape(xy: np.ndarray, grid: int = GRID) -> Landscape:
-    """-ln of the density of points (M, 2), smoothed with a Gaussian of Scott's width (at least one cell)."""
+    """-ln of the density of points (M, 2), smoothed with a Gaussian as wide as the crowd is loose.
+
+    The width is the typical distance to a near neighbour (the 8th to the 40th, by the number of points), one cell at
+    least; a width from the variance would melt separate states into one.
+    """
     from scipy.ndimage import gaussian_filter
+    from scipy.spatial import cKDTree
 
     low, high = np.percentile(xy, [0.1, 99.9], axis=0)
-    # robust: one far island must not widen the kernel of the crowd
-    width = np.minimum(xy.std(axis=0), (np.percentile(xy, 84, axis=0) - np.percentile(xy, 16, axis=0)) / 2)
-    width = np.where(width > 0, width, xy.std(axis=0))
-    margin = np.maximum(0.08 * (high - low), 1e-6 + 1e-6 * np.abs(high))
-    edges = [np.linspace(low[i] - margin[i], high[i] + margin[i], grid + 1) for i in (0, 1)]
+    span = np.maximum(high - low, 1e-6 + 1e-6 * np.abs(high))
+    scaled = xy / span
+    few = np.random.default_rng(0).choice(len(xy), min(len(xy), WIDTH_ROWS), replace=False)
+    near = int(min(np.clip(len(xy) // 25, 8, 40), len(xy) - 1))
+    loose = float(np.median(cKDTree(scaled).query(scaled[few], near + 1)[0][:, -1]))
+    width = np.clip(loose, 1.0 / grid, 0.1) * span
+    edges = [np.linspace(low[i] - 3.5 * width[i], high[i] + 3.5 * width[i], grid + 1) for i in (0, 1)]
     counts = np.histogram2d(xy[:, 1], xy[:, 0], bins=(edges[1], edges[0]))[0]
     cell = np.array([edge[1] - edge[0] for edge in edges])
-    smooth = np.maximum(width * len(xy) ** (-1 / 6) * 0.7, cell)
+    smooth = np.maximum(width, cell)
     dense = gaussian_filter(counts, (smooth / cell)[::-1], mode="constant")
     with np.errstate(divide="ignore"):
         energy = -np.log(dense / max(dense.max(), 1e-300))
-    # a cell that less than one particle's kernel reaches says nothing
+    # a cell that the kernel of less than one particle reaches says nothing
     area = 2 * np.pi * float(np.prod(smooth / cell))
-    energy[(dense < 1.0 / area) | (energy > HIGHEST)] = np.nan
+    energy[(dense < 0.5 / area) | (energy > HIGHEST)] = np.nan
     return Landscape(edges[0], edges[1], energy, (float(smooth[0]), float(smooth[1])))
 
 
