@@ -105,7 +105,7 @@ def main(
     """
     import torch
 
-    from cryosuite.errors import InputError
+    from cryosuite.errors import InputError, notice
     from cryosuite.methods.lvm_sharpen import EnhanceOptions
     from cryosuite.methods.lvm_sharpen_files import open_weights, read_inputs
     from cryosuite.training.launch import resolve_accelerator
@@ -134,7 +134,9 @@ def main(
     if per_half:
         _halves(inputs, network, options, device, out)
     _report(found, inputs.grid, network, outputs)
-    if before is not None:
+    if not float(found.map.data.std()) > 0:
+        notice("the network made nothing of this map: the output has one value. Check its contrast, --mask, --contour")
+    elif before is not None:
         _compare(before, _score(found.map, model, before.d_min), model)
 
 
