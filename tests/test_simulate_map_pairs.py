@@ -22,8 +22,8 @@ from cryosuite.simulate.map_volume import Draws, Volume, _drawn, simulate
 
 PLAIN = PairOptions(
     crop=16, volume=64, crops_per_volume=4, resolution=(4.0, 4.0), cut=(1.0, 1.0), b=(60.0, 60.0), noise=(0.0, 0.0),
-    solvent=(0.0, 0.0), source_voxel=(0.5, 0.5), affine=(0.0, 0.0), clean=0.0, chance_sharpened=0.0, chance_local=0.0,
-    chance_anisotropy=0.0, chance_lipid=0.0, chance_missing=0.0, chance_tight=0.0,
+    solvent=(0.0, 0.0), source_voxel=(0.5, 0.5), affine=(0.0, 0.0), clean=0.0, nothing=0.0, chance_sharpened=0.0,
+    chance_local=0.0,    chance_anisotropy=0.0, chance_lipid=0.0, chance_missing=0.0, chance_tight=0.0,
 )  # fmt: skip
 
 
@@ -166,7 +166,9 @@ def test_missing_residues_lack_in_the_target_only() -> None:
 
 
 def test_input_and_target_lie_on_one_another() -> None:
-    options = PairOptions(volume=64, crop=16, chance_missing=0.0, chance_lipid=0.0, clean=0.0, resolution=(3.0, 6.0))
+    options = PairOptions(
+        volume=64, crop=16, chance_missing=0.0, chance_lipid=0.0, clean=0.0, nothing=0.0, resolution=(3.0, 6.0)
+    )
     for seed in range(6):
         found = made(options, seed, as_is=False)
         assert np.abs(displacement(found.input, found.target)).max() < 0.1
@@ -183,6 +185,14 @@ def test_clean_input_is_the_target() -> None:
     for seed in range(3):
         batch = pairs.draw(torch.Generator().manual_seed(seed))
         assert torch.allclose(batch.input, batch.target, atol=1e-4)
+
+
+def test_noise_alone_has_an_empty_target() -> None:
+    batch = MapPairs([ball()], replace(PLAIN, nothing=1.0)).draw(torch.Generator().manual_seed(0))
+    assert not batch.target.any()
+    assert 0.1 < float(batch.input.std()) < 0.4  # it fills the range, as noise does that is given to the command
+    power = shells(*(2 * [made(replace(PLAIN, nothing=1.0)).input]))
+    assert float(power[25:].max()) < 1e-4 * float(power[:16].max())  # low-passed at 4 A as the map would be
 
 
 def test_grey_values() -> None:

@@ -36,7 +36,8 @@ class PairOptions:
         crowding: share of a scene's volume that molecules fill. membranes, filaments: how many. tilt_low, tilt_high:
             degrees; soft: edge of the wedge, degrees. scene_noise: standard deviation over the scene's, before the
             wedge; noise_b: its B-factor, A^2.
-        clean: chance that the input is as good as the target. solvent_crops: share of crops taken anywhere.
+        clean: chance that the input is as good as the target. nothing: chance of noise without a molecule, whose
+            target is empty. solvent_crops: share of crops taken anywhere.
         phantoms: chance of a procedural molecule where there are both kinds. users: chance of the user's own pairs.
     """
 
@@ -71,6 +72,7 @@ class PairOptions:
     scene_noise: Range = (0.1, 1.5)
     noise_b: Range = (0.0, 2000.0)
     clean: float = 0.08
+    nothing: float = 0.05
     chance_sharpened: float = 0.5
     chance_local: float = 0.7
     chance_anisotropy: float = 0.4

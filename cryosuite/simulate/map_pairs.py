@@ -154,7 +154,7 @@ class MapPairs:
         options = self.options
         if not found.drawn:  # of the user: on the scale already
             lo, hi = 0.0, 1.0
-        elif options.norm == "robust":
+        elif options.norm == "robust" and not found.drawn.get("nothing"):
             lo, hi = robust_range(found.input, found.mask)
         else:
             lo, hi = grey_range(found.input, options.voxel_size, options.norm)

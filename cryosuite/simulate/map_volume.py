@@ -157,6 +157,8 @@ def simulate(
     size, voxel = options.volume, options.voxel_size
     draws = Draws(generator)
     drawn = _drawn(options, draws)
+    if drawn["nothing"]:
+        return _nothing(drawn, options, generator, device)
     points, numbers, residues, _ = place_atoms(molecule, size, voxel, draws, generator, as_is)
     points, numbers = points.to(device), numbers.to(device)
     spectra = _spectra(points, numbers, lacking(residues, drawn["missing"], draws).to(device), size, voxel)
@@ -178,6 +180,17 @@ def simulate(
     if drawn["tight"]:
         out = out * (mask > MASK_LEVEL)
     return Volume(out, target, mask > MASK_LEVEL, drawn["target"], drawn)
+
+
+def _nothing(
+    drawn: dict[str, float], options: PairOptions, generator: torch.Generator, device: torch.device | str
+) -> Volume:
+    """White noise through the filters of a map, and an empty target: what noise looks like when it fills the range."""
+    size, voxel = options.volume, options.voxel_size
+    white = torch.randn(size, size, size, generator=generator, device=generator.device).to(device)
+    noise = _real(torch.fft.rfftn(white) * _gain(options, drawn, size, voxel, generator, device), size)
+    empty = torch.zeros_like(noise)
+    return Volume(noise, empty, empty > 0, drawn["target"], drawn)
 
 
 def _drawn(options: PairOptions, draws: Draws) -> dict[str, float]:
@@ -206,6 +219,7 @@ def _drawn(options: PairOptions, draws: Draws) -> dict[str, float]:
         value, used = draws.uniform(getattr(options, name)), draws.chance(chance)
         out[name] = value if used else 0.0
     out["tight"] = float(draws.chance(options.chance_tight))
+    out["nothing"] = float(draws.chance(options.nothing) and not out["clean"] and options.task != "pretrain")
     if out["clean"]:
         out["missing"] = 0.0
     return out

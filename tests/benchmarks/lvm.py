@@ -33,7 +33,13 @@ from cryosuite.simulate.map_options import PairOptions
 BANDS = ((3.0, 4.0), (4.0, 5.0), (5.0, 6.0))  # A; each structure is in another one with another seed
 NETWORK = {"ours": "ours", "ours_cut": "ours, cut at d"}
 SHARPEN = PairOptions(
-    noise=(1.0, 1.0), chance_local=1.0, local_b=(150.0, 150.0), clean=0.0, chance_missing=0.0, affine=(0.0, 0.0)
+    noise=(1.0, 1.0),
+    chance_local=1.0,
+    local_b=(150.0, 150.0),
+    clean=0.0,
+    nothing=0.0,
+    chance_missing=0.0,
+    affine=(0.0, 0.0),
 )
 CLEAN = 4  # structures whose clean maps are tried
 MADE = "resolution b sharpened anisotropy centre solvent lipid tight source_voxel"

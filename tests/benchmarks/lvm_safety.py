@@ -18,8 +18,8 @@ from cryosuite.metrics.model_cc import correlation
 from cryosuite.simulate.map_options import PairOptions
 
 PLAIN = PairOptions(
-    resolution=(3.0, 3.0), noise=(0.5, 0.5), b=(80.0, 80.0), clean=0.0, chance_missing=0.0, affine=(0.0, 0.0),
-    chance_tight=0.0, chance_lipid=0.0,
+    resolution=(3.0, 3.0), noise=(0.5, 0.5), b=(80.0, 80.0), clean=0.0, nothing=0.0, chance_missing=0.0,
+    affine=(0.0, 0.0), chance_tight=0.0, chance_lipid=0.0,
 )  # fmt: skip
 SIZE = 72  # of the noise
 PART = 48  # of the part that is turned
