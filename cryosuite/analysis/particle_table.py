@@ -161,14 +161,14 @@ def _angles(rotation: np.ndarray) -> np.ndarray:
 
 def _from_file(particles: ParticleSet, taken: set[str]) -> list[Column]:
     """Columns of the star or cs file the particles were first taken from, where it is still there."""
-    try:
-        rows = source_rows(particles)
-    except (InputError, OSError):
+    rows, trouble = None, ""
+    for read in (source_rows, load_metadata):  # the first file, or else the work directory's own
         try:
-            rows = load_metadata(particles)  # the work directory's own star
+            rows = read(particles) if rows is None else rows
         except (InputError, OSError) as error:
-            notice(f"particles.csv has no columns of the particle file: {error}")
-            return []
+            trouble = str(error)
+    if rows is None and trouble:
+        notice(f"particles.csv has no columns of the particle file: {trouble}")
     if rows is None or len(rows) != len(particles):
         return []
     found = []

@@ -89,7 +89,8 @@ def _pack(columns: Sequence[Column], found: Found) -> tuple[list[dict[str, Any]]
         head["axis"] = not column.names and column.name not in ("cluster", "half", "optics", "gmm", "code")
         head["colour"] = column.name not in ("row", "umap1", "umap2")
         heads.append(head)
-        scripts.append(data_script(f"column-{head['number']}", text))
+        if text:
+            scripts.append(data_script(f"column-{head['number']}", text))
     order = {name: i for i, name in enumerate(FIRST)}
     return sorted(heads, key=lambda head: order.get(head["name"], len(order))), scripts, left
 

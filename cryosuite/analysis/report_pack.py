@@ -21,11 +21,12 @@ def packed(column: Column) -> tuple[dict[str, Any], str]:
     """How the page reads a column, and its values as base64 of little-endian bytes.
 
     Whole numbers of a range up to 254 or 65,534 and codes of names are exact (``u8``, ``u16``); other numbers are
-    rounded to 1/65,534 of their range (``u16``), or float32 (``f32``) where a few far values would spoil that. A number
-    is ``low + step * stored``; the largest integer (NaN in f32) stands for unknown. ``shown`` is the range of colours:
-    the middle 96 %.
+    rounded to 1/65,534 of their range (``u16``), or float32 (``f32``) where a few far values would spoil that; 0, 1, 2,
+    ... need no values (``count``). A number is ``low + step * stored``; the largest integer (NaN in f32) stands for
+    unknown. ``shown`` is the range of colours: the middle 96 %.
     """
     values = np.asarray(column.values, np.float64)
+    count = len(values) > 1 and not column.names and bool((values == np.arange(len(values))).all())
     if column.names:
         values = np.where(values >= 0, values, np.nan)
     known = values[np.isfinite(values)]
@@ -39,6 +40,8 @@ def packed(column: Column) -> tuple[dict[str, Any], str]:
     }  # fmt: skip
     whole = bool(len(known)) and bool((known == np.rint(known)).all())
     head["whole"] = whole
+    if count:
+        return head | {"kind": "count", "step": 1.0}, ""
     if len(known) and (_huge(low, high) if whole else _far(known, low, high)):
         return head | {"kind": "f32", "step": 1.0}, _base64(np.asarray(values, "<f4"))
     if whole and high - low < MISSING16:
@@ -48,7 +51,8 @@ def packed(column: Column) -> tuple[dict[str, Any], str]:
     else:
         kind, step = "u16", (high - low) / (MISSING16 - 1) or 1.0
     missing = MISSING8 if kind == "u8" else MISSING16
-    stored = np.where(np.isfinite(values), np.rint((np.nan_to_num(values) - low) / step), missing)
+    finite = np.isfinite(values)
+    stored = np.where(finite, np.rint((np.where(finite, values, low) - low) / step), missing)
     return head | {"kind": kind, "step": step}, _base64(stored, "u1" if kind == "u8" else "<u2")
 
 

@@ -57,16 +57,16 @@ function turntable(map, label) {
   const slider = make("input", { type: "range", min: 0, max: frames - 1, value: 0, step: 1, ariaLabel: "Turn the volume" });
   const play = make("button", { type: "button", class: "quiet", textContent: "Turn", ariaPressed: "false" });
   const stop = () => { clearInterval(spinning); spinning = null; play.ariaPressed = "false"; };
-  const start = () => {
+  const start = (steps) => {
     clearInterval(spinning);
     play.ariaPressed = "true";
     spinning = setInterval(() => {
-      if (!element.isConnected) return stop();
+      if (!element.isConnected || !steps--) return stop();
       slider.value = (+slider.value + 1) % frames;
       return showFrame(element, frames, +slider.value);
     }, 110);
   };
-  play.addEventListener("click", () => (spinning ? stop() : start()));
+  play.addEventListener("click", () => (spinning ? stop() : start(100 * frames)));
   slider.addEventListener("input", () => { stop(); showFrame(element, frames, +slider.value); });
   let from = null;
   element.addEventListener("pointerdown", (event) => { stop(); from = [event.clientX, +slider.value]; element.setPointerCapture(event.pointerId); });
@@ -77,7 +77,8 @@ function turntable(map, label) {
     showFrame(element, frames, +slider.value);
   });
   element.addEventListener("pointerup", () => { from = null; });
-  if (!window.matchMedia("(prefers-reduced-motion: reduce)").matches) start();
+  const calm = window.matchMedia("(prefers-reduced-motion: reduce)").matches;
+  if (state.spotlight && !calm) start(frames); // one turn when a cluster is chosen
   return make("div", {}, element, make("div", { class: "turn" }, play, slider));
 }
 
@@ -110,7 +111,7 @@ function volumePart(cluster) {
 function fscPlot(cluster, map) {
   const element = make("div", { class: "fsc" });
   const ticks = [0.2, 0.4, 0.6, 0.8, 1].map((part) => part * map.curve[0][map.curve[0].length - 1]);
-  requestAnimationFrame(() => Plotly.newPlot(element, [
+  plotly.then(() => requestAnimationFrame(() => Plotly.newPlot(element, [
     { type: "scatter", mode: "lines", x: map.curve[0], y: map.curve[1], line: { color: cluster.colour, width: 2.4 } },
   ], plotLayout({
     height: 190, margin: { l: 46, r: 10, t: 8, b: 40 },
@@ -120,7 +121,7 @@ function fscPlot(cluster, map) {
       line: { color: css("--line"), width: 1, dash: "dot" } })),
     annotations: [0.143, 0.5].map((level) => ({ xref: "paper", x: 1, xanchor: "right", y: level, yanchor: "bottom",
       text: String(level), showarrow: false, font: { size: 10, color: css("--quiet") } })),
-  }), PLOT_CONFIG));
+  }), PLOT_CONFIG)));
   return make("div", {}, element, make("p", { class: "caption",
     textContent: `Fourier shell correlation (${map.note}): ${angstrom(map.resolution[0])} at 0.143, ${angstrom(map.resolution[1])} at 0.5.` }));
 }

@@ -16,6 +16,10 @@ function bytesOf(id) {
 function valuesOf(name) {
   if (unpacked.has(name)) return unpacked.get(name);
   const column = columns.get(name);
+  if (column.kind === "count") {
+    unpacked.set(name, Float64Array.from({ length: meta.particles }, (_, i) => i));
+    return unpacked.get(name);
+  }
   const stored = new ARRAYS[column.kind](bytesOf("column-" + column.number).buffer);
   const missing = { u8: 255, u16: 65535, u32: 4294967295, f32: NaN }[column.kind];
   const values = column.kind === "u32" ? new Float64Array(stored.length) : new Float32Array(stored.length);
@@ -70,6 +74,8 @@ function ramp(stops) {
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const isDark = () => css("--dark") === "1";
 
+const MARGIN = { l: 56, r: 14, t: 10, b: 44 };
+
 /** What all plots share in the present theme. */
 function plotLayout(more) {
   const axis = { showgrid: false, zeroline: false, linecolor: css("--line"), tickcolor: css("--line"), ticks: "outside",
@@ -77,12 +83,21 @@ function plotLayout(more) {
   return {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, hovermode: false,
     font: { family: "inherit", size: 12, color: css("--quiet") },
-    margin: { l: 56, r: 14, t: 10, b: 44 },
+    margin: MARGIN,
     ...more,
     xaxis: { ...axis, ...(more.xaxis || {}) },
     yaxis: { ...axis, ...(more.yaxis || {}) },
   };
 }
+/** plotly, which lies at the end of the page as text and is run once all particles have been drawn. */
+const plotly = new Promise((resolve) => {
+  const run = () => requestAnimationFrame(() => setTimeout(() => {
+    document.head.append(make("script", { textContent: byId("plotly").textContent }));
+    resolve(window.Plotly);
+  }, 0));
+  if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", run);
+  else run();
+});
 const PLOT_CONFIG = { displayModeBar: false, responsive: true, displaylogo: false, showLink: false, scrollZoom: false,
   doubleClick: false };
 

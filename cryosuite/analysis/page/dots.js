@@ -26,7 +26,7 @@ function disk(radius) {
 /** Dot radius (CSS pixels) and opacity for a number of visible particles: those of the PNG plots. */
 function dotSize(count) {
   const area = Math.min(16, Math.max(0.9, 3.2e4 / Math.max(count, 1)));
-  return { radius: 1.2 * Math.sqrt(area / Math.PI), opacity: Math.min(0.85, Math.max(0.3, 5e4 / Math.max(count, 1))) };
+  return { radius: 1.1 * Math.sqrt(area / Math.PI), opacity: Math.min(0.85, Math.max(0.3, 5e4 / Math.max(count, 1))) };
 }
 
 /** Pixel coordinates of all particles in a view {x0, x1, y0, y1, width, height}; -1 outside. Also counts the visible. */

@@ -14,7 +14,6 @@ function afterAxes() {
   byId("axis-y").value = state.y;
   [...byId("spaces").children].forEach((button, i) => { button.ariaPressed = String(i === state.space); });
   byId("space-about").textContent = spaceOf().about || "Any two numbers against each other.";
-  Plotly.relayout(plot, { annotations: [] });
   return showAxes();
 }
 
@@ -121,21 +120,21 @@ function watchKeys() {
 }
 
 async function start() {
-  if (!meta.spaces.length) return;
   [state.x, state.y] = [meta.spaces[0].x, meta.spaces[0].y];
   shading = shadingOf("cluster");
+  draw();
+  document.documentElement.dataset.drawn = String(Math.round(performance.now()));
+  listeners.focus.push(showCard);
   fillChoices();
+  setFocus(meta.first, false);
+  wakeTable();
+  await plotly;
   await Plotly.newPlot(plot, [], plotLayout({}), PLOT_CONFIG);
   await afterAxes();
-  document.documentElement.dataset.drawn = String(Math.round(performance.now()));
-  showLegend();
-  listeners.focus.push(showCard);
   watchMap();
   watchSelection();
   watchKeys();
-  wakeTable();
-  setFocus(meta.first, false);
-  requestAnimationFrame(() => watchTheme([showCurves()]));
+  watchTheme([showCurves()]);
   for (const button of document.querySelectorAll("button[data-copy]")) {
     button.addEventListener("click", () => copyText(byId(button.dataset.copy).textContent, button));
   }

@@ -100,20 +100,43 @@ function fadedOf() {
   return faded;
 }
 
+/** Place of the plot area and ranges of its axes: plotly's, or before plotly runs those it will have. */
+function frameOf() {
+  if (plot._fullLayout) {
+    const { xaxis, yaxis } = plot._fullLayout;
+    return { left: xaxis._offset, top: yaxis._offset, wide: xaxis._length, high: yaxis._length,
+      x: xaxis.range, y: yaxis.range };
+  }
+  const box = byId("plot-box");
+  const [x, y] = fullRanges();
+  return { left: MARGIN.l, top: MARGIN.t, wide: box.clientWidth - MARGIN.l - MARGIN.r,
+    high: box.clientHeight - MARGIN.t - MARGIN.b, x, y };
+}
+
+/** Ranges of both axes that show everything; equal units on both where the map asks for it. */
+function fullRanges() {
+  const ranges = [rangeOf(valuesOf(state.x)), rangeOf(valuesOf(state.y))];
+  if (!spaceOf().equal) return ranges;
+  const box = byId("plot-box");
+  const size = [box.clientWidth - MARGIN.l - MARGIN.r, box.clientHeight - MARGIN.t - MARGIN.b];
+  const unit = Math.max(...ranges.map(([low, high], i) => (high - low) / Math.max(size[i], 1)));
+  return ranges.map(([low, high], i) => [(low + high - unit * size[i]) / 2, (low + high + unit * size[i]) / 2]);
+}
+
 /** Lay the canvas under plotly's plot area and draw all particles. */
 function draw() {
   waiting = false;
-  const { xaxis, yaxis } = plot._fullLayout;
+  const frame = frameOf();
   const ratio = Math.min(window.devicePixelRatio || 1, 2);
-  const [width, height] = [Math.round(xaxis._length * ratio), Math.round(yaxis._length * ratio)];
+  const [width, height] = [Math.round(frame.wide * ratio), Math.round(frame.high * ratio)];
   if (width < 2 || height < 2) return;
   if (canvas.width !== width || canvas.height !== height) [canvas.width, canvas.height] = [width, height];
-  Object.assign(canvas.style, { left: xaxis._offset + "px", top: yaxis._offset + "px",
-    width: xaxis._length + "px", height: yaxis._length + "px" });
-  view = { x0: xaxis.range[0], x1: xaxis.range[1], y0: yaxis.range[0], y1: yaxis.range[1], width, height, ratio };
+  Object.assign(canvas.style, { left: frame.left + "px", top: frame.top + "px", width: frame.wide + "px",
+    height: frame.high + "px" });
+  view = { x0: frame.x[0], x1: frame.x[1], y0: frame.y[0], y1: frame.y[1], width, height, ratio };
   places = project(valuesOf(state.x), valuesOf(state.y), view);
   finder = null;
-  const context = canvas.getContext("2d");
+  const context = canvas.getContext("2d", { willReadFrequently: true });
   const background = rgbOf(css("--plot"));
   if (shading.kind === "density") {
     shading.most = drawDensity(context, places, view, shading.colours, background, ratio);
@@ -136,8 +159,8 @@ function numberTrace() {
     type: "scatter", mode: "markers+text", hoverinfo: "skip", cliponaxis: true,
     x: shown.map((cluster) => at[cluster.label][0]), y: shown.map((cluster) => at[cluster.label][1]),
     text: shown.map((cluster) => `<b>${cluster.label}</b>`), customdata: shown.map((cluster) => cluster.label),
-    textfont: { size: 11, color: css("--ink") },
-    marker: { size: 21, color: css("--panel"), opacity: 0.92,
+    textfont: { size: 10.5, color: css("--ink") },
+    marker: { size: 19, color: css("--panel"), opacity: 0.92,
       line: { width: shown.map((cluster) => (cluster.label === state.focus && state.spotlight ? 4 : 1.8)), color: shown.map((c) => c.colour) } },
     selected: { marker: { opacity: 0.92 } }, unselected: { marker: { opacity: 0.92 }, textfont: { color: css("--ink") } },
     selectedpoints: null,
@@ -146,7 +169,7 @@ function numberTrace() {
 
 /** Show other axes (or the same ones in another theme) from the whole range. */
 function showAxes() {
-  const [xr, yr] = [rangeOf(valuesOf(state.x)), rangeOf(valuesOf(state.y))];
+  const [xr, yr] = fullRanges();
   const layout = plotLayout({
     xaxis: { title: { text: axisTitle(state.x), standoff: 6 }, range: xr },
     yaxis: { title: { text: axisTitle(state.y), standoff: 6 }, range: yr,
@@ -173,7 +196,7 @@ function setFocus(label, spotlight = true) {
   state.spotlight = spotlight && label >= 0;
   if (state.spotlight && state.chosen) setChosen(null);
   redraw();
-  Plotly.restyle(plot, { "marker.line.width": [plot.data[0].customdata.map((own) => (own === label && state.spotlight ? 4 : 1.8))] });
+  if (plot.data) Plotly.restyle(plot, { "marker.line.width": [plot.data[0].customdata.map((own) => (own === label && state.spotlight ? 4 : 1.8))] });
   showLegend();
   for (const listener of listeners.focus) listener(label);
 }
@@ -189,7 +212,7 @@ function setChosen(chosen) {
 function under(event) {
   const box = canvas.getBoundingClientRect();
   const [x, y] = [event.clientX - box.left, event.clientY - box.top];
-  if (!view || x < 0 || y < 0 || x > box.width || y > box.height) return { row: -1, label: -1 };
+  if (!view || !plot.data || x < 0 || y < 0 || x > box.width || y > box.height) return { row: -1, label: -1 };
   const trace = plot.data[0];
   for (let k = 0; k < trace.x.length; k++) {
     const px = ((trace.x[k] - view.x0) / (view.x1 - view.x0)) * box.width;

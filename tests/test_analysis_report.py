@@ -1,0 +1,357 @@
+"""The report and the table of particles: what they hold, that nothing in them is code or a link, and bad days."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from report_toy import CLUSTERS, EVIL, D, make_analysis, particle_set, write_all
+
+from cryosuite.analysis.particle_table import Column, particle_columns, round_confidence, write_particle_table
+from cryosuite.analysis.report_maps import find_maps
+from cryosuite.analysis.report_pack import packed, script_json, thinned
+from cryosuite.analysis.report_page import page_file, plotly_script
+from cryosuite.analysis.report_pictures import TILE, for_the_eye, typical_and_odd
+from cryosuite.analysis.report_read import read_analysis
+from cryosuite.data.orientations import from_euler
+from cryosuite.data.results import MapsDir, PolishDir
+from cryosuite.errors import InputError
+from cryosuite.formats.config import write_yaml
+from cryosuite.formats.mrc import write_map
+from cryosuite.formats.pickles import write_pickle
+
+
+class Page(HTMLParser):
+    """Elements of a page: start tags with attributes, and the text of scripts by id."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: dict[str, str] = {}
+        self.text = ""
+        self._script: str | None = None
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "script":
+            self._script = dict(attrs).get("id") or f"script {len(self.scripts)}"
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "script":
+            self._script = None
+
+    def handle_data(self, data: str) -> None:
+        if self._script is None:
+            self.text += data
+        else:
+            self.scripts[self._script] = self.scripts.get(self._script, "") + data
+
+    @property
+    def meta(self) -> dict:
+        return json.loads(self.scripts["meta"])
+
+
+def values_of(page: Page, name: str) -> np.ndarray:
+    """A column as the page's script unpacks it."""
+    column = next(c for c in page.meta["columns"] if c["name"] == name)
+    if column["kind"] == "count":
+        return np.arange(page.meta["particles"])
+    kind = {"u8": "u1", "u16": "<u2", "u32": "<u4", "f32": "<f4"}[column["kind"]]
+    stored = np.frombuffer(base64.b64decode(page.scripts[f"column-{column['number']}"]), kind)
+    missing = np.isnan(stored) if column["kind"] == "f32" else stored == np.iinfo(kind).max
+    return np.where(missing, np.nan, column["low"] + column["step"] * stored.astype(float))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray, Page]:
+    """A report with everything that several tests look at."""
+    out, z = make_analysis(tmp_path_factory.mktemp("report") / "analyze.7", bad=(9,))
+    path = write_all(out, z, particle_set(len(z)))
+    return path, z, Page(path.read_text(encoding="utf-8"))
+
+
+def test_table_holds_what_the_set_and_its_file_know(made) -> None:
+    path, z, _ = made
+    table = pd.read_csv(path.parent / "particles.csv")
+    particles = particle_set(len(z))
+    assert len(table) == len(z)
+    np.testing.assert_array_equal(table["row"], np.arange(len(z)))
+    np.testing.assert_array_equal(table["index"], particles.index)
+    np.testing.assert_allclose(table["defocus"], particles.ctf[:, 2] - 100, rtol=1e-5)
+    np.testing.assert_allclose(table["shift"], np.linalg.norm(particles.shift, axis=1) * D * 3.0, rtol=1e-4)
+    angles = table[["rot", "tilt", "psi"]].to_numpy()
+    np.testing.assert_allclose(from_euler(angles), particles.rotation, atol=1e-3)
+    assert list(table["micrograph"][:1]) == [EVIL] and set(table["rlnClassNumber"]) == {1, 2, 3}
+    assert np.isnan(table["umap1"][9]) and table["cluster"][9] == -1 and np.isnan(table["confidence"][9])
+    assert table["pc1"].notna().sum() == len(z) - 1
+    assert "rlnImageName" not in table and "rlnDefocusU" not in table
+    assert all(name.isidentifier() for name in table.columns), "names can be typed in a condition"
+    meaning = pd.read_csv(path.parent / "particles_columns.csv")
+    assert list(meaning["column"]) == list(table.columns)
+    assert meaning.set_index("column")["unit"][["defocus", "shift", "tilt"]].tolist() == ["A", "A", "degrees"]
+
+
+def test_table_is_read_back_whatever_the_text(tmp_path: Path) -> None:
+    names = ("plain", 'with "quotes"', "a, comma", "a\nline", "")
+    codes = np.array([0, 1, 2, 3, 4, -1])
+    columns = [
+        Column("row", np.arange(6)),
+        Column("x", np.array([1.5, np.nan, -np.inf, 1e-9, 123456.7, 0.0])),
+        Column("name", codes, names=names),
+        Column("big", np.array([2**40 + 1] * 6)),
+    ]
+    write_particle_table(tmp_path / "t.csv", columns)
+    table = pd.read_csv(tmp_path / "t.csv", keep_default_na=False, na_values={"x": [""]})
+    assert list(table["name"]) == [*names, ""]
+    np.testing.assert_allclose(table["x"], [1.5, np.nan, np.nan, 1e-9, 123457, 0.0], rtol=1e-5)
+    assert set(table["big"]) == {2**40 + 1}
+
+
+def test_columns_of_cryosparc_get_names_that_can_be_typed() -> None:
+    rows = np.zeros(4, [("uid", "<u8"), ("location/micrograph_path", "S20"), ("ctf/exp_group_id", "<u4"),
+                        ("alignments3D/class_posterior", "<f4"), ("alignments3D/pose", "<f4", (3,)), ("class", "<i4"),
+                        ("blob/path", "S5")])  # fmt: skip
+    rows["location/micrograph_path"] = [b"m2.mrc", b"m1.mrc", b"m2.mrc", b"\xff.mrc"]
+    rows["alignments3D/class_posterior"] = [0.1, 0.2, 0.3, 0.4]
+    particles = particle_set(4)
+    particles.tables, particles.source = rows, Path("p.cs")
+    columns = {c.name: c for c in particle_columns(np.zeros((4, 2)), np.zeros(4, int), particles)}
+    assert [columns["micrograph"].names[i] for i in columns["micrograph"].values] == [
+        "m2.mrc", "m1.mrc", "m2.mrc", "\ufffd.mrc",
+    ]  # fmt: skip
+    np.testing.assert_allclose(columns["alignments3D_class_posterior"].values, [0.1, 0.2, 0.3, 0.4], rtol=1e-6)
+    assert "c_class" in columns, "a word of Python's grammar cannot be a column"
+    assert not {"uid", "blob_path", "alignments3D_pose"} & set(columns)
+
+
+def test_confidence_is_that_of_equal_round_clouds() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1, -1], [4000, 4000, 1])
+    z = np.concatenate([rng.normal(-2, 1, (4000, 1)), rng.normal(2, 1, (4000, 1)), [[np.nan]]])
+    found = round_confidence(z, labels)
+    expected = 1 / (1 + np.exp(-4 * np.abs(z[:, 0])) ** np.sign(z[:, 0] * (labels * 2 - 1)))
+    np.testing.assert_allclose(found[:-1], expected[:-1], atol=0.03)
+    assert np.isnan(found[-1])
+    np.testing.assert_array_equal(round_confidence(np.ones((5, 2)), np.zeros(5, int)), np.ones(5))
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (np.array([0, 3, 200]), "u8"), (np.array([-5, 60_000]), "u16"), (np.array([0, 70_000, 4_000_000_000]), "u32"),
+        (np.array([-1, 2**33]), "f32"), (np.linspace(-1, 1, 50), "u16"), (np.r_[np.linspace(0, 1, 5000), 1e6], "f32"),
+        (np.full(3, 2.5), "u16"), (np.full(3, np.nan), "u16"), (np.r_[np.linspace(0, 9, 50), np.nan, np.inf], "u16"),
+    ],
+    ids=["few", "whole", "large", "huge", "real", "far values", "equal", "none known", "some unknown"],
+)  # fmt: skip
+def test_packed_numbers_come_back(values: np.ndarray, kind: str) -> None:
+    head, text = packed(Column("x", values))
+    assert head["kind"] == kind
+    kinds = {"u8": "u1", "u16": "<u2", "u32": "<u4", "f32": "<f4"}
+    stored = np.frombuffer(base64.b64decode(text), kinds[kind]).astype(float)
+    known = np.isfinite(values)
+    step = 0.0 if kind == "f32" else head["step"]
+    back = stored if kind == "f32" else head["low"] + step * stored
+    tolerance = 1e-6 * np.abs(values[known]) if kind == "f32" else 0.51 * step * (not head["whole"]) + 1e-12
+    assert (np.abs(back[known] - values[known]) <= tolerance).all()
+    if kind != "f32":
+        assert (stored[~known] == np.iinfo(kinds[kind]).max).all() and (stored[known] < np.iinfo(kinds[kind]).max).all()
+    json.dumps(head, allow_nan=False)
+
+
+def test_page_holds_all_particles_exactly_or_to_a_65534th(made) -> None:
+    path, z, page = made
+    table = pd.read_csv(path.parent / "particles.csv")
+    for name in ("umap1", "umap2", "pc1", "defocus", "tilt", "confidence", "rlnAutopickFigureOfMerit"):
+        span = table[name].max() - table[name].min()
+        rounding = span / 60_000 + 1e-5 * abs(table[name].max())
+        np.testing.assert_allclose(values_of(page, name), table[name], atol=rounding)
+    for name in ("row", "index", "rlnClassNumber"):
+        np.testing.assert_array_equal(values_of(page, name), table[name])
+    np.testing.assert_array_equal(np.nan_to_num(values_of(page, "cluster"), nan=-1), table["cluster"])
+    assert page.meta["particles"] == len(z) and "rlnConstant" not in {c["name"] for c in page.meta["columns"]}
+    assert page.meta["selection"] == {"run": "my run", "epoch": 7, "n_particles": len(z)}
+
+
+def test_nothing_from_files_is_code(made) -> None:
+    """Names stay text: the page has just the elements and scripts of the template, and no inline handlers."""
+    path, _, page = made
+    text = path.read_text(encoding="utf-8")
+    assert EVIL not in text and "<img src=x" not in text
+    assert {name for name, _ in page.tags if name in ("iframe", "object", "embed", "base")} == set()
+    for tag, attributes in page.tags:
+        assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
+    running = [a for tag, a in page.tags if tag == "script" and a.get("type") in (None, "module")]
+    assert len(running) == 1, "the page's own script; it starts plotly"
+    names = next(c for c in page.meta["columns"] if c["name"] == "micrograph")["names"]
+    assert EVIL in names and "</script><b>.mrc" in names
+    assert html.unescape(page.text).count(EVIL) >= 1, "the command is shown as it was typed"
+
+
+def test_page_needs_no_network(made) -> None:
+    path, _, page = made
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "action", "data", "poster", "srcset"):
+            value = attributes.get(name) or ""
+            assert value == "" or value.startswith(("data:", "#")), (tag, name, value[:80])
+    policy = next(a["content"] for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'") and "http" not in policy and "connect-src" not in policy
+    own = path.read_text(encoding="utf-8").replace(plotly_script(), "")
+    assert not re.findall(r"https?://|url\(\s*[\"']?//|@import", own)
+    assert path.stat().st_size < 12e6
+
+
+def test_page_shows_each_cluster(made) -> None:
+    _, _, page = made
+    assert len(page.meta["clusters"]) == CLUSTERS
+    for label, cluster in enumerate(page.meta["clusters"]):
+        assert cluster["label"] == label and cluster["size"] == (49 if label == 1 else 50)
+        (volume,) = cluster["maps"]
+        assert page.scripts[volume["strip"]].startswith("data:image/webp;base64,")
+        assert page.scripts[volume["planes"]].startswith("data:image/webp;base64,")
+        assert volume["file"] == f"kmeans4/vol_{label:03d}.mrc", "no path of this disk"
+        for which in ("typical", "odd"):
+            assert len(cluster["particles"][which]["rows"]) == 12
+            assert all(row % CLUSTERS == label for row in cluster["particles"][which]["rows"])
+            assert page.scripts[cluster["particles"][which]["picture"]].startswith("data:image/webp;base64,")
+    assert "9" in page.text and "left out" in page.text
+    assert list(page.meta["curves"]) == ["loss"], "numbers that never change are no curve"
+
+
+def test_turning_volumes_are_kept_and_drawn_again_with_new_volumes(tmp_path: Path) -> None:
+    out, z = make_analysis(tmp_path / "a", 40)
+    write_all(out, z, None)
+    kept = out.turntable(0)
+    before = kept.stat().st_mtime_ns, kept.read_bytes()
+    write_all(out, z, None)
+    assert kept.stat().st_mtime_ns == before[0]
+    other = np.zeros((D, D, D), np.float32)
+    other[5:11, 3:13, 6:9] = 1
+    write_map(out.kmeans(CLUSTERS).volume(0), other, 3.0)
+    write_all(out, z, None)
+    assert kept.read_bytes() != before[1]
+
+
+@pytest.mark.parametrize("what", ["no UMAP", "no volumes", "no particles", "one particle", "zdim 1", "all NaN but one"])
+def test_bad_days_still_give_a_page(tmp_path: Path, what: str) -> None:
+    count = 1 if what == "one particle" else 24
+    bad = tuple(range(1, 24)) if what == "all NaN but one" else ()
+    out, z = make_analysis(
+        tmp_path / "a", count, umap=what not in ("no UMAP", "zdim 1"), zdim=1 if what == "zdim 1" else 3,
+        volumes=what != "no volumes", bad=bad,
+    )  # fmt: skip
+    page = Page(write_all(out, z, None if what == "no particles" else particle_set(count)).read_text(encoding="utf-8"))
+    assert page.meta["particles"] == count
+    first = page.meta["spaces"][0]["name"]
+    assert first == {"no UMAP": "PCA", "zdim 1": "Latent"}.get(what, "UMAP")
+    assert {s["x"] for s in page.meta["spaces"]} <= {c["name"] for c in page.meta["columns"]}
+    pictures = [c["particles"]["typical"]["picture"] for c in page.meta["clusters"] if c["size"]]
+    assert all(pictures) == (what != "no particles")
+    assert any(c["maps"] for c in page.meta["clusters"]) == (what != "no volumes")
+
+
+def test_particles_whose_images_are_gone_are_told(tmp_path: Path) -> None:
+    class Gone:
+        def __len__(self) -> int:
+            return 24
+
+        def read(self, rows: np.ndarray) -> np.ndarray:
+            raise InputError("stack.mrcs: <gone>")
+
+    out, z = make_analysis(tmp_path / "a", 24)
+    particles = particle_set(24)
+    particles.images = Gone()
+    text = write_all(out, z, particles).read_text(encoding="utf-8")
+    assert "stack.mrcs: &lt;gone&gt;" in text
+
+
+def test_an_analysis_of_other_particles_is_refused(tmp_path: Path) -> None:
+    out, z = make_analysis(tmp_path / "a", 24)
+    with pytest.raises(InputError, match="24 labels.*23 latents"):
+        read_analysis(out, z[:-1])
+    with pytest.raises(InputError, match="no finished analysis"):
+        read_analysis(type(out)(tmp_path), z)
+
+
+def test_polished_maps_are_shown_where_their_classes_are_the_clusters(tmp_path: Path) -> None:
+    labels = np.repeat([0, 1, 2], 20)
+    index = np.arange(60) + 100
+    folder = PolishDir(tmp_path / "polish")
+    folder.path.mkdir()
+    # the polish numbers the first two the other way round, and cuts the third in halves
+    other = np.where(labels == 2, 2 + np.arange(60) % 2, 1 - labels)
+    write_pickle(folder.labels, other[::-1].copy())
+    write_pickle(folder.index, index[::-1].copy())
+    for k in range(4):
+        write_map(folder.map(k), np.ones((4, 4, 4), np.float32), 5.0)
+    folder.fsc.write_text("shell,resolution_A,class_000,class_001\n1,20,1.0,0.9\n2,10,0.4,0.1\n")
+    folder.classes.write_text("class,particles,resolution_0.143_A,resolution_0.5_A\n0,20,10,14\n1,20,12,15\n")
+    write_yaml(folder.summary, {"classes": 4})
+    found = find_maps([folder.path], labels, index)
+    assert [(one.label, one.path.name, one.resolution) for one in found] == [
+        (0, "vol_001.mrc", (12, 15)), (1, "vol_000.mrc", (10, 14)),
+    ]  # fmt: skip
+    np.testing.assert_allclose(found[1].curve[0], [0.05, 0.1])
+    np.testing.assert_allclose(found[1].curve[1], [1.0, 0.4])
+
+
+def test_backprojections_tell_their_resolution(tmp_path: Path) -> None:
+    one = MapsDir(tmp_path).of_class(1)
+    one.path.mkdir()
+    write_map(one.map, np.ones((8, 8, 8), np.float32), 2.0)
+    one.fsc.write_text("pixres unmasked masked\n0.125 1 1\n0.25 1 0.9\n0.375 0.5 0.5\n0.5 0 0.1\n")
+    (found,) = find_maps([tmp_path], np.array([0, 0, 1, 1]), np.arange(4))
+    assert found.kind == "backprojected" and found.label == 1
+    assert found.resolution[1] == pytest.approx(2.0 / 0.375)
+    expected = 0.375 + 0.125 * (0.5 - 0.143) / 0.4
+    assert found.resolution[0] == pytest.approx(2.0 / expected, rel=1e-4)
+
+
+def test_typical_lie_near_the_middle_and_no_particle_is_both() -> None:
+    z = np.concatenate([np.arange(11.0), [100.0]])[:, None]
+    (typical, odd), empty = typical_and_odd(z, np.zeros(12, int), 2, shown=3)
+    distance = np.abs(z[:, 0] - z.mean())
+    assert distance[typical].max() < distance[odd].min() and odd[0] == 11
+    assert empty == ([], [])
+    (few, rest), _ = typical_and_odd(z, np.r_[0, 0, 0, -np.ones(9, int)], 2)
+    assert sorted(few + rest) == [0, 1, 2]
+
+
+def test_particles_for_the_eye_are_centred_and_smooth() -> None:
+    size = 32
+    axis = np.arange(size) - size // 2
+    image = np.exp(-((axis[None] - 6) ** 2 + (axis[:, None] + 4) ** 2) / 8.0)
+    noisy = (image + 0.15 * np.random.default_rng(0).normal(size=(size, size)))[None].astype(np.float32)
+    (tile,) = for_the_eye(noisy, np.array([[-6 / size, 4 / size]]), np.array([4.0]))
+    assert tile.shape == (TILE, TILE) and tile.dtype == np.uint8
+    y, x = np.unravel_index(tile.argmax(), tile.shape)
+    assert abs(x - TILE / 2 - TILE / size / 2) < 5 and abs(y - TILE / 2 - TILE / size / 2) < 5
+    np.testing.assert_array_equal(for_the_eye(np.zeros((1, 8, 8)), np.zeros((1, 2)), np.ones(1))[0], 0)
+
+
+def test_json_for_scripts_cannot_end_them() -> None:
+    value = {"a": [EVIL, "<!--", "\u2028 &amp;", np.float32(np.nan), np.int64(3), np.arange(2)]}
+    text = script_json(value)
+    assert not set("<>&\u2028") & set(text)
+    assert json.loads(text) == {"a": [EVIL, "<!--", "\u2028 &amp;", None, 3, [0, 1]]}
+
+
+def test_thinned_curves_keep_their_mean() -> None:
+    steps = [(float(i), float(i % 7)) for i in range(10_001)]
+    x, y = thinned(steps, 100)
+    assert len(x) == 100 and np.mean(y) == pytest.approx(3, abs=0.02) and x == sorted(x)
+    assert thinned([(0.0, 1.0), (1.0, float("nan"))]) == [[0.0], [1.0]]
+
+
+def test_files_of_the_page_come_with_the_package() -> None:
+    for name in ("report.html", "report.css", "main.js"):
+        assert page_file(name)
+    assert "</script" not in plotly_script()
