@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from cryosuite.data.latents import last_latents
 from cryosuite.data.open import open_particles
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError, notice
 from cryosuite.formats.checks import printable
 from cryosuite.formats.config import read_yaml
-from cryosuite.formats.pickles import read_latent, read_poses, safe_load
+from cryosuite.formats.pickles import read_poses, safe_load
 
 FILES = ("particles", "poses", "ctf", "ind")
 
@@ -159,18 +160,3 @@ def _with_poses(particles: ParticleSet, path: Path) -> ParticleSet:
     if len(rotation) != len(particles):
         raise InputError(f"{path}: {len(rotation)} poses for {len(particles)} particles")
     return replace(particles, rotation=rotation, shift=shift, poses_from=path)
-
-
-def last_latents(run: RunDir, epoch: int | None) -> tuple[int, np.ndarray]:
-    """The epoch asked for and its latents; by default the last one whose file is whole: cryoDRGN may be writing."""
-    if epoch not in (None, -1):
-        wanted = run.epoch(epoch)
-        return wanted, read_latent(run.z(wanted), finite=False)[0]
-    epochs, problem = run.epochs() or [run.last_epoch()], None
-    for wanted in reversed(epochs):
-        try:
-            return wanted, read_latent(run.z(wanted), finite=False)[0]
-        except InputError as error:
-            problem = problem or error
-            notice(f"epoch {wanted} is left out: {error}")
-    raise problem

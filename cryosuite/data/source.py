@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from cryosuite.data.cryodrgn_run import is_cryodrgn_run, open_cryodrgn_run
+from cryosuite.data.latents import last_latents
 from cryosuite.data.open import open_particles
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.workdir import AnalysisDir, RunDir, WorkDir
 from cryosuite.errors import InputError
 from cryosuite.formats.config import read_yaml
-from cryosuite.formats.pickles import read_labels, read_latent
+from cryosuite.formats.pickles import read_labels
 
 
 @dataclass
@@ -138,8 +139,7 @@ def _open_run(run: RunDir, epoch: int | None, analysis: Path | None, datadir: Pa
         found = open_particles(run.path, need_poses=False, need_ctf=False, **chosen)
         source = Source(found, None, None, run, looked, poses_found=bool(run.read_config().get("poses_found")))
         if run.epochs():
-            source.epoch = run.epoch(epoch)
-            source.z = read_latent(run.z(source.epoch), finite=False)[0]
+            source.epoch, source.z = last_latents(run, epoch)
     if source.z is not None and len(source.z) != len(source.particles):
         raise InputError(
             f"{run.z(source.epoch)}: {len(source.z)} latents for {len(source.particles)} particles: did the set change?"

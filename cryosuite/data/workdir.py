@@ -215,6 +215,8 @@ class RunDir:
     def last_epoch(self) -> int:
         """The last epoch with latents on disk; InputError when there is none."""
         epochs = self.epochs()
+        if not epochs and self.exists():
+            raise InputError(f"{self.path}: no epoch is finished yet (no z.N.pkl, which the end of each epoch writes)")
         if not epochs:
             raise InputError(
                 f"{self.path}: no z.N.pkl here. Give the folder of a training run (-o of `cryosuite train-hype`)."

@@ -54,6 +54,7 @@ def load_run(run: Path | str, epoch: int | None = None, **options: Any) -> Loade
     a folder that holds no run, a missing epoch, and a method this version does not know.
     """
     from cryosuite.data.cryodrgn_run import is_cryodrgn_run
+    from cryosuite.data.latents import last_whole_epoch
     from cryosuite.data.workdir import RunDir
     from cryosuite.training.runs import read_run_config
 
@@ -65,4 +66,5 @@ def load_run(run: Path | str, epoch: int | None = None, **options: Any) -> Loade
         raise InputError(
             f"{folder.config}: method {config['method']!r} is not known; expected one of {', '.join(METHODS)}"
         )
-    return import_module(METHODS[config["method"]]).load(folder, config, folder.epoch(epoch), **options)
+    number = folder.epoch(epoch) if epoch not in (None, -1) else last_whole_epoch(folder)
+    return import_module(METHODS[config["method"]]).load(folder, config, number, **options)

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from cryosuite.data.cryodrgn_run import last_latents, open_cryodrgn_run, read_cryodrgn_config
+from cryosuite.data.cryodrgn_run import open_cryodrgn_run, read_cryodrgn_config
+from cryosuite.data.latents import last_latents
 from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError, notice
 from cryosuite.formats.pickles import read_torch

@@ -1,0 +1,32 @@
+"""Latents of a run on disk: the last epoch whose file is whole, while a training or a copy is still writing."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cryosuite.data.workdir import RunDir
+from cryosuite.errors import InputError, notice
+from cryosuite.formats.pickles import read_latent
+
+
+def last_latents(run: RunDir, epoch: int | None = None) -> tuple[int, np.ndarray]:
+    """The epoch asked for (None or -1: the last one that is whole) and its latents (N, zdim) float32, NaN admitted.
+
+    Epochs whose file is cut short or damaged are told and left out. Raises InputError where none is whole.
+    """
+    if epoch not in (None, -1):
+        wanted = run.epoch(epoch)
+        return wanted, read_latent(run.z(wanted), finite=False)[0]
+    epochs, problem = run.epochs() or [run.last_epoch()], None
+    for wanted in reversed(epochs):
+        try:
+            return wanted, read_latent(run.z(wanted), finite=False)[0]
+        except InputError as error:
+            problem = problem or error
+            notice(f"epoch {wanted} is left out: {error}")
+    raise problem
+
+
+def last_whole_epoch(run: RunDir) -> int:
+    """The last epoch whose latents are whole (see ``last_latents``)."""
+    return last_latents(run)[0]
