@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import save
-from lvm_cases import STRUCTURES, Case, Judge, Structure, best_b, cut_at, filtered, guinier
+from lvm_cases import STRUCTURES, Case, Judge, Structure, baselines, cut_at
 from lvm_wedge import run_wedge
 
 from cryosuite.data.map_weights import MapWeights, load_map_weights, shipped_map_weights
@@ -41,6 +41,7 @@ SHARPEN = PairOptions(
     chance_missing=0.0,
     affine=(0.0, 0.0),
 )
+SUPERRES = replace(SHARPEN, task="superres", resolution=(6.0, 6.0))
 CLEAN = 4  # structures whose clean maps are tried
 MADE = "resolution b sharpened anisotropy centre solvent lipid tight source_voxel"
 
@@ -66,31 +67,20 @@ def described(weights: MapWeights) -> dict:
     return {"parameters": sum(p.numel() for p in weights.net.parameters()), "norm": weights.norm, **notes}
 
 
-def sharpen_rows(case: Case, judge: Judge, weights: MapWeights) -> dict[str, dict[str, float]]:
+def sharpen_rows(case: Case, weights: MapWeights, kept: Path | None) -> dict[str, dict[str, float]]:
     """Scores of the input, the baselines, the network and the training target."""
-    values, voxel, d = case.grid.data, case.grid.voxel[0], case.resolution
-    b_cc, b_q = best_b(judge)
+    judge = Judge(case)
     ours = answer(weights, case)
-    maps = {
-        "input": values, "best_b": filtered(values, voxel, b_cc, d), "guinier": guinier(case), "ours": ours,
-        "ours_cut": cut_at(ours, voxel, d), "target": case.target, "target_cut": cut_at(case.target, voxel, d),
-    }  # fmt: skip
-    rows = {name: judge.scores(one) for name, one in maps.items()}
-    rows["best_b"] |= {"b": b_cc, "b_q": b_q, "q": max(rows["best_b"]["q"], judge.q(filtered(values, voxel, b_q, d)))}
-    return rows
+    maps = {"ours": ours, "ours_cut": cut_at(ours, case.grid.voxel[0], case.resolution)}
+    return baselines(judge, kept) | {name: judge.scores(one) for name, one in maps.items()}
 
 
-def superres_rows(case: Case, judge: Judge, weights: MapWeights, sharpen: MapWeights | None) -> dict:
+def superres_rows(case: Case, weights: MapWeights, sharpen: MapWeights | None, kept: Path | None) -> dict:
     """Scores at the target's resolution of the input, the best B, sharpening only, and super-resolution."""
-    values, voxel = case.grid.data, case.grid.voxel[0]
-    b_cc, b_q = best_b(judge)
-    maps = {"input": values, "best_b": filtered(values, voxel, b_cc, case.resolution)}
-    if sharpen is not None:
-        maps["sharpen"] = answer(sharpen, case)
-    maps |= {"ours": answer(weights, case), "target": case.target}
-    rows = {name: judge.scores(one) for name, one in maps.items()}
-    rows["best_b"] |= {"b": b_cc, "q": max(rows["best_b"]["q"], judge.q(filtered(values, voxel, b_q, case.resolution)))}
-    return rows
+    judge = Judge(case, SUPERRES.superres_target)
+    maps = {} if sharpen is None else {"sharpen": answer(sharpen, case)}
+    maps["ours"] = answer(weights, case)
+    return baselines(judge, kept) | {name: judge.scores(one) for name, one in maps.items()}
 
 
 def per_case(
@@ -106,6 +96,20 @@ def per_case(
             shown = {n: f"{r['cc_mask']:.3f}/{r['q']:.3f}/{r['fsc']:.2f}" for n, r in found[-1]["rows"].items()}
             print(structure.name, seed, f"{case.resolution:.2f} A", shown, flush=True)
     return found
+
+
+def banded(seed: int, number: int) -> PairOptions:
+    """Every structure in another band of resolutions with another seed."""
+    return replace(SHARPEN, resolution=BANDS[(seed + number) % len(BANDS)])
+
+
+def run_baselines(structures: list[Structure], given: argparse.Namespace) -> None:
+    """What needs no network, kept for later."""
+    per_case(structures, given.seeds, banded, lambda case: baselines(Judge(case), given.keep))
+    per_case(
+        structures, given.seeds, lambda seed, number: SUPERRES,
+        lambda case: baselines(Judge(case, SUPERRES.superres_target), given.keep),
+    )  # fmt: skip
 
 
 def means(found: list[dict]) -> dict[str, dict[str, float]]:
@@ -126,19 +130,16 @@ def beaten(found: list[dict], ours: str, other: str) -> dict[str, float]:
     }
 
 
-def run_sharpen(structures: list[Structure], seeds: int, folder: Path | None) -> None:
+def run_sharpen(structures: list[Structure], given: argparse.Namespace) -> None:
     """Degraded maps, and maps that are as good as the target."""
-    weights = weights_of("sharpen", folder)
+    weights = weights_of("sharpen", given.weights)
     if weights is None:
         return
-    found = per_case(
-        structures, seeds, lambda seed, number: replace(SHARPEN, resolution=BANDS[(seed + number) % len(BANDS)]),
-        lambda case: sharpen_rows(case, Judge(case), weights),
-    )  # fmt: skip
+    found = per_case(structures, given.seeds, banded, lambda case: sharpen_rows(case, weights, given.keep))
     bands = {f"{low:g}-{high:g} A": [o for o in found if low <= o["drawn"]["resolution"] < high] for low, high in BANDS}
     clean = [clean_scores(structure, 3.5 + i % 2, weights) for i, structure in enumerate(structures[:CLEAN])]
     save("lvm-sharpen", {
-        "network": described(weights), "structures": [s.name for s in structures], "seeds": seeds,
+        "network": described(weights), "structures": [s.name for s in structures], "seeds": given.seeds,
         "means": means(found), "bands": {name: means(some) for name, some in bands.items() if some},
         "beats": {f"{ours}_{other}": beaten(found, ours, other) for ours in NETWORK
                   for other in ("input", "best_b", "guinier")},
@@ -156,43 +157,51 @@ def clean_scores(structure: Structure, resolution: float, weights: MapWeights) -
     return {"structure": structure.name, "resolution": resolution, "rows": rows}
 
 
-def run_superres(structures: list[Structure], seeds: int, folder: Path | None) -> None:
+def run_superres(structures: list[Structure], given: argparse.Namespace) -> None:
     """Maps of 6 A, scored at 3 A."""
-    weights, sharpen = weights_of("superres", folder), weights_of("sharpen", folder)
+    weights, sharpen = weights_of("superres", given.weights), weights_of("sharpen", given.weights)
     if weights is None:
         return
-    options = replace(SHARPEN, task="superres", resolution=(6.0, 6.0))
     found = per_case(
-        structures, seeds, lambda seed, number: options,
-        lambda case: superres_rows(case, Judge(case, options.superres_target), weights, sharpen),
+        structures, given.seeds, lambda seed, number: SUPERRES,
+        lambda case: superres_rows(case, weights, sharpen, given.keep),
     )  # fmt: skip
     others = [name for name in ("input", "best_b", "sharpen") if name in found[0]["rows"]]
     save("lvm-superres", {
-        "network": described(weights), "structures": [s.name for s in structures], "seeds": seeds,
-        "input_A": 6.0, "target_A": options.superres_target, "means": means(found),
+        "network": described(weights), "structures": [s.name for s in structures], "seeds": given.seeds,
+        "input_A": 6.0, "target_A": SUPERRES.superres_target, "means": means(found),
         "beats": {f"ours_{other}": beaten(found, "ours", other) for other in others}, "maps": found,
     })  # fmt: skip
 
 
-def run_safety(structures: list[Structure], seeds: int, folder: Path | None) -> None:
+def run_safety(structures: list[Structure], given: argparse.Namespace) -> None:
     """What a network must not do; see lvm_safety."""
     from lvm_safety import run_safety as run
 
-    tasks = {task: weights_of(task, folder) for task in ("sharpen", "superres")}
+    tasks = {task: weights_of(task, given.weights) for task in ("sharpen", "superres")}
     save("lvm-safety", {
         task: run(structures, weights) | {"network": described(weights)}
         for task, weights in tasks.items() if weights is not None
     })  # fmt: skip
 
 
-def run_wedge_task(structures: list[Structure], seeds: int, folder: Path | None) -> None:
+def run_wedge_task(structures: list[Structure], given: argparse.Namespace) -> None:
     """Scenes at 10 A per voxel."""
-    weights = weights_of("wedge", folder)
+    weights = weights_of("wedge", given.weights)
     if weights is not None:
-        save("lvm-wedge", {"network": described(weights), "seeds": seeds, **run_wedge(structures, seeds, weights)})
+        save(
+            "lvm-wedge",
+            {"network": described(weights), "seeds": given.seeds, **run_wedge(structures, given.seeds, weights)},
+        )
 
 
-RUNS = {"sharpen": run_sharpen, "superres": run_superres, "wedge": run_wedge_task, "safety": run_safety}
+RUNS = {
+    "baselines": run_baselines,
+    "sharpen": run_sharpen,
+    "superres": run_superres,
+    "wedge": run_wedge_task,
+    "safety": run_safety,
+}
 
 
 def main() -> None:
@@ -201,6 +210,7 @@ def main() -> None:
     parser.add_argument("what", nargs="+", choices=list(RUNS))
     parser.add_argument("--weights", type=Path, default=None, help="folder of runs; default: the shipped weights")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--keep", type=Path, default=None, help="folder for scores that need no network")
     parser.add_argument("--structures", default=",".join(STRUCTURES))
     parser.add_argument("--shared", type=Path, default=Path(os.environ.get("CRYOSUITE_SHARED", "../shared")))
     given = parser.parse_args()
@@ -208,7 +218,7 @@ def main() -> None:
     warnings.simplefilter("ignore", UserNotice)
     structures = [Structure(given.shared / "data/atomic/bench", name) for name in given.structures.split(",")]
     for what in given.what:
-        RUNS[what](structures, given.seeds, given.weights)
+        RUNS[what](structures, given)
 
 
 if __name__ == "__main__":

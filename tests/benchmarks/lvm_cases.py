@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -50,6 +52,7 @@ class Case:
     truth: Volume
     model: ModelOnGrid
     resolution: float
+    key: str
 
     @property
     def target(self) -> np.ndarray:
@@ -74,7 +77,8 @@ class Structure:
         options = replace(options, volume=self.size, crop=min(options.crop, self.size))
         found = simulate(self.molecule, options, torch.Generator().manual_seed(seed), as_is=True)
         grid = as_grid(found.input, options.voxel_size)
-        return Case(self.name, grid, found, ModelOnGrid(self.atoms, grid), found.drawn["resolution"])
+        key = f"{self.name}-{options.task}-{zlib.crc32(f'{options} {seed}'.encode()):08x}"
+        return Case(self.name, grid, found, ModelOnGrid(self.atoms, grid), found.drawn["resolution"], key)
 
 
 class Judge:
@@ -143,6 +147,26 @@ def best_b(judge: Judge) -> tuple[float, float]:
     near = [best + step for step in Q_STEPS]
     q = [judge.q(filtered(values, voxel, b, judge.case.resolution)) for b in near]
     return best, near[int(np.argmax(q))]
+
+
+def baselines(judge: Judge, kept: Path | None) -> dict[str, dict[str, float]]:
+    """Scores of everything that needs no network: made once, and kept in a folder where one is given."""
+    case = judge.case
+    file = None if kept is None else kept / f"{case.key}.json"
+    if file is not None and file.is_file():
+        return json.loads(file.read_text())
+    values, voxel, d = case.grid.data, case.grid.voxel[0], case.resolution
+    b_cc, b_q = best_b(judge)
+    maps = {
+        "input": values, "best_b": filtered(values, voxel, b_cc, d), "guinier": guinier(case), "target": case.target,
+        "target_cut": cut_at(case.target, voxel, d),
+    }  # fmt: skip
+    rows = {name: judge.scores(one) for name, one in maps.items()}
+    rows["best_b"] |= {"b": b_cc, "b_q": b_q, "q": max(rows["best_b"]["q"], judge.q(filtered(values, voxel, b_q, d)))}
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(rows))
+    return rows
 
 
 def guinier(case: Case) -> np.ndarray:
