@@ -213,7 +213,7 @@ def landscape(xy: np.ndarray, grid: int = GRID) -> Landscape:
     scaled = xy / span
     few = np.random.default_rng(0).choice(len(xy), min(len(xy), WIDTH_ROWS), replace=False)
     near = int(min(np.clip(len(xy) // 25, 8, 40), len(xy) - 1))
-    loose = float(np.median(cKDTree(scaled).query(scaled[few], near + 1)[0][:, -1]))
+    loose = float(np.median(cKDTree(scaled).query(scaled[few], [near + 1])[0]))
     width = np.clip(loose, 1.0 / grid, 0.1) * span
     edges = [np.linspace(low[i] - 3.5 * width[i], high[i] + 3.5 * width[i], grid + 1) for i in (0, 1)]
     counts = np.histogram2d(xy[:, 1], xy[:, 0], bins=(edges[1], edges[0]))[0]

@@ -1,0 +1,87 @@
+"""``cryosuite trajectory`` as a user types it, on a run made up for the test."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from cryosuite.cli import app
+from cryosuite.data.particles import ParticleSet
+from cryosuite.data.workdir import RunDir
+from cryosuite.formats.pickles import write_pickle
+from cryosuite.methods import LoadedRun
+
+D = 12
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    """A run folder of epoch 3 whose decoder draws a ball."""
+    folder = RunDir(tmp_path / "run")
+    z = np.random.default_rng(0).normal(size=(60, 2)).astype(np.float32)
+    z[4] = np.nan
+    axis = np.arange(D) - D // 2
+    ball = axis[:, None, None] ** 2 + axis[None, :, None] ** 2 + axis[None, None] ** 2 < 12
+
+    def decode(latents: np.ndarray) -> np.ndarray:
+        return ball.astype(np.float32) * (1 + 0.1 * np.tanh(latents[:, :1, None, None]))
+
+    def load(path: Path, epoch: int | None = None) -> LoadedRun:
+        particles = ParticleSet.from_array(np.zeros((60, D, D), np.float32), 2.5)
+        return LoadedRun("fake", particles, z, 3, 2.5, D, decode, {})
+
+    monkeypatch.setattr("cryosuite.methods.load_run", load)
+    analysis = folder.analysis(3)
+    analysis.path.mkdir(parents=True)
+    write_pickle(analysis.umap, z.copy())
+    return folder
+
+
+def test_between_particles_with_a_table_of_what_lies_where(run: RunDir) -> None:
+    done = CliRunner().invoke(
+        app, ["trajectory", str(run.path), "--from", "0", "--through", "7,9", "--to", "2", "-n", "5", "--no-movie"]
+    )
+    assert done.exit_code == 0, done.output
+    folder = run.analysis(3).trajectories / "graph_0_7_9_2"
+    assert len(list(folder.glob("vol_*.mrc"))) == 5 and (folder / "umap_traversal.png").is_file()
+    assert "trajectory.cxc" in done.stdout and "movie" not in done.stdout
+
+
+def test_loop_direct_and_film(run: RunDir, tmp_path: Path) -> None:
+    out = tmp_path / "else where"
+    words = ["--from", "0", "--to", "2", "--loop", "--how", "direct", "-n", "4", "-o", str(out)]
+    done = CliRunner().invoke(app, ["trajectory", str(run.path), *words])
+    assert done.exit_code == 0, done.output
+    assert (out / "movie.gif").is_file() and (out / "morph.cxc").read_text().count("open vol_000.mrc") == 2
+
+
+def test_components_and_files(run: RunDir, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["trajectory", str(run.path), "--pc", "2", "-n", "3", "--no-movie"])
+    assert done.exit_code == 0 and (run.analysis(3).trajectories / "pc2" / "vol_002.mrc").is_file()
+    (tmp_path / "my path.txt").write_text("0 0\n1 1\n")
+    done = CliRunner().invoke(app, ["trajectory", str(run.path), "--z", str(tmp_path / "my path.txt"), "--no-movie"])
+    assert done.exit_code == 0 and (run.analysis(3).trajectories / "my_path" / "vol_001.mrc").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "say which way"), (["--from", "1", "--to", "2", "--pc", "1"], "say which way"),
+        (["--from", "1"], "two particles"),
+        (["--from", "1", "--to", "60"], "row 60"), (["--from", "1", "--to", "4"], "row 4.*NaN"),
+        (["--from", "1", "--to", "2", "--how", "round"], "--how round"), (["--pc", "3"], "--pc 3.*1 to 2"),
+        (["--from", "1", "--to", "2", "-n", "1"], "-n 1"),
+        (["--from", "1", "--through", "x", "--to", "2"], "--through x"),
+        (["--from", "1", "--to", "2", "-d", "13"], "-d 13"), (["--pc", "1", "--loop"], "--loop"),
+        (["--from", "1", "--to", "2", "--neighbours", "0"], "--neighbours 0"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_said(run: RunDir, words: list[str], message: str) -> None:
+    done = CliRunner().invoke(app, ["trajectory", str(run.path), *words])
+    assert done.exit_code != 0
+    assert re.search(message, str(done.exception) + done.output)
+    assert not run.analysis(3).trajectories.exists()
