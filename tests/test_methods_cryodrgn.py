@@ -183,6 +183,7 @@ def test_hostile_configs_and_weights_run_nothing(project: Path, monkeypatch: pyt
     [
         (lambda c, s: c["model_args"].update(pe_type="wavelets"), "wavelets"),
         (lambda c, s: c["model_args"].update(activation="sine"), "sine"),
+        (lambda c, s: c["model_args"].update(pe_type="none"), "none"),
         (lambda c, s: c["lattice_args"].update(D=64), "lattice_args.D is 64"),
         (lambda c, s: c["dataset_args"].update(norm=None), "norm is None"),
         (lambda c, s: c["dataset_args"].update(norm=[0.0, float("nan")]), "finite"),
@@ -241,9 +242,11 @@ def test_volumes_of_a_run_made_now(project: Path, options: list[str]) -> None:
         pytest.skip("no cryoDRGN: set CRYODRGN_VENV to an environment with `pip install cryodrgn`")
     command, *more = options
     given = ["../relion/particles.mrcs", "--poses", "../cryodrgn/pose.pkl", "--ctf", "../cryodrgn/ctf.pkl"]
-    size = ["--zdim", "4", "-n", "1", "--dec-dim", "16", "--dec-layers", "2", "-b", "8", "--seed", "3", "--no-amp"]
+    size = ["--zdim", "4", "-n", "1", "-b", "8", "--seed", "3", "--no-amp", "--no-analysis"]
     if command == "train_vae":
-        size += ["--enc-dim", "8", "--enc-layers", "1", "--no-analysis"]
+        size += ["--enc-dim", "8", "--enc-layers", "1", "--dec-dim", "16", "--dec-layers", "2"]
+    else:
+        size += ["--dim", "16", "--layers", "2"]
     work = project / "now"
     work.mkdir()
     points = np.array([[0.5, -1, 0.2, 0.1], [1, 0, 0, -1]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -127,7 +128,7 @@ def _located(name: str, value: Any, folder: Path, datadir: Path | None) -> Path 
     places = [*([folder / written, written] if not written.is_absolute() else [written])]
     places += [base / tail for base in bases for tail in tails]
     for place in places:
-        if place.is_file():
+        if os.path.isfile(place):  # False also for folders that may not be looked into
             if place != written and written.is_absolute():
                 notice(f"{config_file(folder)}: {printable(value)} is not there: {place} is used as {name}")
             return place
@@ -142,7 +143,7 @@ def _data_folder(value: Any, folder: Path, datadir: Path | None) -> Path | None:
     """Where the stacks lie: as the user says, else as the config says where that folder exists."""
     if datadir is not None or not isinstance(value, str):
         return datadir
-    return next((place for place in (folder / value, Path(value)) if place.is_dir()), None)
+    return next((place for place in (folder / value, Path(value)) if os.path.isdir(place)), None)
 
 
 def _found_poses(folder: Path, epoch: int, config: Mapping[str, Any]) -> Path | None:

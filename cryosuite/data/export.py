@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -91,7 +92,7 @@ def origin(particles: ParticleSet) -> Origin:
         if source in passed:
             raise InputError(f"{particles.path}: {DATASET} says it was made from itself (source: {source})")
         passed.add(source)
-        if not source.exists():
+        if not os.path.exists(source):
             raise InputError(
                 f"{particles.path}: was made from {source}, which is not there any more. Put it back, or export the "
                 "rows of the work directory itself with --binned."

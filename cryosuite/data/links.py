@@ -17,7 +17,7 @@ def moved(path: Path, written: Path, relative: str, folder: Path) -> Path:
     in common is looked for under the one they have in common now. Paths that exist, and those that cannot be found that
     way, are returned as they are.
     """
-    if path.exists() or not path.is_absolute():
+    if os.path.exists(path) or not path.is_absolute():  # False also for folders that may not be looked into
         return path
     parts = Path(relative).parts
     up = len([part for part in parts if part == ".."])
@@ -29,7 +29,7 @@ def moved(path: Path, written: Path, relative: str, folder: Path) -> Path:
     if not path.is_relative_to(before):
         return path
     found = now / path.relative_to(before)
-    return found if found.exists() else path
+    return found if os.path.exists(found) else path
 
 
 def follow_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -80,8 +80,6 @@ class CryodrgnDecoder:
     def _encode(self, points: Tensor) -> Tensor:  # (n, 3) cycles per pixel -> (n, e)
         """Sines and cosines of the points; in "gaussian" along random directions, else along x, y and z."""
         half = self.box // 2
-        if self.kind == "none":
-            return points
         if self.kind == "gaussian":
             if self.random is None:
                 raise self._unknown("gaussian features without rand_freqs")

@@ -131,6 +131,6 @@ def particles_path(config: dict[str, Any], run: RunDir) -> Path:
     absolute = Path(config["particles"])
     relative = run.path / config.get("particles_relative", config["particles"])
     for path in (absolute, relative):
-        if path.exists():
+        if os.path.exists(path):
             return path
     raise InputError(f"{run.config}: the particles are neither at {absolute} nor at {relative}: were they moved?")
