@@ -125,6 +125,34 @@ def test_wedge_keeps_what_was_measured(voxel, axis):
     assert np.abs(made[kept] - before[kept]).max() > 1e-2 * np.abs(before[kept]).std()
 
 
+def test_tilts_about_x_are_turned_to_the_axis_that_networks_know():
+    """A network that blurs along x, across a tilt axis y, must blur along y where the tilt axis is x."""
+    grid = toy_map((40, 44, 48), voxel=(10.0, 10.0, 10.0))
+    data = np.zeros(grid.data.shape, np.float32)
+    data[20, 22, 24] = 1.0
+    spread = {}
+    for axis in "xy":
+        options = EnhanceOptions(skip=False, norm="emready", tilt_axis=axis, consistent=False, precision="32")
+        with pytest.warns(UserNotice):
+            out = enhance(changed(grid, data), weights(AlongX(), "wedge"), options).map.data
+        spread[axis] = {tuple(place) for place in np.argwhere(out > 0.1) - (20, 22, 24)}
+    assert spread["y"] == {(0, 0, -1), (0, 0, 0)}  # x falls behind
+    # the axis across the tilts keeps its direction, so that positive tilts stay positive
+    assert spread["x"] == {(0, -1, 0), (0, 0, 0)}
+
+
+def test_rotations_of_the_wedge_task_leave_the_wedge_alone():
+    mask = wedge_mask((16, 16, 16), (-60.0, 60.0), "y")
+    cut = apply_wedge(torch.randn(16, 16, 16, generator=torch.Generator().manual_seed(0)), mask)
+    for turn in range(4):
+        moved = torch.fft.rfftn(turned(cut, turn))
+        assert float(moved[mask == 0].abs().max()) < 1e-4 * float(moved.abs().max())
+    other = torch.fft.rfftn(turned(cut, 5))
+    assert float(other[mask == 0].abs().max()) > 0.1 * float(other.abs().max())
+    with pytest.raises(InputError, match="at most 4"):
+        enhance(toy_map(voxel=(10.0,) * 3), weights(Same(), "wedge"), EnhanceOptions(turns=8))
+
+
 def test_a_mask_bounds_the_output_and_sets_the_scale():
     grid = toy_map()
     inside = np.zeros(grid.data.shape, np.float32)
@@ -152,6 +180,13 @@ class Normed(Blur):
     def forward(self, x):
         blurred = super().forward(x)
         return 0.8 * blurred + 0.05 * blurred * torch.rsqrt(x.square().mean((1, 2, 3, 4), keepdim=True) + 1e-3)
+
+
+class AlongX(Same):
+    """Half of each voxel goes one voxel down along x."""
+
+    def forward(self, x):
+        return 0.5 * x + 0.5 * torch.roll(x, -1, 4)
 
 
 class Hungry(Same):

@@ -46,14 +46,16 @@ def main(
     tta: int = _option(
         None,
         "--tta",
-        help="Average over this many rotations of the map (8 is usual, at most 24): slower and steadier.",
+        help="Average over this many rotations of the map (8 is usual, at most 24; wedge: 4): slower and steadier.",
         panel=NETWORK,
     ),
     no_skip: bool = _option(
         False, "--no-skip", help="Run the network on plain solvent too, which is else set to 0.", panel=NETWORK
     ),
     apix: float = _option(None, "--apix", "--Apix", help="Angstrom per voxel, in place of the header's.", panel=GREY),
-    resolution: float = _option(None, "--resolution", help="Resolution of the map in Angstrom, if known.", panel=GREY),
+    resolution: float = _option(
+        None, "--resolution", help="Of the map, Angstrom, if known: for warnings and --model.", panel=GREY
+    ),
     contour: float = _option(
         None, "--contour", help="Level that shows the molecule, where it is not found by itself.", panel=GREY
     ),
@@ -65,7 +67,7 @@ def main(
         False, "--match-scale", help="Grey values as in the input instead of 0 to 1.", panel=GREY
     ),
     uncertainty: Path = _option(
-        None, "--uncertainty", help="Map of the standard deviation over rotations (sets --tta 8).", panel=MORE
+        None, "--uncertainty", help="Map of the standard deviation over rotations (sets --tta 8; wedge: 4).", panel=MORE
     ),
     local_cc: Path = _option(
         None, "--local-cc", help="Map of the local correlation of input and output, windows of 12 A.", panel=MORE
@@ -118,16 +120,17 @@ def main(
         raise InputError(f"--resolution {resolution}: a number of Angstrom above 0 is needed")
     outputs = {"-o": out, "--uncertainty": uncertainty, "--local-cc": local_cc}
     _check_outputs({**outputs, **_half_outputs(out, per_half)}, [path, half1, half2, mask, model, weights])
-    turns = tta if tta is not None else 8 if uncertainty is not None else 1
+    network = open_weights(task, weights)
+    several = 4 if network.task == "wedge" else 8
+    turns = tta if tta is not None else several if uncertainty is not None else 1
     if uncertainty is not None and turns < 2:
-        raise InputError("--uncertainty: needs at least 2 rotations: --tta 8")
+        raise InputError(f"--uncertainty: needs at least 2 rotations: --tta {several}")
     options = EnhanceOptions(
         stride=stride, turns=turns, norm=norm, contour=contour, skip=not no_skip, match_scale=match_scale,
         local_cc=local_cc is not None, tilt_range=tilt_range, tilt_axis=tilt_axis, consistent=not no_consistency,
         batch=_batch(batch), precision=precision,
     )  # fmt: skip
     device = torch.device(resolve_accelerator(accelerator))
-    network = open_weights(task, weights)
     inputs = read_inputs(path, half1, half2, mask, apix)
     before = None if model is None else _score(inputs.grid, model, resolution)
     found = _run(inputs, network, options, device, out, resolution, uncertainty, local_cc)

@@ -20,7 +20,7 @@ from cryosuite.data.map_weights import MapWeights
 from cryosuite.errors import InputError, notice
 from cryosuite.kernels.local_cc import local_correlation
 from cryosuite.kernels.map_norm import NORMS, auto_mask, grey_range, occupied
-from cryosuite.kernels.tiles import TURNS, Tiling
+from cryosuite.kernels.tiles import TURNS, Tiling, turned, turned_back
 from cryosuite.kernels.wedge import data_consistency, wedge_mask
 from cryosuite.methods.lvm_sharpen_tiles import Runner
 from cryosuite.training.launch import fast_bf16
@@ -30,6 +30,8 @@ __all__ = ["EDGE", "EnhanceOptions", "Enhanced", "enhance"]
 EDGE = 48  # voxels of a tile
 THINNEST = 8  # voxels of the thinnest axis, on the network's grid
 LOCAL = 12.0  # A, window of the local correlation; at least 5 voxels
+WEDGE_TURNS = 4  # half turns: the rotations that leave a wedge where it is
+TILT_X = TURNS.index(((0, 2, 1), (1,)))  # the quarter turn about z that makes a tilt axis x one along y
 PRECISIONS = ("auto", "bf16", "32")
 
 
@@ -39,7 +41,8 @@ class EnhanceOptions:
 
     Attributes:
         stride: voxels from tile to tile, at most half a tile; None: that. offset: by which all tiles are moved.
-        turns: rotations of the cube to average over, 1 to 24; from 2 on their standard deviation is kept.
+        turns: rotations of the cube to average over, 1 to 24 (of the wedge task 4, since others would turn the wedge);
+            from 2 on their standard deviation is kept.
         norm: scale of the grey values; None: the one of the weights. contour: level of the mask that it needs.
         skip: leave out tiles of plain solvent. match_scale: grey values as in the input, not 0 .. 1.
         local_cc: also the local correlation of input and output.
@@ -122,6 +125,8 @@ def enhance(
     options = options or EnhanceOptions()
     began = time.monotonic()
     device = torch.device(device)
+    if weights.task == "wedge" and options.turns > WEDGE_TURNS:
+        raise InputError(f"--tta {options.turns}: at most {WEDGE_TURNS} for the wedge: other rotations would turn it")
     work = resampled(grid, weights.voxel)
     if min(work.data.shape) < THINNEST:
         sizes = " x ".join(f"{size:.3g}" for size in grid.extent)
@@ -133,12 +138,18 @@ def enhance(
     voxel = float(np.mean(work.voxel))
     inside = None if mask is None else torch.from_numpy(resampled(mask, weights.voxel).data > 0.5)
     span = _span(grid, volume, voxel, weights, options, inside)
+    # the networks know wedges of tilts about y
+    tipped = weights.task == "wedge" and options.tilt_axis == "x"
+    if tipped:
+        volume, inside = (None if one is None else turned(one, TILT_X).contiguous() for one in (volume, inside))
     tiling = Tiling(tuple(volume.shape), EDGE, options.stride or EDGE // 2, options.offset)
     corners = _corners(tiling, volume, voxel, options, inside)
     bf16 = options.precision == "bf16" or options.precision == "auto" and _fast_bf16(device)
     runner = Runner(weights.net.to(device), device, bf16, options.batch, options.turns)
     made, deviation = runner.run(volume, span, tiling, corners, scratch)
     del volume
+    if tipped:
+        made, deviation = (None if one is None else turned_back(one, TILT_X) for one in (made, deviation))
     values = _finished(back_to(replace(work, data=made.numpy()), grid).data, grid, weights.task, options, span, mask)
     if deviation is not None:
         deviation = np.maximum(back_to(replace(work, data=deviation.numpy()), grid).data, 0.0)
