@@ -22,7 +22,7 @@ from cryosuite.analysis.report_pictures import (
 )
 from cryosuite.analysis.report_read import Found, RunFacts, shown_path
 from cryosuite.console import Progress
-from cryosuite.data.results import run_polish
+from cryosuite.data.results import PolishDir, run_polish
 from cryosuite.errors import InputError, notice
 from cryosuite.formats.mrc import read_map
 
@@ -32,12 +32,16 @@ NO_VOLUMES = (
     "No volumes: this run decodes none, or they were left out (--skip-vol). The particles below and `cryosuite polish` "
     "still show what the cluster is."
 )
+SHARPENED = (
+    "{count} maps were also sharpened by a network (analyze --sharpen): {first} and so on, beside the originals. They "
+    "are predictions to look at; the maps, resolutions and curves on this page are the originals'."
+)
 TITLES = {"polished": "Polished map", "backprojected": "Backprojection"}
 ABOUT = {
     "decoded": "What the network draws at the middle of the cluster, turning about the vertical. A picture of what it "
     "learnt: smooth, and not a measurement.",
-    "polished": "The map of the cluster's own images, cleaned where the half sets agree on noise, turning about the "
-    "vertical.",
+    "polished": "The map of the cluster's own images, kept where its two half sets agree and calmed where they do not; "
+    "turning about the vertical.",
     "backprojected": "The plain reconstruction of the cluster's own images, turning about the vertical.",
 }
 
@@ -55,6 +59,9 @@ def cluster_parts(
     sheets, missing = montages(facts.particles, lists)
     if missing:
         notes["images"] = f"No pictures of particles: {missing}"
+    made = [*found.folder.sharpened(), *PolishDir(found.out.path / "polish").sharpened()]
+    if made:
+        notes["sharpened"] = SHARPENED.format(count=len(made), first=made[0].relative_to(found.out.path))
     by_name = {column.name: column for column in columns}
     clusters = []
     for label in range(count):
@@ -63,7 +70,9 @@ def cluster_parts(
         entry["share"] = 100 * len(own) / max(int(sizes.sum()), 1)
         entry["confidence"] = _mean(by_name["confidence"].values[own]) if "confidence" in by_name else None
         entry["maps"] = maps[label]
-        entry["resolution"] = next((m["resolution"][0] for m in reversed(maps[label]) if m["resolution"]), None)
+        judged = next((m for m in reversed(maps[label]) if m["resolution"] and m["resolution"][0] is not None), None)
+        entry["resolution"] = judged["resolution"][0] if judged else None
+        entry["limit"] = judged["limit"] if judged else 0.0
         entry["medians"] = [(n, _median(by_name[n], own)) for n in MEDIANS if n in by_name and not by_name[n].constant]
         entry["facts"] = _facts(entry, own, by_name)
         entry["commands"] = _commands(label, facts, found)
@@ -128,7 +137,8 @@ def _shown(one: ClusterMap, found: Found, zoom: float, frames: int, pictures: di
     known = [value if np.isfinite(value) else None for value in one.resolution]
     return {
         "title": TITLES.get(one.kind, "Network's volume"), "about": ABOUT[one.kind], "strip": f"turn-{name}",
-        "planes": f"planes-{name}", "frames": turn.frames, "file": _file(one.path, found.out.path),
+        "planes": f"planes-{name}", "frames": turn.frames, "limit": 2 * one.pixel_size,
+        "file": _file(one.path, found.out.path),
         "resolution": known if any(v is not None for v in known) else None, "note": one.note,
         "curve": None if one.curve is None else [_few(part) for part in one.curve],
     }  # fmt: skip
@@ -165,7 +175,9 @@ def _facts(entry: dict[str, Any], own: np.ndarray, columns: dict[str, Column]) -
     if entry["confidence"] is not None:
         facts.append(["mean confidence", f"{entry['confidence']:.2f} of 1", "mean probability of the cluster"])
     if entry["resolution"] is not None:
-        facts.append(["resolution", f"{entry['resolution']:.1f} Å", "where the FSC of the half maps falls below 0.143"])
+        limit = entry["resolution"] <= 1.01 * entry["limit"]
+        text = f"{entry['resolution']:.1f} Å" + (" (limit of the pixels)" if limit else "")
+        facts.append(["resolution", text, "where the FSC of the half maps falls below 0.143"])
     facts += [[f"median {name}", text, columns[name].about] for name, text in entry["medians"]]
     if "micrograph" in columns:
         codes = columns["micrograph"].values[own]

@@ -40,7 +40,8 @@ function fact(name, value, hint) {
   return make("div", { title: hint || "" }, make("dt", { textContent: name }), make("dd", { textContent: value }));
 }
 
-const angstrom = (value) => (value === null || value === undefined ? "not known" : value.toFixed(value < 10 ? 2 : 1) + " Å");
+const angstrom = (value, limit = 0) => (value === null || value === undefined ? "not known"
+  : value.toFixed(value < 10 ? 2 : 1) + " Å" + (value <= 1.01 * limit ? ", the limit of the pixels," : ""));
 
 /** Show one frame of a strip of pictures. */
 function showFrame(element, frames, number) {
@@ -123,7 +124,7 @@ function fscPlot(cluster, map) {
       text: String(level), showarrow: false, font: { size: 10, color: css("--quiet") } })),
   }), PLOT_CONFIG)));
   return make("div", {}, element, make("p", { class: "caption",
-    textContent: `Fourier shell correlation (${map.note}): ${angstrom(map.resolution[0])} at 0.143, ${angstrom(map.resolution[1])} at 0.5.` }));
+    textContent: `Fourier shell correlation (${map.note}): ${angstrom(map.resolution[0], map.limit)} at 0.143, ${angstrom(map.resolution[1], map.limit)} at 0.5.` }));
 }
 
 function particlesPart(cluster, which) {

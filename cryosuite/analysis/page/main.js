@@ -129,7 +129,6 @@ async function start() {
   setFocus(meta.first, false);
   wakeTable();
   await plotly;
-  await Plotly.newPlot(plot, [], plotLayout({}), PLOT_CONFIG);
   await afterAxes();
   watchMap();
   watchSelection();

@@ -163,7 +163,6 @@ function numberTrace() {
     marker: { size: 19, color: css("--panel"), opacity: 0.92,
       line: { width: shown.map((cluster) => (cluster.label === state.focus && state.spotlight ? 4 : 1.8)), color: shown.map((c) => c.colour) } },
     selected: { marker: { opacity: 0.92 } }, unselected: { marker: { opacity: 0.92 }, textfont: { color: css("--ink") } },
-    selectedpoints: null,
   };
 }
 
@@ -179,7 +178,7 @@ function showAxes() {
     uirevision: state.x + state.y,
   });
   if (spaceOf().equal) layout.xaxis.constrain = "range";
-  return Plotly.react(plot, [numberTrace()], layout, PLOT_CONFIG).then(draw);
+  return Plotly.react(plot, [numberTrace()], layout, { ...PLOT_CONFIG, responsive: false }).then(draw);
 }
 
 function setColour(name) {
@@ -284,5 +283,11 @@ function watchMap() {
   plot.on("plotly_relayouting", redraw);
   plot.on("plotly_afterplot", redraw);
   plot.on("plotly_selected", choose);
-  new ResizeObserver(() => { Plotly.Plots.resize(plot).then(redraw); }).observe(frame);
+  let size = [frame.clientWidth, frame.clientHeight].join();
+  new ResizeObserver(() => {
+    const now = [frame.clientWidth, frame.clientHeight].join();
+    if (now === size) return;
+    size = now;
+    Plotly.Plots.resize(plot).then(redraw);
+  }).observe(frame);
 }
