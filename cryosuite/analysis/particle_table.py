@@ -24,6 +24,7 @@ from cryosuite.formats.relion import ParticleTables
 
 BLOCK = 20_000  # rows formatted at once
 MOST_COMPONENTS = 8
+WIDTH_ROWS = 50_000  # particles that the width of clusters is measured on
 FEW = 64  # text columns with more different values than this are not kept (micrographs always are)
 # what has a column of our own, or says nothing about the particle
 KNOWN = {
@@ -100,8 +101,9 @@ def particle_columns(
 def round_confidence(z: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Probability (N,) float32 of each label if every cluster were a round cloud of the same width about its mean.
 
-    p_k proportional to exp(-|z - m_k|^2 / 2 s^2), s^2 the mean squared distance to the own mean per dimension.
-    NaN where the label is -1.
+    p_k proportional to exp(-|z - m_k|^2 / 2 s^2). s^2 is the variance within clusters along the directions in which
+    their means differ (weighted by how much they differ): other directions tell nothing and would only make it look
+    sure. NaN where the label is -1.
     """
     used = np.flatnonzero(labels >= 0)
     result = np.full(len(labels), np.nan, np.float32)
@@ -112,7 +114,7 @@ def round_confidence(z: np.ndarray, labels: np.ndarray) -> np.ndarray:
     size = np.bincount(own, minlength=count)
     sums = np.stack([np.bincount(own, points[:, i], count) for i in range(points.shape[1])], axis=1)
     means = (sums / np.maximum(size, 1)[:, None]).astype(np.float32)
-    width = max(float(np.square(points - means[own]).mean()), 1e-12)
+    width = _width(points, means, own, size)
     for start in range(0, len(used), BLOCK):
         rows = slice(start, start + BLOCK)
         part = points[rows]
@@ -122,6 +124,16 @@ def round_confidence(z: np.ndarray, labels: np.ndarray) -> np.ndarray:
         share = np.exp(power)
         result[used[rows]] = share[np.arange(len(part)), own[rows]] / share.sum(axis=1)
     return result
+
+
+def _width(points: np.ndarray, means: np.ndarray, own: np.ndarray, size: np.ndarray) -> float:
+    """Variance of points (M, d) about the means (K, d) of their clusters along the directions between these."""
+    apart = np.sqrt(size)[:, None] * (means - np.average(means, axis=0, weights=size))
+    _, spread, ways = np.linalg.svd(apart.astype(np.float64), full_matrices=False)
+    some = np.random.default_rng(0).permutation(len(points))[:WIDTH_ROWS]
+    within = np.square((points[some] - means[own[some]]) @ ways.T).mean(axis=0)
+    total = float(np.square(spread).sum())
+    return max(float((np.square(spread) * within).sum() / total) if total > 0 else float(within.mean()), 1e-12)
 
 
 def _from_set(particles: ParticleSet) -> list[Column]:
