@@ -86,7 +86,9 @@ def rows_by_index(particles: ParticleSet, path: Path) -> np.ndarray:
         raise InputError(f"{path}: none of its {len(wanted)} original indices is among these particles")
     if missing:
         notice(f"{path}: {missing} of {len(wanted)} original indices are not among these particles")
-    return np.concatenate([order[a:b] for a, b in zip(first, last, strict=True)])
+    number = last - first  # more than one where a particle was expanded by symmetry
+    place = np.repeat(first - np.concatenate([[0], number.cumsum()[:-1]]), number) + np.arange(number.sum())
+    return order[place]
 
 
 def rows_from(path: Path, count: int, run: str = "", epoch: int | None = None) -> np.ndarray:
