@@ -18,7 +18,7 @@ from cryosuite.cli import app
 from cryosuite.data.cryodrgn_run import is_cryodrgn_run, open_cryodrgn_run, read_cryodrgn_config
 from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError
-from cryosuite.formats.mrc import read_map
+from cryosuite.formats.mrc import StackWriter, read_map
 from cryosuite.formats.pickles import read_indices, read_labels, read_torch, safe_load, write_pickle
 from cryosuite.methods import load_run
 from cryosuite.methods.cryodrgn_decoder import CryodrgnDecoder
@@ -65,6 +65,59 @@ def test_volumes_are_those_of_its_own_program(golden: Path) -> None:
     assert volumes.shape == (3, 64, 64, 64) and volumes.dtype == np.float32
     assert np.abs(volumes[1] - theirs).max() < 1e-4 * theirs.std()
     assert np.abs(volumes[0] - theirs).max() > 0.1 * theirs.std()
+
+
+def toy_run(folder: Path, read_out: tuple[float, float], box: int = 16, count: int = 12) -> Path:
+    """A run in its layout whose network gives relu(z1) times ``read_out`` = (re, im) everywhere."""
+    run, zdim, rng = folder / "run", 2, np.random.default_rng(0)
+    run.mkdir(parents=True)
+    images = rng.normal(size=(count, box, box)).astype(np.float32)
+    with StackWriter(folder / "particles.mrcs", count, box, 2.0) as writer:
+        writer.write(images)
+    write_pickle(
+        folder / "pose.pkl", (np.broadcast_to(np.eye(3, dtype=np.float32), (count, 3, 3)).copy(), np.zeros((count, 2)))
+    )
+    row = [box, 2.0, 15000, 14000, 30, 300, 2.7, 0.1, 0]
+    write_pickle(folder / "ctf.pkl", np.tile(np.array(row, np.float32), (count, 1)))
+    files = {"particles": "particles.mrcs", "poses": "pose.pkl", "ctf": "ctf.pkl"}
+    config = {
+        "dataset_args": {name: f"/elsewhere/{file}" for name, file in files.items()} | {"norm": [0.0, 7.0]},
+        "lattice_args": {"D": box + 1, "extent": 0.5},
+        "model_args": {"pe_type": "gaussian", "domain": "fourier", "activation": "relu", "zdim": zdim},
+    }  # fmt: skip
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    frequencies = torch.randn(5, 3)
+    first, middle, last = torch.zeros(4, 10 + zdim), torch.zeros(4, 4), torch.zeros(2, 4)
+    first[0, 10], last[:, 0] = 1.0, torch.tensor(read_out)
+    name = "decoder.decoder.main"
+    state = {
+        "decoder.rand_freqs": frequencies, f"{name}.0.weight": first, f"{name}.0.bias": torch.zeros(4),
+        f"{name}.2.linear.weight": middle, f"{name}.2.linear.bias": torch.zeros(4),
+        f"{name}.4.weight": last, f"{name}.4.bias": torch.zeros(2),
+    }  # fmt: skip
+    for epoch in (1, 2):
+        write_pickle(run / f"z.{epoch}.pkl", rng.normal(size=(count, zdim)).astype(np.float32), np.zeros((count, zdim)))
+        torch.save(
+            {"epoch": epoch, "model_state_dict": state, "optimizer_state_dict": {}}, run / f"weights.{epoch}.pkl"
+        )
+    return run
+
+
+def test_a_toy_of_its_layout_gives_the_volume_of_its_formula(tmp_path: Path) -> None:
+    """Real ones on the ball of frequencies are a peak at voxel D//2, as high as there are points; i is odd there."""
+    with pytest.warns(UserWarning, match="elsewhere/particles.mrcs is not there"):
+        loaded = load_run(toy_run(tmp_path / "even", (1.0, 0.0)))
+    assert (loaded.epoch, loaded.box_size, loaded.pixel_size, len(loaded.particles)) == (2, 16, 2.0, 12)
+    points = np.stack(np.meshgrid(*[np.arange(-8, 8)] * 3), -1).reshape(-1, 3)
+    inside = int((np.square(points).sum(1) <= 64).sum())
+    volumes = loaded.decode(np.array([[1.0, 9.0], [3.0, 0.0], [-1.0, 0.0]]))
+    assert volumes[0, 8, 8, 8] == volumes[0].max() == pytest.approx(7.0 * inside / 16**3, rel=1e-5)
+    assert np.allclose(volumes[1], 3 * volumes[0], atol=1e-5) and not volumes[2].any()
+    inner = volumes[0, 1:, 1:, 1:]
+    assert np.allclose(inner, inner[::-1, ::-1, ::-1], atol=1e-5)
+    with pytest.warns(UserWarning, match="elsewhere"):
+        odd = load_run(toy_run(tmp_path / "odd", (0.0, 1.0))).decode(np.array([[1.0, 0.0]]))[0]
+    assert abs(odd).max() > 0.1 and abs(odd[8, 8, 8]) < 0.01 * abs(odd).max()
 
 
 @pytest.mark.parametrize("epoch", [1, 7])
