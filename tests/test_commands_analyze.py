@@ -7,14 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from cryosuite.cli import app
+from cryosuite.data.map_weights import save_map_weights
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.workdir import RunDir
 from cryosuite.formats.mrc import read_map
 from cryosuite.formats.pickles import safe_load, write_pickle
 from cryosuite.methods import LoadedRun
+from cryosuite.nets.scunet import Scunet, ScunetSpec
 
 D = 16
 
@@ -82,3 +85,23 @@ def test_options_of_volumes_reach_the_files(run: RunDir, tmp_path: Path) -> None
 def test_two_different_epochs_are_refused(run: RunDir) -> None:
     done = CliRunner().invoke(app, ["analyze", str(run.path), "1", "--epoch", "2"])
     assert done.exit_code != 0 and "two epochs" in str(done.exception)
+
+
+def test_sharpened_volumes_lie_beside_the_others_and_are_told(run: RunDir, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("cryosuite.data.map_weights.WEIGHTS", tmp_path)
+    done = CliRunner().invoke(app, ["analyze", str(run.path), *QUICK, "--sharpen"])
+    assert "train-lvm --task sharpen" in str(done.exception) and not run.analysis(2).path.exists()
+    torch.manual_seed(0)
+    network = Scunet(ScunetSpec(d=2, bottleneck=2, mlp=1))
+    save_map_weights(tmp_path / "lvm-sharpen.safetensors", network, task="sharpen", voxel=2.5, norm="robust")
+    done = CliRunner().invoke(app, ["analyze", str(run.path), *QUICK, "--sharpen"])
+    assert done.exit_code == 0, done.output
+    out = run.analysis(2)
+    folder = out.kmeans(3)
+    assert [path.name for path in folder.volumes()] == [f"vol_{k:03d}.mrc" for k in range(3)]
+    made = folder.sharpened()
+    assert made and read_map(made[0]).data.shape == (D, D, D) and b"not a measurement" in read_map(made[0]).header
+    assert "Predictions" in done.output
+    assert "sharpened by a network" in (out.path / "report.html").read_text()
+    CliRunner().invoke(app, ["analyze", str(run.path), *QUICK])
+    assert not folder.sharpened() and "sharpened by a network" not in (out.path / "report.html").read_text()

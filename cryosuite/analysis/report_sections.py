@@ -102,7 +102,7 @@ def _chips(found: Found, facts: RunFacts) -> str:
 
 
 def _warnings(found: Found, notes: Mapping[str, str]) -> str:
-    texts = [text for key, text in notes.items() if key == "images"]
+    texts = [text for key, text in notes.items() if key in ("images", "sharpened")]
     left = [row for row in found.summary.get("left_out") or [] if isinstance(row, int)]
     if left:
         shown = ", ".join(map(str, left[:12])) + (", ..." if len(left) > 12 else "")

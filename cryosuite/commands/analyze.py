@@ -58,6 +58,12 @@ def main(
     polish: bool = _option(
         False, "--polish", help="Also backproject and polish the particles of each cluster (see polish).", panel=VOLUMES
     ),
+    sharpen: bool = _option(
+        False,
+        "--sharpen",
+        help="Also write sharp_000.mrc ...: what lvm-sharpen makes of each volume (and polished map), a prediction.",
+        panel=VOLUMES,
+    ),
     datadir: Path = _option(
         None, "--datadir", help="Folder of the images of a cryoDRGN run that were moved.", panel=PLOTS
     ),
@@ -89,6 +95,7 @@ def main(
 
     from cryosuite.analysis.run import AnalyzeOptions, analyze
     from cryosuite.analysis.volumes import VolumeOptions
+    from cryosuite.commands.polish import weights_at_hand
     from cryosuite.commands.report import make_report
     from cryosuite.console import say
     from cryosuite.data.workdir import AnalysisDir, RunDir
@@ -104,6 +111,8 @@ def main(
     loaded = load_run(run, epoch, **({} if datadir is None else {"datadir": datadir}))
     if polish and loaded.particles is None:
         raise InputError(f"--polish: the images of {run} are not there: say where they are (--datadir)")
+    if sharpen:
+        weights_at_hand()
     out = AnalysisDir(outdir) if outdir is not None else folder.analysis(loaded.epoch)
     say(f"epoch {loaded.epoch}: {loaded.z.shape[0]:,} particles, {loaded.z.shape[1]} latent numbers each -> {out.path}")
     result = analyze(
@@ -115,6 +124,8 @@ def main(
         if flip or invert or downsample or low_pass:
             notice("--flip, --invert, --downsample and --low-pass change the decoded volumes, not the polished maps")
         _polish(result, loaded.particles)
+    if sharpen:
+        _sharpen(result, polish)
     make_report(out, loaded.particles, loaded.z, loaded.epoch, folder, page=not no_report)
     _report(result, folder, not no_report)
     if polish and folder.shares(loaded.epoch).is_file():
@@ -130,6 +141,21 @@ def _number(k: str | None) -> int | str:
     if not k.isdigit() or int(k) < 1:
         raise InputError(f"--k {k}: expected auto or a whole number from 1.")
     return int(k)
+
+
+def _sharpen(result: Any, polished: bool) -> None:
+    """Sharpened maps beside the cluster volumes and, where there are any, beside the polished maps."""
+    from cryosuite.commands.polish import sharpened
+    from cryosuite.data.results import PolishDir
+    from cryosuite.errors import notice
+
+    files = [(file.path, result.folder.sharp(file.number)) for file in result.files]
+    if polished:
+        folder = PolishDir(result.out.path / "polish")
+        files += [(folder.map(k), folder.sharp(k)) for k in range(len(result.colours))]
+    if not files:
+        notice("--sharpen: this analysis has no volumes (--skip-vol, or a run that decodes none)")
+    sharpened(files)
 
 
 def _polish(result: Any, particles: Any) -> None:

@@ -124,7 +124,7 @@ def main(
     if mode not in MODES:
         raise InputError(f"--mode {mode}: expected one of {', '.join(MODES)}")
     if sharpen:
-        _weights_at_hand()
+        weights_at_hand()
     options = PolishOptions(passes=passes, window_A=window, basis=basis)
     how = {"poses": poses, "ctf": ctf, "ind": ind, "datadir": datadir, "pixel_size": apix}
     source = _open(path, epoch, z, labels, how, -1 if invert_data else None)
@@ -153,7 +153,7 @@ def main(
         sharpened([(out.map(row.number), out.sharp(row.number)) for row in rows])
 
 
-def _weights_at_hand() -> None:
+def weights_at_hand() -> None:
     """Fail before the work, not behind it, where lvm-sharpen has no weights."""
     from cryosuite.data.map_weights import shipped_map_weights
 
@@ -161,15 +161,16 @@ def _weights_at_hand() -> None:
 
 
 def sharpened(files: list[tuple[Path, Path]]) -> None:
-    """What lvm-sharpen makes of maps, beside them, and what it is worth."""
+    """What lvm-sharpen makes of (map, target), beside them, and what it is worth; targets are named alike."""
     from cryosuite.console import say
     from cryosuite.methods.lvm_sharpen_files import sharpen_files
 
-    found = sharpen_files(files)
-    if found:
-        names = f"{files[0][1]}" + (f" to {files[-1][1].name}" if len(files) > 1 else "")
-        say(f"sharpened by a network: {names}. Predictions, to look at: resolution and FSC are those of the maps")
-        say("beside them, which are as they were.")
+    if not files:
+        return
+    made = sharpen_files(files)
+    folders = ", ".join(sorted({str(target.parent) for _, target in files}))
+    say(f"sharpened by a network: {len(made)} maps, {files[0][1].name} and so on, in {folders}. Predictions, to look")
+    say("at: resolution and FSC are those of the maps beside them, which are as they were.")
 
 
 @dataclass
@@ -195,12 +196,14 @@ def _open(
     from cryosuite.reconstruct.weights import ClassWeights
 
     run = RunDir(path)
-    if run.exists():
-        given = [f"--{name.replace('_', '-')}" for name, value in how.items() if value and name != "pixel_size"]
+    theirs = path.is_dir() and is_cryodrgn_run(path)
+    if run.exists() or theirs:
+        own = ("pixel_size", "datadir") if theirs else ("pixel_size",)  # its config may name another machine's folders
+        given = [f"--{name.replace('_', '-')}" for name, value in how.items() if value and name not in own]
         if given:
             raise InputError(f"{', '.join(given)}: the run {path} says itself which particles it was trained on")
-        if is_cryodrgn_run(path):
-            found = open_cryodrgn_run(path, epoch, how["pixel_size"])
+        if theirs:
+            found = open_cryodrgn_run(path, epoch, how["pixel_size"], how["datadir"])
             source = Source(found.particles, found.z, epoch=found.epoch)
         else:
             source = _open_ours(run, epoch)

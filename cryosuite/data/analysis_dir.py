@@ -113,6 +113,14 @@ class VolumeDir:
         """Volume of a number; numbers equal labels and count from 0."""
         return self.path / f"vol_{number:03d}.mrc"
 
+    def sharp(self, number: int) -> Path:
+        """What lvm-sharpen made of that volume: a network's prediction, beside it."""
+        return self.path / f"sharp_{number:03d}.mrc"
+
+    def sharpened(self) -> list[Path]:
+        """All of these that are present."""
+        return sorted(self.path.glob("sharp_[0-9]*.mrc"))
+
     def preview(self, number: int) -> Path:
         """Picture of that volume."""
         return self.path / f"vol_{number:03d}.png"

@@ -87,6 +87,10 @@ class PolishDir:
         """What lvm-sharpen made of the polished map: a network's prediction, beside the map."""
         return self.path / f"sharp_{k:03d}.mrc"
 
+    def sharpened(self) -> list[Path]:
+        """All of these that are present."""
+        return sorted(self.path.glob("sharp_[0-9]*.mrc"))
+
     @property
     def mask(self) -> Path:
         """The soft mask around all classes."""
@@ -111,7 +115,7 @@ class PolishDir:
         """All maps of classes that lie in the folder, whatever their number."""
         parents = [self.path, *(of.parent for of in (self.half(0, 0), self.raw(0), self.gain(0)))]
         found = [path for parent in parents for path in sorted(parent.glob("vol_[0-9]*.mrc"))]
-        return [*found, *sorted(self.path.glob("sharp_[0-9]*.mrc"))]
+        return [*found, *self.sharpened()]
 
     @property
     def shares(self) -> Path:

@@ -13,7 +13,7 @@ from cryosuite.console import say
 from cryosuite.data.map_grid import MapGrid, read_grid, values_on, write_like
 from cryosuite.data.map_weights import MapWeights, load_map_weights, shipped_map_weights
 from cryosuite.data.workdir import RunDir
-from cryosuite.errors import InputError
+from cryosuite.errors import InputError, notice
 from cryosuite.methods.lvm_sharpen import Enhanced, EnhanceOptions, enhance
 from cryosuite.methods.lvm_sharpen_checks import inspect_map
 from cryosuite.metrics.model_cc import Shells, shell_correlation
@@ -93,7 +93,8 @@ def sharpen_files(
     Args:
         files: (map to read, map to write).
 
-    Raises InputError as ``open_weights``, ``read_grid`` and ``enhance`` do, or for a map that would replace another.
+    Returns what was made of each; a map that cannot be enhanced (an empty one, say) is named in a notice and left out.
+    Raises InputError as ``open_weights`` does, or for a map that would replace its original.
     """
     network = open_weights(task, weights)
     options = options or EnhanceOptions(match_scale=True)
@@ -102,10 +103,14 @@ def sharpen_files(
     for source, target in files:
         if Path(source).resolve() == Path(target).resolve():
             raise InputError(f"{source}: the sharpened map would replace it")
-        grid = read_grid(source)
-        inspect_map(grid, network.task, network.voxel)
         say(f"{network.task}: {Path(source).name} -> {target}")
-        found = enhance(grid, network, options, device)
+        try:
+            grid = read_grid(source)
+            inspect_map(grid, network.task, network.voxel)
+            found = enhance(grid, network, options, device)
+        except InputError as error:
+            notice(f"not sharpened: {error}")
+            continue
         write_like(target, found.map.data, grid, label(network.task))
         done.append(found)
     return done
