@@ -14,8 +14,8 @@ import torch
 from cryosuite.data.map_grid import MapGrid, read_grid
 from cryosuite.formats.atoms import Atoms, read_atoms
 from cryosuite.formats.mrc import write_map
-from cryosuite.kernels.degrade import bfactor, soft_lowpass
-from cryosuite.methods.lvm_sharpen_checks import guinier_b
+from cryosuite.kernels.atom_grid import squared_frequency
+from cryosuite.kernels.degrade import lowpass_gain, model_fsc
 from cryosuite.metrics.model_cc import correlation, real_space, shell_correlation
 from cryosuite.metrics.model_map import ModelOnGrid
 from cryosuite.metrics.qscore import q_scores
@@ -29,6 +29,7 @@ PAD = 12.0  # A around the molecule
 LARGEST = 160
 SIGMA = 0.4  # A, of the Q-score
 Q_ATOMS = 1500
+GUINIER_FROM = 10.0  # A, where the fit of the B-factor begins
 NEIGHBOUR = 4.0  # A: reach of the shells of one atom into those of another
 Q_STEPS = (-100.0, -40.0, 40.0)  # A^2 from the best of CC_mask, tried for Q
 B_STEPS = np.arange(-300, 151, 25)  # A^2 tried by the oracle; negative sharpens
@@ -130,8 +131,11 @@ class Judge:
 
 def filtered(values: np.ndarray, voxel: float, b: float, resolution: float) -> np.ndarray:
     """A map with a global B-factor (negative sharpens), then cut at the resolution: what is done without a network."""
-    maps = bfactor(torch.from_numpy(np.ascontiguousarray(values, np.float32))[None], voxel, b)
-    return soft_lowpass(maps, voxel, resolution)[0].numpy()
+    maps = torch.from_numpy(np.ascontiguousarray(values, np.float32))[None]
+    cut = lowpass_gain(maps, voxel, resolution)
+    # one product: a strong negative B alone would raise rounding errors beyond the cut over everything else
+    gain = torch.where(cut > 0, cut * torch.exp(-b / 4 * squared_frequency(maps.shape[-1], voxel)), 0.0)
+    return torch.fft.irfftn(torch.fft.rfftn(maps[0]) * gain[0], s=values.shape).numpy()
 
 
 def cut_at(values: np.ndarray, voxel: float, resolution: float) -> np.ndarray:
@@ -153,16 +157,17 @@ def baselines(judge: Judge, kept: Path | None) -> dict[str, dict[str, float]]:
     """Scores of everything that needs no network: made once, and kept in a folder where one is given."""
     case = judge.case
     file = None if kept is None else kept / f"{case.key}.json"
-    if file is not None and file.is_file():
-        return json.loads(file.read_text())
+    rows = json.loads(file.read_text()) if file is not None and file.is_file() else {}
     values, voxel, d = case.grid.data, case.grid.voxel[0], case.resolution
-    b_cc, b_q = best_b(judge)
-    maps = {
-        "input": values, "best_b": filtered(values, voxel, b_cc, d), "guinier": guinier(case), "target": case.target,
-        "target_cut": cut_at(case.target, voxel, d),
+    if "best_b" not in rows:
+        b_cc, b_q = best_b(judge)
+        rows["best_b"] = judge.scores(filtered(values, voxel, b_cc, d)) | {"b": b_cc, "b_q": b_q}
+        rows["best_b"]["q"] = max(rows["best_b"]["q"], judge.q(filtered(values, voxel, b_q, d)))
+    others = {
+        "input": lambda: values, "guinier": lambda: guinier(case), "target": lambda: case.target,
+        "target_cut": lambda: cut_at(case.target, voxel, d),
     }  # fmt: skip
-    rows = {name: judge.scores(one) for name, one in maps.items()}
-    rows["best_b"] |= {"b": b_cc, "b_q": b_q, "q": max(rows["best_b"]["q"], judge.q(filtered(values, voxel, b_q, d)))}
+    rows |= {name: judge.scores(make()) for name, make in others.items() if name not in rows}
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(rows))
@@ -170,6 +175,19 @@ def baselines(judge: Judge, kept: Path | None) -> dict[str, dict[str, float]]:
 
 
 def guinier(case: Case) -> np.ndarray:
-    """The map sharpened by the B-factor that its own spectrum shows, and cut at the resolution."""
-    b = guinier_b(case.grid.data, case.grid.voxel)
-    return filtered(case.grid.data, case.grid.voxel[0], -b if np.isfinite(b) else 0.0, case.resolution)
+    """The map sharpened by the B-factor that its own spectrum shows, and cut at the resolution.
+
+    The slope of ln(|F| sqrt(2 FSC / (1 + FSC))) over s^2 from 10 A to the resolution, FSC that of the half maps, as
+    Rosenthal and Henderson (2003) do it.
+    """
+    values, voxel = torch.from_numpy(case.grid.data), case.grid.voxel[0]
+    size = values.shape[0]
+    radius = (squared_frequency(size, voxel).sqrt() * (size * voxel)).round().long().flatten()
+    power = torch.fft.rfftn(values).abs().square().double().flatten()
+    mean = torch.bincount(radius, power)[: size // 2] / torch.bincount(radius)[: size // 2]
+    s = torch.arange(size // 2) / (size * voxel)
+    fsc = model_fsc(s, torch.tensor(case.resolution))
+    amplitude = 0.5 * torch.log(mean.clamp(min=1e-30) * 2 * fsc / (1 + fsc))
+    chosen = (s > 1 / GUINIER_FROM) & (s <= 1 / case.resolution)
+    slope = np.polyfit((s[chosen] ** 2).numpy(), amplitude[chosen].numpy(), 1)[0]
+    return filtered(case.grid.data, voxel, 4 * float(slope), case.resolution)
