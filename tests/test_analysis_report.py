@@ -356,6 +356,21 @@ def test_thinned_curves_keep_their_mean() -> None:
     assert thinned([(0.0, 1.0), (1.0, float("nan"))]) == [[0.0], [1.0]]
 
 
+def test_films_and_pictures_of_trajectories_are_shown(tmp_path: Path) -> None:
+    from PIL import Image
+
+    out, z = make_analysis(tmp_path / "a", 24, volumes=False)
+    folder = out.path / "trajectories" / "direct <1>"
+    folder.mkdir(parents=True)
+    frames = [Image.fromarray(np.full((8, 8), grey, np.uint8)) for grey in (0, 200)]
+    frames[0].save(folder / "movie.gif", save_all=True, append_images=frames[1:])
+    frames[1].save(folder / "umap_traversal.png")
+    page = Page(write_all(out, z, None).read_text(encoding="utf-8"))
+    sources = [a["src"] for tag, a in page.tags if tag == "img"]
+    assert base64.b64decode(sources[0].partition(",")[2]) == (folder / "movie.gif").read_bytes()
+    assert sources[1].startswith("data:image/webp") and "direct <1>/umap_traversal.png" in page.text
+
+
 def test_files_of_the_page_come_with_the_package() -> None:
     for name in ("report.html", "report.css", "main.js"):
         assert page_file(name)

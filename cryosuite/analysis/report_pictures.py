@@ -21,6 +21,7 @@ FRAMES, FRAME = 24, 200  # of a turning volume: pictures of one turn, pixels on 
 FEWER_FRAMES = 12  # above MANY volumes, so that the file stays small
 MANY = 40
 SLICE = 180  # pixels on a side of a central plane
+LONGEST_FILM = 2_500_000  # bytes of a GIF that is put into the page
 TILE = 84  # pixels on a side of a particle
 SHOWN = 12  # particles of each kind
 FOR_THE_EYE = 25.0  # A: finer detail of a single particle is noise
@@ -48,8 +49,8 @@ def webp(picture: np.ndarray, quality: int = 82) -> bytes:
 
 
 def data_uri(data: bytes) -> str:
-    """The bytes of a PNG or WebP file as a data URI."""
-    kind = "png" if data[:4] == b"\x89PNG" else "webp"
+    """The bytes of a PNG, GIF or WebP file as a data URI."""
+    kind = {b"\x89PNG": "png", b"GIF8": "gif"}.get(data[:4], "webp")
     return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 
@@ -93,9 +94,11 @@ def central_planes(path: Path) -> Picture:
 
 
 def still(path: Path, width: int = 1400) -> Picture:
-    """A PNG of the analysis, at most ``width`` pixels wide."""
+    """A PNG of the analysis, at most ``width`` pixels wide; of a film (GIF) all, or its first picture if it is long."""
     from PIL import Image
 
+    if path.suffix == ".gif" and path.stat().st_size <= LONGEST_FILM:
+        return Picture(data_uri(path.read_bytes()))
     with Image.open(path) as image:
         image = image.convert("RGB")
         if image.width > width:

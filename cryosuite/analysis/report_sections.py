@@ -189,7 +189,7 @@ def _gallery(found: Found) -> str:
     """Pictures that trajectories and landscapes left in the folder."""
     parts = []
     for folder, text in (("trajectories", "Trajectory"), ("landscape", "Landscape")):
-        pictures = sorted((found.out.path / folder).rglob("*.png"))
+        pictures = sorted([*(found.out.path / folder).rglob("*.png"), *(found.out.path / folder).rglob("movie.gif")])
         for picture in [p for p in pictures if not p.stem.startswith("vol_")][: MOST_PICTURES - len(parts)]:
             name = picture.relative_to(found.out.path).as_posix()
             parts.append(_still(picture, f"{text}: {name}", name))
