@@ -156,8 +156,10 @@ class MapPairs:
             lo, hi = 0.0, 1.0
         elif options.norm == "robust" and not found.drawn.get("nothing"):
             lo, hi = robust_range(found.input, found.mask)
-        else:
+        elif float(found.input.min()) < float(found.input.max()):
             lo, hi = grey_range(found.input, options.voxel_size, options.norm)
+        else:  # a cube without anything
+            lo, hi = 0.0, 1.0
         errors = [draws.uniform(options.affine) for _ in range(2)]
         if found.drawn.get("clean"):
             errors = [0.0, 0.0]
