@@ -47,6 +47,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
 
     monkeypatch.setattr("cryosuite.methods.load_run", load)
     monkeypatch.setattr("cryosuite.analysis.run.PREVIEW", 48)
+    monkeypatch.setattr("cryosuite.analysis.report_clusters.FRAMES", 2)
     return folder
 
 
@@ -58,14 +59,16 @@ def test_the_last_epoch_by_default_and_a_table_of_what_lies_where(run: RunDir) -
     assert done.exit_code == 0, done.output
     out = run.analysis(2)
     assert out.chimerax.is_file() and out.learning_curve(2).is_file()
-    assert "view.cxc" in done.stdout and "labels.pkl" in done.stdout
+    assert out.report.is_file() and out.particles.is_file()
+    assert "view.cxc" in done.stdout and "labels.pkl" in done.stdout and "report.html" in done.stdout
     assert "next:" in done.output
 
 
 @pytest.mark.parametrize("how", [["1"], ["--epoch", "1"]])
 def test_epoch_as_cryodrgn_takes_it_and_as_an_option(run: RunDir, how: list[str]) -> None:
-    done = CliRunner().invoke(app, ["analyze", str(run.path), *how, *QUICK, "--skip-vol"])
+    done = CliRunner().invoke(app, ["analyze", str(run.path), *how, *QUICK, "--skip-vol", "--no-report"])
     assert done.exit_code == 0, done.output
+    assert not run.analysis(1).report.exists() and run.analysis(1).particles.is_file()
     assert run.analysis(1).labels.is_file() and not run.analysis(2).path.exists()
     assert not run.analysis(1).chimerax.exists()
 
