@@ -19,7 +19,7 @@ def main(
     where: Annotated[Path, typer.Argument(help="Folder of an analysis, or of a run (its last one).", metavar="PATH")],
     maps: Annotated[
         Optional[list[Path]],  # noqa: UP045  typer on Python 3.10 evaluates this
-        typer.Option("--maps", help="Folder of polish or backproject whose maps of the clusters are to be shown, too."),
+        typer.Option("--maps", help="Folder of polish or backproject with maps of the clusters.", metavar="<folder>"),
     ] = None,
     epoch: Annotated[
         Optional[int],  # noqa: UP045
