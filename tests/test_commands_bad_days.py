@@ -19,6 +19,7 @@ from cryosuite.data.open import open_particles
 from cryosuite.data.preprocess import PreprocessOptions, preprocess
 from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError
+from cryosuite.formats.config import write_yaml
 from cryosuite.formats.mrc import read_map
 from cryosuite.formats.pickles import read_indices, read_labels, write_pickle
 from cryosuite.methods import LoadedRun, load_run
@@ -149,6 +150,29 @@ def test_a_project_that_moved(project: Path, tmp_path: Path) -> None:
         invoke("export", new / "run/analyze.2", "--cluster", 1, "-o", tmp_path / "b.star")
     finally:
         hidden.rename(project)
+
+
+def test_images_of_a_run_are_found_by_datadir(golden: Path, tmp_path: Path) -> None:
+    """A run on a star file whose stack is elsewhere: one option, as for the star itself."""
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "stacks").mkdir()
+    shutil.copyfile(golden / "relion/particles.star", tmp_path / "meta/particles.star")
+    shutil.copyfile(golden / "relion/particles.mrcs", tmp_path / "stacks/particles.mrcs")
+    toy = make_run(tmp_path / "runs/one", tmp_path / "meta/particles.star", 200)
+    with pytest.raises(InputError, match="cannot find the stack particles.mrcs.*--datadir"):
+        invoke("select", toy.run.path, "--cluster", 1, "-o", tmp_path / "a.pkl")
+    invoke("select", toy.run.path, "--cluster", 1, "--datadir", tmp_path / "stacks", "-o", tmp_path / "a.pkl")
+    assert read_indices(tmp_path / "a.pkl").tolist() == list(range(1, 200, 3))
+
+
+def test_an_analysis_inside_another_run_belongs_to_its_own(project: Path, tmp_path: Path) -> None:
+    """`analyze one -o two/look`: labels of one, whatever the folder above is."""
+    one = make_run(tmp_path / "one", project / "work", 30)
+    two = make_run(tmp_path / "two", project / "particles.star", 200)
+    shutil.move(one.analysis.path, two.run.path / "look")
+    write_yaml(two.run.path / "look/analyze.yaml", {"kind": "analysis", "run": "../../one", "epoch": 2})
+    invoke("select", two.run.path / "look", "--cluster", 1, "-o", tmp_path / "a.pkl")
+    assert read_indices(tmp_path / "a.pkl").tolist() == list(range(1, 30, 3))
 
 
 def test_a_run_whose_particles_are_gone_says_where_they_were(project: Path, tmp_path: Path) -> None:

@@ -80,7 +80,8 @@ def open_particles(
         path = path.parent
     if path.is_dir():
         if not WorkDir(path).exists() and RunDir(path).exists():
-            chosen = {} if ind is None else {"ind": ind}
+            chosen = {"ind": ind, "datadir": datadir, "passthrough": tuple(passthrough) or None}
+            chosen = {name: value for name, value in chosen.items() if value is not None}
             return open_run_particles(RunDir(path), need_poses=need_poses, need_ctf=need_ctf, **chosen)
         return _open_work(WorkDir(path), sources)
     if not path.exists():

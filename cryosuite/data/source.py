@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -115,14 +116,14 @@ def _is_run(path: Path) -> bool:
 
 
 def _run_of(analysis: AnalysisDir) -> RunDir:
-    """The run that was analysed: the folder above, or the one analyze.yaml names."""
-    above = analysis.path.absolute().parent
+    """The run that was analysed: the one that analyze.yaml names, else the folder above."""
     named = read_yaml(analysis.summary).get("run")
-    places = [above, *([(analysis.path / str(named)), Path(str(named))] if named else [])]
+    places = [*([Path(os.path.normpath(analysis.path.absolute() / str(named)))] if named else [])]
+    places.append(analysis.path.absolute().parent)
     for place in places:
         if _is_run(place):
             return RunDir(place)
-    raise InputError(f"{analysis.path}: the run it belongs to is not there (looked for {places[-1]}): give the run")
+    raise InputError(f"{analysis.path}: the run it belongs to is not there (looked for {places[0]}): give the run")
 
 
 def _open_run(run: RunDir, epoch: int | None, analysis: Path | None, datadir: Path | None) -> Source:
