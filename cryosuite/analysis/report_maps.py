@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from cryosuite.data.results import MapsDir, PolishDir
 from cryosuite.errors import InputError, notice
 from cryosuite.formats.mrc import read_map
 from cryosuite.formats.pickles import read_labels, safe_load
+from cryosuite.kernels import shells
 
 SAME = 0.8  # shared particles over all particles of either (Jaccard): from here on a class is called this cluster
 LEVELS = (0.143, 0.5)
@@ -118,21 +120,10 @@ def _backprojected(folder: MapsDir, labels: np.ndarray) -> Iterator[ClusterMap]:
             values = np.genfromtxt(one.fsc, names=True, encoding="utf-8", ndmin=1)
             name = next(n for n in ("corrected", "masked", "unmasked") if n in values.dtype.names)
             curve = (values["pixres"] / pixel, values[name])
-            at = tuple(_crossing(*curve, level) for level in LEVELS)
+            fsc = torch.from_numpy(np.ascontiguousarray(values[name]))
+            at = tuple(shells.resolution(fsc, level, 2 * len(fsc), pixel) for level in LEVELS)
             note = f"half maps, {name} FSC"
         yield ClusterMap(label, "backprojected", one.map, pixel, at, curve, note)
-
-
-def _crossing(frequency: np.ndarray, fsc: np.ndarray, level: float) -> float:
-    """Resolution in A at the first crossing, linearly interpolated; that of the last shell when it never falls."""
-    below = np.flatnonzero(fsc < level)
-    if not len(below):
-        return float(1 / frequency[-1])
-    at = int(below[0])
-    if at == 0:
-        return float(1 / frequency[0])
-    part = (fsc[at - 1] - level) / max(fsc[at - 1] - fsc[at], 1e-12)
-    return float(1 / (frequency[at - 1] + part * (frequency[at] - frequency[at - 1])))
 
 
 def _curves(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
