@@ -109,7 +109,13 @@ def open_cryodrgn_run(
     if len(z) != len(particles):
         raise InputError(f"{run.z(wanted)}: {len(z)} latents for {len(particles)} particles of {named['particles']}")
     if found is not None:
-        particles = _with_poses(particles, found)
+        try:
+            particles = _with_poses(particles, found)
+        except InputError as error:  # its ab initio program writes shifts in pixels, of a sign that no file tells
+            if need_poses:
+                raise
+            notice(f"the poses that the run found are left out: {error}")
+            found = None
     return CryodrgnRun(particles, z, wanted, config, found is not None)
 
 
