@@ -11,12 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cryosuite.console import say
 from cryosuite.errors import InputError, notice
 
 UMAP_FIT_LIMIT = 100_000  # above this UMAP is fitted on that many particles and the others are placed into it
 EXACT_NEIGHBOURS = 30_000  # up to here exact neighbours cost less than compiling the approximate search
 UMAP_OWN_EXACT = 4096  # below this UMAP itself takes exact neighbours
 EPOCHS = 300  # of the layout; beyond this it only breathes
+MANY, EPOCHS_OF_MANY = 30_000, 200  # rows, and epochs above: each row then has more neighbours that place it
 MIXTURE_FIT_LIMIT = 20_000
 MIXTURE_DIMENSIONS = 10
 SHOWN_ROWS = 5
@@ -138,8 +140,13 @@ def umap(
     # spectral initialisation fails on tiny graphs
     start = "spectral" if len(fit) > 50 else "random"
     near = min(neighbours, len(fit) - 1)
+    if len(fit) < count:
+        say(
+            f"UMAP is fitted on {len(fit):,} of {count:,} particles (the same each time); the others are placed into it"
+        )
     known = _exact_neighbours(z[fit], near) if UMAP_OWN_EXACT <= count <= EXACT_NEIGHBOURS else (None, None, None)
-    reducer = UMAP(near, components, n_epochs=EPOCHS, random_state=seed, init=start, n_jobs=1, precomputed_knn=known)
+    epochs = EPOCHS if len(fit) <= MANY else EPOCHS_OF_MANY
+    reducer = UMAP(near, components, n_epochs=epochs, random_state=seed, init=start, n_jobs=1, precomputed_knn=known)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         embedded = np.full((count, components), np.nan, np.float32)

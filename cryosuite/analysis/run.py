@@ -330,8 +330,9 @@ def _walk(
     files = write_path(
         folder, path, decode, pixel_size, box_size, options.volumes, texts, folder.chimerax.name, PREVIEW, progress
     )
+    close = latents.nearest(result.pca.scores, (along - result.pca.mean) @ result.pca.components.T)
     columns = {"volume": [file.path.name for file in files], f"pc{component + 1}": score,
-               "level": [file.level for file in files]}  # fmt: skip
+               "nearest_row_from_0": result.rows[close], "level": [file.level for file in files]}  # fmt: skip
     plots.write_csv(folder.plot("pca_traversal").with_suffix(".csv"), columns)
     xy = None if result.umap is None else result.umap[result.rows]
     plot_path(folder, path, result.pca, xy, options.volumes.start_index, path.title.capitalize())
