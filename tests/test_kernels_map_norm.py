@@ -66,6 +66,14 @@ def test_weak_parts_are_occupied_though_outside_the_mask():
     assert found[mask].all() and found.float().mean() < 0.15
 
 
+def test_nothing_is_occupied_in_noise_alone():
+    for seed in range(3):
+        noise = torch.randn(72, 72, 72, generator=torch.Generator().manual_seed(seed))
+        coarse = F.avg_pool3d(noise[None], 3, 1, 1)[0]
+        assert not occupied(noise, 1.0).any() and not occupied(coarse, 1.0).any()
+    assert occupied(blob(noise=0.3)[0], 1.0).any()
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_contrast_does_not_matter(norm):
     volume, _ = blob()

@@ -253,6 +253,16 @@ def test_maps_with_nothing_in_them_are_refused(data, words):
         enhance(changed(toy_map(), data), weights(Same()), EnhanceOptions())
 
 
+def test_no_molecule_is_made_of_noise():
+    grid = changed(toy_map(), np.random.default_rng(0).normal(size=(72, 70, 68)))
+    with pytest.raises(InputError, match="nothing stands out of the noise.*--no-skip"):
+        enhance(grid, weights(Same()), EnhanceOptions())
+    assert enhance(grid, weights(Same()), ALL).map.data.any()
+    assert enhance(
+        replace(grid, voxel=(10.0,) * 3), weights(Same(), "wedge"), EnhanceOptions()
+    ).run  # tomograms are full
+
+
 def test_another_norm_than_the_trained_one_is_said():
     with pytest.warns(UserNotice, match="trained on maps scaled"):
         found = enhance(toy_map(), weights(Same()), EnhanceOptions(norm="emready", skip=False))

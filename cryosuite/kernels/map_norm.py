@@ -29,6 +29,7 @@ SAMPLE = 1 << 18  # voxels that the level of the solvent is measured on
 SPREAD = 3.0  # standard deviations of what is below the threshold that must lie below it
 MANY = 1 << 22  # voxels are enough for the median of the solvent
 WEAK = 5.0  # standard deviations of the solvent above which there is something
+ALONE = 7.0  # standard deviations of the solvent that nothing but a molecule reaches
 FAINT = 0.05  # of the map's range: the same where the solvent is empty
 MAD = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
 
@@ -58,10 +59,13 @@ def occupied(
     """Where there is anything but plain solvent: weak parts of the molecule too, that ``auto_mask`` leaves out.
 
     The low-passed map above the solvent's median by five of its standard deviations and by 5 % of the map's range, but
-    wherever ``auto_mask`` is True.
+    wherever ``auto_mask`` is True. All False where nothing lies seven standard deviations above: in noise alone about
+    five are reached, in maps of molecules with solvent around them, twenty and more.
     """
     small = _lowpassed(volume, voxel_size)
     cut, middle, spread = _threshold(small)
+    if not _ends(small)[1] > middle + ALONE * spread:
+        return torch.zeros_like(volume, dtype=torch.bool)
     weak = max(middle + WEAK * spread, middle + FAINT * (_ends(small)[1] - middle))
     return _spread(small > min(cut, weak), volume, voxel_size)
 

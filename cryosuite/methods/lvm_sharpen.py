@@ -44,7 +44,8 @@ class EnhanceOptions:
         turns: rotations of the cube to average over, 1 to 24 (of the wedge task 4, since others would turn the wedge);
             from 2 on their standard deviation is kept.
         norm: scale of the grey values; None: the one of the weights. contour: level of the mask that it needs.
-        skip: leave out tiles of plain solvent. match_scale: grey values as in the input, not 0 .. 1.
+        skip: leave out tiles of plain solvent; not of tomograms (wedge task), which are full.
+        match_scale: grey values as in the input, not 0 .. 1.
         local_cc: also the local correlation of input and output.
         tilt_range, tilt_axis, consistent: of the wedge task; degrees, and whether measured coefficients are kept.
         batch: tiles at a time; None: found out. precision: "bf16", "32", or "auto" for bf16 where it is fast.
@@ -143,7 +144,8 @@ def enhance(
     if tipped:
         volume, inside = (None if one is None else turned(one, TILT_X).contiguous() for one in (volume, inside))
     tiling = Tiling(tuple(volume.shape), EDGE, options.stride or EDGE // 2, options.offset)
-    corners = _corners(tiling, volume, voxel, options, inside)
+    skip = options.skip and (weights.task != "wedge" or options.contour is not None)
+    corners = _corners(grid, tiling, volume, voxel, inside, skip, options.contour)
     bf16 = options.precision == "bf16" or options.precision == "auto" and _fast_bf16(device)
     runner = Runner(weights.net.to(device), device, bf16, options.batch, options.turns)
     made, deviation = runner.run(volume, span, tiling, corners, scratch)
@@ -176,18 +178,28 @@ def _span(
 
 
 def _corners(
-    tiling: Tiling, volume: Tensor, voxel: float, options: EnhanceOptions, inside: Tensor | None
+    grid: MapGrid,
+    tiling: Tiling,
+    volume: Tensor,
+    voxel: float,
+    inside: Tensor | None,
+    skip: bool,
+    contour: float | None,
 ) -> Tensor:  # (n, 3)
     """Tiles that are run."""
     corners = tiling.corners()
     if inside is None:
-        if not options.skip:
+        if not skip:
             return corners
-        contour = options.contour
         inside = occupied(volume, voxel) if contour is None else auto_mask(volume, voxel, contour)
+        if contour is None and not bool(inside.any()):
+            raise InputError(
+                f"{grid.path}: nothing stands out of the noise, and a network would make a molecule of it. Where the "
+                "molecule fills the whole box run all of it (--no-skip), or say where it is (--mask, --contour)"
+            )
     chosen = corners[tiling.occupied(inside)]
     if not len(chosen):
-        raise InputError("no part of the map lies in the mask: check --mask or --contour")
+        raise InputError(f"{grid.path}: no part of the map lies in the mask: check --mask or --contour")
     return chosen
 
 

@@ -39,6 +39,14 @@ from cryosuite.training.launch import fast_bf16
 RESOLUTION, NOISE = 4.0, 0.05
 PEER, PEER_STRIDE = "large", 12
 LIMIT_GIB = 4.0
+WATCHED = """
+from cryosuite.cli import main
+try:
+    main()
+except SystemExit as stop:
+    assert not stop.code, stop.code
+print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
+"""  # the command, then its largest resident set in KiB
 
 
 def phantom_map(size: int, kda: float, seed: int = 0) -> MapGrid:
@@ -112,11 +120,7 @@ def memory(size: int, net: str, kda: float) -> dict:
         for title, extra in (("plain", []), ("with uncertainty and local correlation", more)):
             command = ["lvm-sharpen", str(folder / "map.mrc"), "-o", str(folder / "out.mrc"), *extra]
             command += ["--weights", str(folder / "w.safetensors"), "--threads", "1", "--accelerator", "cpu"]
-            code = (
-                "import resource, sys; from cryosuite.cli import main; main();"
-                "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-            )
-            done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
+            done = subprocess.run([sys.executable, "-c", WATCHED, *command], capture_output=True, text=True, check=True)
             out[title] = {"peak_GiB": int(done.stdout.split()[-1]) / 2**20}
     out["within_limit"] = out["plain"]["peak_GiB"] < LIMIT_GIB
     return out
