@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from map_toy import toy_atoms
 from sharpen_toy import Blur, Nothing, Same, correlation, toy_map, weights
 
 from cryosuite.errors import InputError, UserNotice
@@ -394,10 +393,3 @@ def test_maps_too_thin_for_spectra_have_facts_all_the_same():
     grid = changed(toy_map(), np.random.default_rng(0).normal(size=(1, 20, 20)))
     facts = MapFacts(grid)
     assert np.isnan(facts.b) and np.isnan(facts.detail)
-
-
-def test_atoms_of_the_toy_lie_in_its_map():
-    """Guards the other tests: the toy is where it should be."""
-    grid, atoms = toy_map(noise=0.0), toy_atoms(200)
-    place = np.round(grid.index_of(atoms.xyz)).astype(int)
-    assert grid.data[tuple(place.T)].min() > 0.2 * np.median(grid.data[tuple(place.T)])
