@@ -120,6 +120,23 @@ def test_a_toy_of_its_layout_gives_the_volume_of_its_formula(tmp_path: Path) -> 
     assert abs(odd).max() > 0.1 and abs(odd[8, 8, 8]) < 0.01 * abs(odd).max()
 
 
+def test_the_network_of_abinit_is_asked_on_the_ball_without_its_mean(golden: Path) -> None:
+    """Real ones at every frequency but the mean; scaled by data_norm_std, which its config has in place of norm."""
+    names = {"mlp.main.0": torch.zeros(4, 12), "mlp.main.2.linear": torch.zeros(4, 4), "mlp.main.4": torch.zeros(1, 4)}
+    state = {f"hypervolume.{name}.weight": weight for name, weight in names.items()}
+    state |= {f"hypervolume.{name}.bias": torch.zeros(len(weight)) for name, weight in names.items()}
+    state["hypervolume.mlp.main.4.bias"] = torch.ones(1)
+    state["hypervolume.rand_freqs"] = torch.randn(5, 3)
+    config = {
+        "data_norm_mean": 0.0, "data_norm_std": 3.0, "dataset_args": {}, "lattice_args": {"D": 17},
+        "model_args": {"domain": "hartley", "pe_type": "gaussian"},
+    }  # fmt: skip
+    volume = CryodrgnDecoder(state, config, golden).volumes(np.zeros((1, 2)))[0]
+    points = np.square(np.stack(np.meshgrid(*[np.arange(-8, 8)] * 3), -1)).sum(-1)
+    assert volume[8, 8, 8] == pytest.approx(3.0 * ((points > 0) & (points <= 64)).sum() / 16**3, rel=1e-5)
+    assert abs(volume.mean()) < 1e-6
+
+
 @pytest.mark.parametrize("epoch", [1, 7])
 def test_other_epochs(golden: Path, epoch: int) -> None:
     if epoch == 7:

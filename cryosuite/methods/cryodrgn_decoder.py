@@ -3,7 +3,9 @@
 A point k of the Fourier box (cycles per pixel, |k| <= 1/2) is encoded by sines and cosines, joined with the latent, and
 passed through fully connected layers with residual connections. The Fourier decoder gives (re, im) and is defined on
 half of the points of the ball only, the others being their conjugates; the Hartley decoder gives re - im at every point
-of the box (Zhong et al., Nature Methods 18, 176, 2021; behaviour checked against version 4.3).
+of the box (Zhong et al., Nature Methods 18, 176, 2021; behaviour checked against version 4.3). That of abinit is a
+Hartley decoder too, learnt on the ball without its mean; its eval_vol also leaves out the line x = y = 0 and the
+outermost shells, which are kept here.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ class CryodrgnDecoder:
             raise self._unknown(f"activation {args.get('activation')!r}")
         self.mean, self.sd = _norm(config, path)
         self.layers = self._layers(state)
-        self.random = state.get("decoder.rand_freqs", state.get("rand_freqs"))
+        self.ab_initio = any(key.startswith("hypervolume.") for key in state)
+        named = (state.get(f"{place}rand_freqs") for place in ("decoder.", "hypervolume.", ""))
+        self.random = next((found for found in named if found is not None), None)
         self.zdim = self.layers[0][0].shape[1] - self._encode(torch.zeros(1, 3)).shape[1]
         outputs, wanted = self.layers[-1][0].shape[0], 2 if self.fourier else 1
         if self.zdim < 0 or outputs != wanted:
@@ -59,7 +63,7 @@ class CryodrgnDecoder:
 
     def _layers(self, state: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Weight and bias of each layer, the first and the last plain, those between residual."""
-        for prefix in ("decoder.decoder.", "decoder.", ""):
+        for prefix in ("decoder.decoder.", "decoder.", "hypervolume.mlp."):
             found = {
                 int(match.group(1)): key
                 for key in state
@@ -150,7 +154,12 @@ class CryodrgnDecoder:
         z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")
         points = torch.stack([x, y, z], -1).view(-1, 3)
         if not self.fourier:
-            return points, torch.arange(len(points)), torch.zeros(len(points), dtype=torch.bool)
+            size = (points**2).sum(1)
+            asked = (
+                (size > 0) & (size <= 0.25) if self.ab_initio else size >= 0
+            )  # abinit learns the ball without its mean
+            inside = torch.nonzero(asked)[:, 0]
+            return points[inside], inside, torch.zeros(len(inside), dtype=torch.bool)
         inside = torch.nonzero((points**2).sum(1) <= 0.25)[:, 0]  # in float32, as there
         points = points[inside]
         x, y, z = points.unbind(1)
@@ -169,6 +178,8 @@ def _box(config: Mapping[str, Any], path: Path) -> int:
 def _norm(config: Mapping[str, Any], path: Path) -> tuple[float, float]:
     """Mean and standard deviation that the network's values are scaled back by."""
     norm = (config.get("dataset_args") or {}).get("norm")
+    if norm is None and "data_norm_std" in config:  # abinit
+        norm = config.get("data_norm_mean"), config["data_norm_std"]
     try:
         mean, sd = (float(value) for value in norm)
     except (TypeError, ValueError):
