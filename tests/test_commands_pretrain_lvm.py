@@ -15,7 +15,7 @@ from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError
 from cryosuite.formats.config import read_yaml
 from cryosuite.formats.mrc import write_map
-from cryosuite.methods import load_run
+from cryosuite.methods import load_run, lvm_validate
 from cryosuite.nets.map_vit import VitEncoder
 from cryosuite.training.logs import read_metrics
 
@@ -23,6 +23,12 @@ SHORT = (
     "--structures", "phantom:3", "--hold-out", "1", "--size", "micro", "--crop", "24", "--volume", "32",
     "--crops-per-volume", "4", "--mix", "2", "--images", "16", "--every", "8", "-b", "4", "--accelerator", "cpu",
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer crops to be scored."""
+    monkeypatch.setattr(lvm_validate, "EACH", 1)
 
 
 def command(*arguments: object, name: str = "pretrain-lvm") -> str:

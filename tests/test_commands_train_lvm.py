@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_commands_pretrain_lvm import SHORT, command
+from test_commands_pretrain_lvm import SHORT, command, few  # noqa: F401 -- a fixture
 
 from cryosuite.data.map_weights import load_map_weights, save_map_encoder
 from cryosuite.data.workdir import RunDir

@@ -13,6 +13,7 @@ from cryosuite.data.map_weights import load_map_encoder, load_map_weights, save_
 from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError, UserNotice
 from cryosuite.kernels.map_losses import shell_loss, ssim
+from cryosuite.methods import lvm_validate
 from cryosuite.methods.lvm import Pretrain
 from cryosuite.methods.lvm_loader import CropBatch, CropLoader, Crops
 from cryosuite.methods.lvm_options import LvmOptions, PretrainOptions, TrainLvmOptions, net_spec
@@ -35,6 +36,12 @@ TRAINING = TrainOptions(
     epochs=2, batch_size=4, lr=1e-3, ema=0.9, precision="32", accelerator="cpu", log_every=1, weight_decay=0.04,
     checkpoint_every_minutes=1000,
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer crops to be scored."""
+    monkeypatch.setattr(lvm_validate, "EACH", 1)
 
 
 def crops(options: LvmOptions = TRAIN, epoch: int = 16, task: str = "sharpen", tmp: Path = Path("absent")) -> Crops:
@@ -345,7 +352,8 @@ class TestScores:
 
 def test_options_that_make_no_sense():
     for wrong, said in (
-        ({"crop": 20}, "--crop"), ({"crop": 16}, "--crop"), ({"crop": 48, "volume": 40}, "--volume"), ({"norm": "x"}, "--norm"),
+        ({"crop": 20}, "--crop"), ({"crop": 16}, "--crop"), ({"crop": 48, "volume": 40}, "--volume"),
+        ({"norm": "x"}, "--norm"),
         ({"alpha": 1.5}, "--alpha"), ({"task": "x"}, "--task"), ({"hist_mask": "x"}, "--hist-mask"),
         ({"resolution": (8, 2)}, "--resolution"), ({"frozen": 1.0}, "--frozen"), ({"schedule": "x"}, "--schedule"),
     ):  # fmt: skip

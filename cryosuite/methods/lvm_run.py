@@ -180,10 +180,17 @@ def train_card(options: TrainLvmOptions, notes: dict[str, Any], scores: dict[str
         f"# Map network for {options.task}\n\n"
         f"{size_name(options.net, options.spec)} at {VOXELS[options.task]:g} A per voxel, grey values by "
         f"`{options.norm}`.\n\n{_facts(options, notes)}"
-        f"- started from: {start}\n- loss: {options.alpha:g} mean square error, {1 - options.alpha:.2g} histogram "
-        f"divergence ({options.hist_mask})\n\n{_markdown(HEADER, score_rows(scores))}\n"
+        f"- started from: {start}\n- loss: {loss_words(options)}\n\n{_markdown(HEADER, score_rows(scores))}\n"
         "Trained on simulated pairs only; the scores are those of simulated maps of held-out structures.\n"
     )
+
+
+def loss_words(options: TrainLvmOptions) -> str:
+    """What is minimised, in words."""
+    words = f"{options.alpha:g} mean square error + {1 - options.alpha:.2g} histogram divergence ({options.hist_mask})"
+    named = {"cc": "(1 - correlation)", "ssim": "(1 - SSIM)", "fsc": "(1 - mean FSC)"}
+    more = [f" + {getattr(options, name):g} {text}" for name, text in named.items() if getattr(options, name)]
+    return words + "".join(more)
 
 
 def _facts(options: LvmOptions, notes: dict[str, Any]) -> str:

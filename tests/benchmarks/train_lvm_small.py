@@ -89,18 +89,17 @@ def install(task: str, work: Path, shared: Path) -> None:
     found = load_map_weights(run.network)
 
     def clean(text: str) -> str:
-        text = re.sub(r"\S*(__main__\.py|bin/cryosuite)(?= )", "cryosuite", text)
+        text = re.sub(r"[^\s`]*(__main__\.py|bin/cryosuite)(?= )", "cryosuite", text)
         for folder, name in ((shared, "../shared"), (work, "bench/lvm-small")):
             text = text.replace(str(folder.resolve()), name).replace(str(folder), name)
         return text
 
-    notes = json.loads(clean(json.dumps(found.notes))) | {"made_by": "tests/benchmarks/train_lvm_small.py"}
+    notes = {key: clean(value) if isinstance(value, str) else value for key, value in found.notes.items()}
+    notes["made_by"] = "tests/benchmarks/train_lvm_small.py"
     target = WEIGHTS / f"lvm-{task}.safetensors"
     save_map_weights(target, found.net, task=task, voxel=found.voxel, norm=found.norm, notes=notes)
     said = clean(run.card.read_text(encoding="utf-8"))
-    minutes = (
-        f"- trained for {spent(run):.0f} minutes on one core of a shared CPU, by tests/benchmarks/train_lvm_small.py\n"
-    )
+    minutes = f"- trained for {spent(run):.0f} minutes on one busy core, by tests/benchmarks/train_lvm_small.py\n"
     write_text(target.with_suffix(".md"), said.replace("- seed:", minutes + "- seed:", 1))
     print(f"installed {target}")
 
