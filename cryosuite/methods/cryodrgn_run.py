@@ -1,4 +1,4 @@
-"""A run of cryoDRGN (train_vae, train_dec, abinit), opened like one of ours: latents, particles, volumes from its weights."""
+"""A run of cryoDRGN (train_vae, train_dec, abinit), opened like one of ours: latents, particles, volumes."""
 
 from __future__ import annotations
 
