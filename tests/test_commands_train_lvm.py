@@ -91,7 +91,7 @@ def test_nonsense_is_refused_with_a_word_on_what_to_do(tmp_path: Path) -> None:
         (("--init", start, "--size", "small"), "--size"), (("--init", start, "--net", "vit"), "--net"),
         (("--init", start, "--weights", "sharpen"), "--init and --weights"), (("--weights", start), "encoder"),
         (("--frozen", "0.2"), "--frozen"), (("--alpha", "2"), "--alpha"), (("--hist-mask", "x"), "--hist-mask"),
-        (("--pairs", tmp_path / "nowhere"), "nowhere"), (("-b", "64"), "--batch-size"), (("--patience", "-1"), "--pat"),
+        (("--pairs", tmp_path / "nowhere"), "nowhere"), (("--patience", "-1"), "--pat"),
     ):  # fmt: skip
         task = () if "--task" in wrong or not wrong else ("--task", "sharpen")
         size = SHORT if "--init" not in wrong else UNSIZED
