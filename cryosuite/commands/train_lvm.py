@@ -20,7 +20,7 @@ from cryosuite.commands.pretrain_lvm import (
     train_values,
 )
 
-OWN = ("alpha", "hist_mask", "hist_sample", "cc", "ssim", "fsc", "frozen", "patience")
+OWN = ("noise_only", "clean", "alpha", "hist_mask", "hist_sample", "cc", "ssim", "fsc", "frozen", "patience")
 LR, ENCODER_LR, FROZEN = 3e-4, 1e-4, 0.1  # of the decoder, of an encoder that was trained before
 
 
@@ -60,6 +60,8 @@ def main(
     mix: int = _option(None, help="Simulated volumes that are shuffled together.", panel=DATA),
     norm: str = _option(None, help="Grey values: robust (ours), paper or emready.", panel=DATA),
     resolution: str = _option(None, help="Resolution of the maps in A, from:to, such as 2.5:8.", panel=DATA),
+    noise_only: float = _option(None, help="Chance of a volume of noise, whose target is empty.", panel=DATA),
+    clean: float = _option(None, help="Chance of a map that needs no change.", panel=DATA),
     size: str = _option(
         None,
         help="micro, small, default, medium or large (d = 8, 16, 24, 32 channels); default: that of --init or "

@@ -31,7 +31,8 @@ class LvmOptions:
     folder, a file), or "both:" and that; hold_out: how many of them (or which, by name) are kept to test on. maps,
     pairs: of the user. crop: voxels per edge of what the network sees; volume: of what is simulated at once, from which
     crops_per_volume crops are cut; mix: so many volumes are shuffled together. norm: of the grey values. resolution: A,
-    between what the maps' is drawn; None leaves the task's own. schedule: of the learning rate; "flat" falls in the
+    between what the maps' is drawn; noise_only, clean: chances of a volume of noise with an empty target, and of one as
+    good as its target; None leaves the task's own. schedule: of the learning rate; "flat" falls in the
     last fifth only, so that a training can be made longer on the way.
     """
 
@@ -47,6 +48,8 @@ class LvmOptions:
     mix: int = 4
     norm: str = "robust"
     resolution: tuple[float, float] | None = None
+    noise_only: float | None = None
+    clean: float | None = None
     schedule: str = "cosine"
     warmup: float = 0.05
 
@@ -63,6 +66,9 @@ class LvmOptions:
         self._need("crops_per_volume", self.crops_per_volume >= 1, "1 or more")
         self._need("mix", 1 <= self.mix <= 256, "1 to 256 volumes")
         self._need("norm", self.norm in NORMS, f"one of {', '.join(NORMS)}")
+        for name in ("noise_only", "clean"):
+            given = getattr(self, name)
+            self._need(name, given is None or 0 <= given <= 0.5, "a chance from 0 to 0.5")
         self._need("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
         self._need("warmup", 0 <= self.warmup < 1, "a fraction of the training, from 0, below 1")
 

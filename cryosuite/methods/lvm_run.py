@@ -34,7 +34,8 @@ def make_crops(options: LvmOptions, task: str, epoch_images: int, run: RunDir) -
 
     Raises InputError where no usable structure, map or pair is found, or a name that is to be held out is unknown.
     """
-    how: dict[str, Any] = {"resolution": options.resolution} if options.resolution is not None else {}
+    given = {"resolution": options.resolution, "nothing": options.noise_only, "clean": options.clean}
+    how: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     try:
         wanted = PairOptions(
             task=task, crop=options.crop, norm=options.norm, volume=options.volume,
