@@ -176,7 +176,7 @@ def pretrain_card(options: PretrainOptions, notes: dict[str, Any], scores: dict[
 
 def train_card(options: TrainLvmOptions, notes: dict[str, Any], scores: dict[str, float]) -> str:
     """The model card of a restoring network, Markdown."""
-    start = "random weights" if options.start == "scratch" else Path(options.start).name
+    start = "random weights" if options.start == "scratch" else "/".join(Path(options.start).parts[-2:])
     return (
         f"# Map network for {options.task}\n\n"
         f"{size_name(options.net, options.spec)} at {VOXELS[options.task]:g} A per voxel, grey values by "
