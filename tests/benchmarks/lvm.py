@@ -178,7 +178,7 @@ def run_safety(structures: list[Structure], given: argparse.Namespace) -> None:
     """What a network must not do; see lvm_safety."""
     from lvm_safety import run_safety as run
 
-    tasks = {task: weights_of(task, given.weights) for task in ("sharpen", "superres")}
+    tasks = {task: weights_of(task, given.weights) for task in given.safety.split(",")}
     save("lvm-safety", {
         task: run(structures, weights) | {"network": described(weights)}
         for task, weights in tasks.items() if weights is not None
@@ -210,6 +210,7 @@ def main() -> None:
     parser.add_argument("what", nargs="+", choices=list(RUNS))
     parser.add_argument("--weights", type=Path, default=None, help="folder of runs; default: the shipped weights")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--safety", default="sharpen,superres", help="networks that `safety` looks at")
     parser.add_argument("--keep", type=Path, default=None, help="folder for scores that need no network")
     parser.add_argument("--structures", default=",".join(STRUCTURES))
     parser.add_argument("--shared", type=Path, default=Path(os.environ.get("CRYOSUITE_SHARED", "../shared")))

@@ -90,8 +90,7 @@ def safety_lines(result: dict) -> str:
             continue
         share = {kind: [o for o in found["noise"] if o["kind"] == kind] for kind in ("white", "of a map")}
         energy = ", ".join(
-            f"{name} {max(o['share'] for o in some):.1%} ({max(o['share_skipping'] for o in some):.1%} as the command "
-            "skips solvent)" for name, some in share.items() if some
+            f"{name} {max(o['share'] for o in some):.1%}" for name, some in share.items() if some
         )  # fmt: skip
         phases = found["phases"]
         fsc = {key: sum(o[key] for o in phases) / len(phases) for key in phases[0]}
