@@ -97,7 +97,7 @@ def after_train_epoch(
         best = epoch
         if process_rank() == 0:
             if options.patience:
-                best = best_epoch({**before, epoch: scores["cc_mask"]})
+                best = best_epoch({**before, epoch: round(scores["cc_mask"], 6)})
             if best == epoch:
                 said = notes | {"images_seen": epoch * epoch_images, "epoch": epoch, "scores": rounded(scores)}
                 said |= {"crop": options.crop, "alpha": options.alpha, "hist_mask": options.hist_mask}
