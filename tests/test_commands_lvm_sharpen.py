@@ -296,6 +296,8 @@ def test_the_input_is_never_replaced(call, files, weights, tmp_path):
     assert code == 2 and "give another name" in err and copy.read_bytes() == (files / "map.mrc").read_bytes()
     code, _, err = call(copy, "-o", tmp_path / "no" / "o.mrc", "--weights", weights / "sharpen.safetensors")
     assert code == 2 and "no folder" in err
+    code, _, err = call(copy, "-o", tmp_path, "--weights", weights / "sharpen.safetensors")
+    assert code == 2 and "is a folder" in err
 
 
 def test_odd_maps_of_other_programs(call, shared, weights, tmp_path):

@@ -87,6 +87,11 @@ class TestStream:
         assert held and drawn and not held & drawn
         assert "phantom" in stream.describe(np.array(sorted(drawn)))
 
+    @pytest.mark.parametrize("without", [{"hold_out": "0"}, {"structures": "phantom:1"}])
+    def test_a_stream_with_nothing_to_test_on_is_refused(self, without):
+        with pytest.raises(InputError, match="--hold-out"):
+            crops(replace(TRAIN, **without))
+
     def test_other_structures_are_another_stream(self):
         assert crops().key != crops(replace(TRAIN, structures="phantom:4")).key
 

@@ -69,3 +69,5 @@ def test_what_is_held_out() -> None:
     assert hold_out_names(names, "b, phantom001", names) == {"b", "phantom001"}
     assert hold_out_names(names, "0", names) == set()
     assert len(hold_out_names(names[4:], "1", names[4:])) == 1
+    one = ["a", *names[4:]]
+    assert hold_out_names(one, "1", one) < set(names[4:])  # the only model is trained on

@@ -171,6 +171,8 @@ def _check_outputs(outputs: dict[str, Path | None], inputs: list[Path | None]) -
             continue
         if path.resolve() in taken:
             raise InputError(f"{name} {path}: is also {taken[path.resolve()]}; give another name")
+        if path.is_dir():
+            raise InputError(f"{name} {path}: is a folder; name the map to be written in it")
         if not path.parent.is_dir():
             raise InputError(f"{name} {path}: there is no folder {path.parent}")
         taken[path.resolve()] = f"the output of {name}"

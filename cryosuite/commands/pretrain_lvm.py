@@ -142,22 +142,11 @@ def span(text: str | None, option: str) -> tuple[float, float] | None:
 def list_maps(paths: list[Path] | None) -> tuple[str, ...]:
     """Absolute paths of maps; folders stand for the maps in them.
 
-    Raises InputError for what is not there.
+    Raises InputError for what is not there or no map.
     """
-    from cryosuite.errors import InputError
+    from cryosuite.data.map_sets import map_entries
 
-    found: list[Path] = []
-    for path in paths or ():
-        if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.name.removesuffix(".gz").endswith((".mrc", ".map", ".ccp4")))
-            if not inside:
-                raise InputError(f"{path}: no map in this folder: expected .mrc, .map or .ccp4 files, or .gz of them")
-            found += inside
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise InputError(f"{path}: no such file or folder; expected a map (.mrc, .map, .gz)")
-    return tuple(str(path.absolute()) for path in found)
+    return tuple(str(entry.map.absolute()) for entry in map_entries(paths or ()))
 
 
 def common_options(values: dict[str, Any], gpu: bool) -> dict[str, Any]:

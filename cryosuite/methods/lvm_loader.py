@@ -52,11 +52,18 @@ class Crops:
     Args:
         pairs: what is drawn from. crop: voxels per edge. per_volume: crops of one draw. mix: draws that are shuffled
             together, at least. epoch_images: crops between two validations.
+
+    Raises InputError where nothing is held out: every epoch ends with a test.
     """
 
     pixel_size = np.ones(1, np.float32)
 
     def __init__(self, pairs: MapPairs, crop: int, per_volume: int, mix: int, epoch_images: int) -> None:
+        if not pairs.testing:
+            raise InputError(
+                "no structure is kept out to test on: give two or more (both:FOLDER adds made-up ones), and "
+                "--hold-out 1 or more"
+            )
         self.pairs, self.box_size, self.per_volume, self.mix = pairs, crop, per_volume, mix
         self.epoch_images = int(epoch_images)
         self.key = zlib.crc32(" ".join(pairs.names).encode())

@@ -7,19 +7,19 @@ from typing import Any, Self
 
 from torch import nn
 
+from cryosuite.data.map_weights import TASKS
 from cryosuite.errors import InputError
+from cryosuite.kernels.map_norm import NORMS
 from cryosuite.nets.jepa import MASK_AT, PredictorSpec
 from cryosuite.nets.map_vit import VIT_SPECS, MapVit, MapVitSpec
 from cryosuite.nets.scunet import SPECS, TOKEN, Scunet, ScunetSpec
 
 NETS = ("scunet", "vit")
 SIZES = tuple(SPECS)
-TASKS = ("sharpen", "superres", "wedge")
 OBJECTIVES = ("jepa", "mae")
 MASK_MODES = ("multiblock", "random")
 HIST_MASKS = ("union", "whole")
 SCHEDULES = ("cosine", "flat")
-NORMS = ("robust", "paper", "emready")
 SMALLEST_CROP = 24  # three tokens per edge: on 2^3 oneDNN's bfloat16 gradient of a convolution reads foreign memory
 
 

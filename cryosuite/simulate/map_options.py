@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-TASKS = ("sharpen", "superres", "wedge", "pretrain")
+from cryosuite.data import map_weights
+
+TASKS = (*map_weights.TASKS, "pretrain")
 RESOLUTIONS = {"sharpen": (2.5, 8.0), "superres": (4.0, 8.0), "wedge": (27.0, 45.0), "pretrain": (2.5, 8.0)}
-VOXELS = {"sharpen": 1.0, "superres": 1.0, "wedge": 10.0, "pretrain": 1.0}
+VOXELS = map_weights.VOXELS | {"pretrain": 1.0}
 
 Range = tuple[float, float]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cryosuite.data.map_sets import map_entries, read_pairs
 from cryosuite.errors import InputError
-from cryosuite.kernels.map_norm import grey_range, to_unit
+from cryosuite.kernels.map_norm import grey_range, quantile, to_unit
 from cryosuite.kernels.wedge import wedge_mask
 from cryosuite.simulate.map_options import VOXELS, MapBatch, PairOptions
 from cryosuite.simulate.map_scenes import scene
@@ -172,18 +172,14 @@ def robust_range(volume: Tensor, mask: Tensor) -> tuple[float, float]:
     part = (slice(None, None, STRIDE),) * 3
     values, inside = volume[part], mask[part]
     outer, inner = values[~inside], values[inside]
-    lo = _quantile(outer, 0.5) if len(outer) > 100 else 0.0
-    hi = _quantile(inner, TOP) if len(inner) > 100 else float(volume.max())
+    lo = quantile(outer, 0.5) if len(outer) > 100 else 0.0
+    hi = quantile(inner, TOP) if len(inner) > 100 else float(volume.max())
     return (lo, hi) if hi > lo else (lo, lo + max(float(volume.std()), 1e-6))
 
 
 def _target(found: Volume) -> Tensor:
     """The target on the scale 0..1: vacuum is 0, the .99 quantile inside the mask 1."""
     return to_unit(found.target, 0.0, max(robust_range(found.target, found.mask)[1], 1e-6))
-
-
-def _quantile(values: Tensor, q: float) -> float:
-    return float(values.kthvalue(max(1, round(q * len(values))))[0])
 
 
 def crop_starts(

@@ -58,12 +58,14 @@ def load_molecules(spec: str, cache: Path | None = None, seed: int = 0) -> list[
 
 def hold_out_names(names: list[str], wanted: str, numbered: list[str]) -> set[str]:
     """Names of the molecules that are never trained on: a number of them drawn once and for all from ``numbered`` (of
-    the atomic models among them, where there are any), or those listed.
+    the atomic models among them, where there are two or more), or those listed.
 
     Raises InputError for unknown names.
     """
     if wanted.strip().isdigit():
-        real = [name for name in numbered if not name.startswith(PHANTOM)] or numbered
+        real = [name for name in numbered if not name.startswith(PHANTOM)]
+        if len(real) < 2:  # one model alone is trained on
+            real = [name for name in numbered if name.startswith(PHANTOM)] or real
         count = min(int(wanted), len(real) // 2)
         return set(np.random.default_rng(HELD_SEED).permutation(sorted(real))[:count].tolist())
     kept = {name.strip() for name in wanted.split(",") if name.strip()}
