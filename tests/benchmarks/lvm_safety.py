@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from lvm_cases import Judge, Structure, as_grid
 
+from cryosuite.data.map_grid import MapGrid
 from cryosuite.data.map_weights import MapWeights
+from cryosuite.errors import InputError
 from cryosuite.kernels.atom_grid import squared_frequency
 from cryosuite.kernels.degrade import coloured_noise, soft_lowpass
 from cryosuite.kernels.map_norm import grey_range, to_unit
@@ -30,7 +32,8 @@ TURNS = 24
 def noise_energy(structures: list[Structure], weights: MapWeights, seeds: int = 1) -> list[dict[str, float]]:
     """Energy (sum of squares, grey values 0 .. 1, levels taken off) of the answer to noise over that of the noise.
 
-    White noise, and the noise of a map: coloured as its signal is, low-passed at 4 A.
+    White noise, and the noise of a map: coloured as its signal is, low-passed at 4 A. All of it goes through the
+    network here; "refused": whether the command as it is used says that there is no molecule and stops.
     """
     found = []
     case = structures[0].case(replace(PLAIN, resolution=(4.0, 4.0), noise=(0.0, 0.0)), 3)
@@ -42,11 +45,21 @@ def noise_energy(structures: list[Structure], weights: MapWeights, seeds: int = 
         for kind, noise in (("white", white), ("of a map", coloured)):
             grid = as_grid(noise[0], 1.0)
             seen = to_unit(torch.from_numpy(grid.data), *grey_range(torch.from_numpy(grid.data), 1.0, weights.norm))
-            made = enhance(grid, weights, EnhanceOptions()).map.data.astype(np.float64)
+            made = enhance(grid, weights, EnhanceOptions(skip=False)).map.data.astype(np.float64)
             energy = float((seen - seen.mean()).square().sum())
-            found.append({"kind": kind, "seed": seed, "share": round(made.var() * made.size / energy, 5)})
+            share = round(made.var() * made.size / energy, 5)
+            found.append({"kind": kind, "seed": seed, "share": share, "refused": refused(grid, weights)})
             print("noise", found[-1], flush=True)
     return found
+
+
+def refused(grid: MapGrid, weights: MapWeights) -> bool:
+    """Whether a map is not enhanced at all since nothing stands out of its noise."""
+    try:
+        enhance(grid, weights, EnhanceOptions())
+    except InputError:
+        return True
+    return False
 
 
 def random_phases(values: np.ndarray, limit: float, seed: int) -> np.ndarray:

@@ -90,7 +90,9 @@ def safety_lines(result: dict) -> str:
             continue
         share = {kind: [o for o in found["noise"] if o["kind"] == kind] for kind in ("white", "of a map")}
         energy = ", ".join(
-            f"{name} {max(o['share'] for o in some):.1%}" for name, some in share.items() if some
+            f"{name} {max(o['share'] for o in some):.1%}" + (
+                " (which the command refuses)" if all(o["refused"] for o in some) else ""
+            ) for name, some in share.items() if some
         )  # fmt: skip
         phases = found["phases"]
         fsc = {key: sum(o[key] for o in phases) / len(phases) for key in phases[0]}
