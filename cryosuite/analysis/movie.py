@@ -104,7 +104,7 @@ def write_movies(
     mp4.unlink(missing_ok=True)  # of an earlier film
     program = ffmpeg()
     if program is None:
-        notice(f"no MP4: ffmpeg is not installed (pip install 'cryosuite[movie]' or imageio-ffmpeg). The film is in {gif.name}.")
+        notice(f"no MP4: ffmpeg is not installed (pip install imageio-ffmpeg). The film is in {gif.name}.")
     else:
         write_mp4(mp4, [pictures[i] for i in order], rate, program)
         written.append(mp4)

@@ -14,6 +14,7 @@ import torch
 
 from cryosuite.console import track
 from cryosuite.data.particles import ParticleSet
+from cryosuite.data.processes import ALONE, Processes
 from cryosuite.data.results import PolishDir
 from cryosuite.errors import InputError
 from cryosuite.formats.atomic import atomic_path, write_text
@@ -60,6 +61,7 @@ def polish_to(
     mode: str = "modal",
     latents: tuple[np.ndarray, np.ndarray] | None = None,
     prior: torch.Tensor | None = None,
+    processes: Processes = ALONE,
     **notes: Any,
 ) -> list[PolishedClass]:
     """Polish the classes of a particle set and write everything into a folder; returns the table.
@@ -68,17 +70,25 @@ def polish_to(
         box: of the maps when smaller than the particles'.
         mode: "modal" (`polish`), "kernel" (`polish_kernel`; needs ``latents``), "prior" (`polish_prior`; ``prior``).
         latents: (N, d) latents and (K, d) the points of the classes. prior: (K, D, D, D) maps of a network.
+        processes: that share the images in the modes modal and prior; all but the first return an empty table.
         notes: whatever else polish.yaml is to say.
 
     Raises:
         InputError: classes that cannot be polished. A folder made for this call is gone again then.
     """
     check_classes(particles, weights)
+    if mode == "kernel":  # its sums are made in several passes, by the first process alone
+        processes = Processes(processes.rank)
+    if not processes.first:
+        if processes.count > 1:
+            accumulate(particles, weights, box=box, memory_gib=memory_gib, processes=processes).close()
+        return []
     new = not folder.path.exists()
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.summary.unlink(missing_ok=True)  # until the end this folder is not complete
     try:
-        return _polish_into(folder, particles, weights, options, box, memory_gib, mode, latents, prior, notes)
+        how = {"box": box, "memory_gib": memory_gib, "scratch": folder.path, "processes": processes}
+        return _polish_into(folder, particles, weights, options, how, mode, latents, prior, notes)
     except BaseException:
         if new:
             shutil.rmtree(folder.path, ignore_errors=True)
@@ -111,14 +121,12 @@ def _polish_into(
     particles: ParticleSet,
     weights: ClassWeights,
     options: PolishOptions,
-    box: int | None,
-    memory_gib: float,
+    how: dict[str, Any],
     mode: str,
     latents: tuple[np.ndarray, np.ndarray] | None,
     prior: torch.Tensor | None,
     notes: dict[str, Any],
 ) -> list[PolishedClass]:
-    how: dict[str, Any] = {"box": box, "memory_gib": memory_gib, "scratch": folder.path}
     with accumulate(particles, weights, progress="backprojection", **how) as sums:
         if mode == "kernel" and latents is not None:
             found = _by_kernel(particles, weights, latents, options, sums, how)
@@ -159,7 +167,12 @@ def _by_kernel(
     """Kernel maps at the points of the classes; particles that belong to no class take no part."""
     used = np.nonzero(weights.labels() >= 0)[0]
     made = kernel_maps(
-        particles.subset(used), latents[0][used], latents[1], window_A=options.window_A, progress="kernels", **how
+        particles.subset(used),
+        latents[0][used],
+        latents[1],
+        window_A=options.window_A,
+        progress="kernels",
+        **{name: value for name, value in how.items() if name != "processes"},
     )
     mask = auto_mask(made.maps * soft_sphere(made.maps.shape[-1]))
     return Polished(made.maps, made.half_a, made.half_b, mask, made.pixel_size, sums.counts, "kernel")

@@ -79,6 +79,7 @@ def main(
     from cryosuite.data.open import open_particles
     from cryosuite.data.results import MapsDir
     from cryosuite.reconstruct.backproject import reconstruct_classes
+    from cryosuite.training.launch import join_processes
 
     if threads > 0:
         torch.set_num_threads(threads)
@@ -88,6 +89,7 @@ def main(
     if out.map.exists() and not overwrite:
         raise _error(f"{out.map}: is already there. Add --overwrite to replace it, or choose another -o.")
     given = _read_mask(mask)
+    processes = join_processes()
     found = open_particles(
         particles, poses=poses, ctf=ctf, ind=ind, datadir=datadir, pixel_size=apix, need_ctf=not no_ctf,
         sign=-1 if invert_data else None,
@@ -102,8 +104,10 @@ def main(
         raise _error(f"{mask}: has a box of {given.shape[-1]}, the map one of {box}")
     maps = reconstruct_classes(
         found, keys, halves=not no_half_maps, regularise=_fraction(regularise), passes=passes, progress="backproject",
-        map_box=box,
+        map_box=box, processes=processes,
     )  # fmt: skip
+    if not processes.first:
+        return
     rows = []
     several = labels is not None or class_column is not None
     outdir.mkdir(parents=True, exist_ok=True)

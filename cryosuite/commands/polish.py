@@ -112,6 +112,7 @@ def main(
     from cryosuite.data.results import PolishDir, run_polish
     from cryosuite.errors import InputError
     from cryosuite.reconstruct.polish import PolishOptions
+    from cryosuite.training.launch import join_processes
 
     if threads > 0:
         torch.set_num_threads(threads)
@@ -126,6 +127,7 @@ def main(
     if sharpen:
         weights_at_hand()
     options = PolishOptions(passes=passes, window_A=window, basis=basis)
+    processes = join_processes()
     how = {"poses": poses, "ctf": ctf, "ind": ind, "datadir": datadir, "pixel_size": apix}
     source = _open(path, epoch, z, labels, how, -1 if invert_data else None)
     particles, number = source.particles, source.epoch
@@ -146,8 +148,10 @@ def main(
     say(f"{int((weights.labels() >= 0).sum()):,} particles in {weights.n_classes} classes, from {origin} -> {out.path}")
     rows = polish_to(
         out, particles, weights, options, box=box if box != particles.box_size else None, memory_gib=memory, mode=mode,
-        **more, source=str(path.absolute()), classes_from=origin, half_sets_apart=half_sets,
+        **more, processes=processes, source=str(path.absolute()), classes_from=origin, half_sets_apart=half_sets,
     )  # fmt: skip
+    if not processes.first:
+        return
     report(rows, out, latent_from_both=labels is None and not half_sets)
     if sharpen:
         sharpened([(out.map(row.number), out.sharp(row.number)) for row in rows])

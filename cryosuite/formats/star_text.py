@@ -343,8 +343,8 @@ def _named(path: Path, block: _Block, frame: pd.DataFrame) -> pd.DataFrame:
 def write_star(path: str | os.PathLike, blocks: dict[str, pd.DataFrame]) -> None:
     """Write tables as a STAR file of RELION, atomically; blocks in the order given.
 
-    Files with an optics table say that they are of version 3.1. Others do not, or RELION 3.1 and later would not convert
-    them from 3.0 and would take origins in pixels for none.
+    Files with an optics table say that they are of version 3.1. Others do not, or RELION 3.1 and later would not
+    convert them from 3.0 and would take origins in pixels for none.
 
     A table with ``attrs["simple"]`` and one row is written as key and value lines. Values that hold blanks or would be
     taken for something else are quoted. Numbers are written with up to 15 digits, so that what was read is written

@@ -21,6 +21,7 @@ import torch
 from cryosuite.console import Progress
 from cryosuite.data.loader import read_ahead
 from cryosuite.data.particles import ParticleSet
+from cryosuite.data.processes import ALONE, Processes
 from cryosuite.errors import InputError
 from cryosuite.kernels import fourier, shells, slices
 from cryosuite.kernels.aberrations import magnified_rotation
@@ -112,15 +113,17 @@ def reconstruct_classes(
     r_max: int | None = None,
     progress: str | None = None,
     map_box: int | None = None,
+    processes: Processes = ALONE,
 ) -> dict[int, Reconstruction]:
     """Backproject every class into its own map; each image is read once, whatever the number of classes.
 
     Args:
         labels: (N,) class of each row of the set; rows with a negative label are left out.
+        processes: that share the images; all of them call this with the same arguments.
         Others as `reconstruct`.
 
     Returns:
-        class -> Reconstruction, classes without particles absent.
+        class -> Reconstruction, classes without particles absent; nothing but in the first process.
     """
     labels = np.asarray(labels)
     if len(labels) != len(particles):
@@ -130,16 +133,17 @@ def reconstruct_classes(
     if not len(classes):
         raise InputError("no particles are left to reconstruct from: check --ind, --first and the chosen class")
     half = particles.half_sets() if halves else np.zeros(len(particles), np.int8)
-    accumulator = Accumulator(particles, weights, r_max, map_box)
+    accumulator = Accumulator(particles, weights, r_max, map_box, processes)
     bytes_per_class = (2 if halves else 1) * 12 * accumulator.map_box**3 * 4
     group = max(1, MEMORY_LIMIT // bytes_per_class)
     found: dict[int, Reconstruction] = {}
-    with Progress(int((labels >= 0).sum()), progress or "") if progress else _Silent() as bar:
+    total = len(processes.mine(np.flatnonzero(labels >= 0)))
+    with Progress(total, progress or "") if progress and processes.first else _Silent() as bar:
         for start in range(0, len(classes), group):
             part = classes[start : start + group]
             key = np.where(np.isin(labels, part), 2 * labels + half, -1)
             sums = accumulator.run(key, bar)
-            for label in part:
+            for label in part if processes.first else ():
                 pair = [sums.get(2 * int(label) + h) for h in (0, 1)]
                 own = labels == label
                 counts = [int((own & (half == h)).sum()) for h in (0, 1)]
@@ -178,7 +182,9 @@ class Accumulator:
         weights: np.ndarray | None = None,
         r_max: int | None = None,
         map_box: int | None = None,
+        processes: Processes = ALONE,
     ) -> None:
+        self.processes = processes
         if particles.rotation is None:
             raise InputError(f"{particles.path or 'the particle set'}: has no rotations; give poses with --poses")
         self.particles = particles
@@ -193,8 +199,11 @@ class Accumulator:
         self.precision = inverse_noise(particles, self.disc)
 
     def run(self, key: np.ndarray, bar: Progress | _Silent | None = None) -> dict[int, slices.Accumulator]:
-        """Accumulate the rows with key >= 0, each into the accumulator of its key; returns key -> accumulator."""
-        rows = np.nonzero(key >= 0)[0]
+        """Accumulate the rows with key >= 0, each into the accumulator of its key; returns key -> accumulator.
+
+        The processes share the rows; only what the first one returns is complete.
+        """
+        rows = self.processes.mine(np.nonzero(key >= 0)[0])
         step = max(1, POINTS_PER_CHUNK // len(self.disc))
         sums: dict[int, slices.Accumulator] = {}
         # reading, coefficients and the insertion into each half run in threads of their own, always in stack order,
@@ -214,6 +223,11 @@ class Accumulator:
                         bar.advance(len(part))
         finally:
             torch.set_num_threads(threads)
+        if self.processes.count > 1:
+            for one in np.unique(key[key >= 0]).tolist():
+                if one not in sums:
+                    sums[one] = slices.new_accumulator(self.map_box)
+                self.processes.add_up(sums[one].data)
         return sums
 
     def _insert_half(self, half: int, own: np.ndarray, coefficients: tuple, sums: dict) -> None:

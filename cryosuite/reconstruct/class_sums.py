@@ -24,6 +24,7 @@ import torch
 from cryosuite.console import Progress
 from cryosuite.data.loader import read_ahead
 from cryosuite.data.particles import ParticleSet
+from cryosuite.data.processes import ALONE, Processes
 from cryosuite.errors import InputError
 from cryosuite.kernels import slices
 from cryosuite.reconstruct.backproject import POINTS_PER_CHUNK, Accumulator
@@ -111,6 +112,7 @@ def accumulate(
     memory_gib: float = MEMORY_GIB,
     scratch: Path | None = None,
     progress: str | None = None,
+    processes: Processes = ALONE,
 ) -> ClassSums:
     """Backprojection sums of all classes and both half sets.
 
@@ -122,6 +124,7 @@ def accumulate(
         r_max: largest radius inserted, Fourier pixels, default D/2.
         memory_gib: of sums held at a time. scratch: folder for sums beyond it (default: the system's temporary one).
         progress: label of a progress display.
+        processes: that share the images; the sums are complete in the first one only.
 
     Raises:
         InputError: sizes that do not fit, no rotations, no particles, a full scratch disk.
@@ -129,7 +132,7 @@ def accumulate(
     if len(weights) != len(particles):
         raise InputError(f"{len(weights)} rows of class shares for {len(particles)} particles: one each is needed")
     half = particles.half_sets() if half is None else np.asarray(half).astype(np.int8)
-    engine = Accumulator(particles, None, r_max, box)
+    engine = Accumulator(particles, None, r_max, box, processes)
     size, count = engine.map_box, weights.n_classes
     fit = max(1, int(memory_gib * 2**30) // (2 * accumulator_bytes(size)))
     spill = fit < count
@@ -141,8 +144,8 @@ def accumulate(
     sums = ClassSums(count, size, pixel_size, counts, engine.disc.r_max, scratch=folder)
     groups = np.array_split(np.arange(count), -(-count // fit))
     parts = [weights.columns(group) for group in groups]
-    images = sum(int((np.diff(part.indptr) > 0).sum()) for part in parts)
-    bar = Progress(images, progress, "images") if progress else None
+    images = sum(int((np.diff(part.indptr) > 0).sum()) for part in parts) // processes.count
+    bar = Progress(images, progress, "images") if progress and processes.first else None
     try:
         if bar is not None:
             bar.__enter__()
@@ -177,7 +180,7 @@ def _run(
 
     Every half set is inserted in the same order, so the sums do not depend on timing.
     """
-    rows = class_order(weights, engine.particles.box_size)
+    rows = engine.processes.mine(class_order(weights, engine.particles.box_size))
     step = max(1, POINTS_PER_CHUNK // len(engine.disc))
     sums: dict[tuple[int, int], slices.Accumulator] = {}
     threads = torch.get_num_threads()
@@ -197,7 +200,18 @@ def _run(
                     bar.advance(len(part))
     finally:
         torch.set_num_threads(threads)
+    if engine.processes.count > 1:
+        for k, h in _present(weights, half):
+            if (k, h) not in sums:
+                sums[k, h] = slices.new_accumulator(engine.map_box)
+            engine.processes.add_up(sums[k, h].data)
     return sums
+
+
+def _present(weights: ClassWeights, half: np.ndarray) -> list[tuple[int, int]]:
+    """Classes and half sets that any particle has a share in, in one order for all processes."""
+    used = [np.diff(weights.rows(np.flatnonzero(half == h)).matrix.tocsc().indptr) > 0 for h in (0, 1)]
+    return [(k, h) for k in range(weights.n_classes) for h in (0, 1) if used[h][k]]
 
 
 def _members(table: object, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning_fabric.strategies import DDPStrategy
 
+from cryosuite.data.processes import ALONE, Processes
 from cryosuite.errors import InputError
 from cryosuite.training.options import TrainOptions
 
@@ -77,6 +78,18 @@ def world() -> tuple[int, int]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
+
+
+def join_processes() -> Processes:
+    """The processes that torchrun or srun started to do this command's work together; one where nobody did.
+
+    They speak by gloo, on processors, whatever the command computes on.
+    """
+    options = TrainOptions(accelerator="cpu")
+    if launch_shape(options).world_size == 1:
+        return ALONE
+    fabric = start_fabric(options)
+    return Processes(fabric.global_rank, fabric.world_size)
 
 
 def resolve_accelerator(name: str) -> str:
