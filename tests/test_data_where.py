@@ -43,7 +43,7 @@ PC, CONF = COLUMNS["pc1"], COLUMNS["confidence"]
         ("-1 <= pc1 < 2", (PC >= -1) & (PC < 2)),
         ("cluster in [0, 2] and not pc1 > 0", np.isin(COLUMNS["cluster"], [0, 2]) & (PC <= 0)),
         ("cluster not in (0, 1)", COLUMNS["cluster"] == 2),
-        ("pc1**2 + 1 > 2 * abs(pc1) + 0.5", (PC**2 + 1) > (2 * np.abs(PC) + 0.5)),
+        ("pc1**2 + 1 > 2 * abs(pc1) + 0.5", (2 * np.abs(PC) + 0.5) < (PC**2 + 1)),
         ("sqrt(pc1) > 1", PC > 1),
         ('micrograph == "b.mrc"', np.arange(N) % 2 == 1),
         ('"b." in micrograph and pc1 > 0', (np.arange(N) % 2 == 1) & (PC > 0)),
