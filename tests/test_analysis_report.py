@@ -141,6 +141,8 @@ def test_confidence_is_that_of_equal_round_clouds() -> None:
     np.testing.assert_allclose(found[:-1], expected[:-1], atol=0.03)
     assert np.isnan(found[-1])
     np.testing.assert_array_equal(round_confidence(np.ones((5, 2)), np.zeros(5, int)), np.ones(5))
+    lost = round_confidence(np.r_[z[:-1], [[np.nan]]], np.r_[labels[:-1], 0])  # labels from elsewhere
+    np.testing.assert_array_equal(lost, found)
     # directions in which the clusters do not differ say nothing, however narrow or wide
     wider = np.concatenate([z, rng.normal(0, 0.01, (8001, 20))], axis=1)
     np.testing.assert_allclose(round_confidence(wider, labels)[:-1], found[:-1], atol=0.02)

@@ -165,6 +165,14 @@ def test_images_of_a_run_are_found_by_datadir(golden: Path, tmp_path: Path) -> N
     assert read_indices(tmp_path / "a.pkl").tolist() == list(range(1, 200, 3))
 
 
+def test_analyze_takes_datadir_for_any_run(run: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As select and export do; it was known for runs of cryoDRGN only."""
+    seen = []
+    monkeypatch.setattr("cryosuite.methods.hype_run.load", lambda folder, config, epoch: seen.append(config["datadir"]))
+    load_run(run.run.path, datadir=tmp_path / "stacks")
+    assert seen == [str(tmp_path / "stacks")]
+
+
 def test_an_analysis_inside_another_run_belongs_to_its_own(project: Path, tmp_path: Path) -> None:
     """`analyze one -o two/look`: labels of one, whatever the folder above is."""
     one = make_run(tmp_path / "one", project / "work", 30)

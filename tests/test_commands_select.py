@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 from select_toy import Toy, make_run
 from typer.testing import CliRunner
 
-from cryosuite.analysis.particle_table import particle_columns, write_particle_table
+from cryosuite.analysis.particle_table import particle_columns, round_confidence, write_particle_table
 from cryosuite.cli import app
+from cryosuite.data.latents import fingerprint
 from cryosuite.data.open import open_particles
 from cryosuite.data.preprocess import PreprocessOptions, preprocess
 from cryosuite.errors import InputError
@@ -259,3 +261,30 @@ def test_an_analysis_elsewhere_knows_its_run(toy: Toy, tmp_path: Path) -> None:
     write_yaml(elsewhere / "analyze.yaml", {"kind": "analysis", "run": "gone", "epoch": 1})
     with pytest.raises(InputError, match="give the run"):
         select(elsewhere, "--cluster", 1, "-o", tmp_path / "ind.pkl")
+
+
+def test_an_analysis_of_another_epoch_or_training_is_not_mixed_in(toy: Toy, tmp_path: Path) -> None:
+    """Labels of one epoch beside latents of another are refused; those of an earlier training are told."""
+    run = make_run(tmp_path / "run", toy.run.read_config()["particles"], 180)
+    for place in ([run.run.path, "--analysis", run.analysis.path], [run.analysis.path]):
+        with pytest.raises(InputError, match="--epoch 1.*analysis of epoch 2"):
+            select(*place, "--epoch", 1, "--cluster", 1, "-o", tmp_path / "ind.pkl")
+    summary = {"kind": "analysis", "run": "..", "epoch": 2, "latents": fingerprint(run.z)}
+    write_yaml(run.analysis.summary, summary)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        chosen(tmp_path, run.run.path, "--epoch", 2, "--cluster", 1)
+    write_pickle(run.run.z(2), run.z + 1)
+    with pytest.warns(UserWarning, match="made of other latents"):
+        chosen(tmp_path, run.run.path, "--cluster", 1)
+
+
+def test_confidence_is_that_of_the_labels_given(toy: Toy, tmp_path: Path) -> None:
+    """Not the one that the table of the analysis has for its own clusters."""
+    run = make_run(tmp_path / "run", toy.run.read_config()["particles"], 180)
+    columns = particle_columns(run.z, run.labels, open_particles(run.run.path), confidence=np.zeros(180))
+    write_particle_table(run.analysis.particles, columns)
+    own = (run.z[:, 0] > 2.5).astype(int)
+    write_pickle(tmp_path / "own.pkl", own)
+    sure = chosen(tmp_path, run.run.path, "--labels", tmp_path / "own.pkl", "--where", "confidence > 0.9")
+    assert sure == where(round_confidence(run.z, own) > 0.9) and len(sure) > 60

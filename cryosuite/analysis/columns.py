@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cryosuite.data.latents import read_umap
 from cryosuite.data.source import Source
 from cryosuite.errors import InputError
 from cryosuite.formats.checks import printable
-from cryosuite.formats.pickles import safe_load
 from cryosuite.formats.relion import ParticleTables
 
 if TYPE_CHECKING:
@@ -57,6 +57,10 @@ class Columns:
         )  # fmt: skip
         if name == "cluster" and given:  # --labels in place of those in the table
             return self.source.labels
+        if name == "confidence" and given and z is not None:  # that of the table is of other clusters
+            from cryosuite.analysis.particle_table import round_confidence
+
+            return round_confidence(z, self.source.labels)
         for known in (name, _plain(name)):
             if known in self._header:
                 return self._from_table(known)
@@ -112,23 +116,18 @@ def _header(path: Path) -> list[str]:
 
 def _make(source: Source) -> dict[str, np.ndarray]:
     """The columns of particles.csv, from latents, labels and particles."""
-    from cryosuite.analysis.latents import pca
+    from cryosuite.analysis.latents import all_scores
     from cryosuite.analysis.particle_table import particle_columns
 
     count, z = len(source.particles), source.z
     labels = np.full(count, -1, np.int64) if source.labels is None else source.labels
     scores = confidence = None
     if z is not None:
-        good = np.flatnonzero(np.isfinite(z).all(axis=1))
-        if len(good) and z.shape[1] > 1:
-            found = pca(z[good]).scores
-            scores = np.full((count, found.shape[1]), np.nan, np.float32)
-            scores[good] = found
+        scores = all_scores(z)[0]
     else:
         z, confidence = np.zeros((count, 0), np.float32), np.full(count, np.nan, np.float32)
-    columns = particle_columns(
-        z, labels, source.particles, pca_scores=scores, umap=_umap(source), confidence=confidence
-    )
+    umap = None if source.analysis is None else read_umap(source.analysis, count)
+    columns = particle_columns(z, labels, source.particles, pca_scores=scores, umap=umap, confidence=confidence)
     made = {}
     for column in columns:
         texts = np.array([*column.names, ""], object)  # -1 is the last
@@ -136,15 +135,6 @@ def _make(source: Source) -> dict[str, np.ndarray]:
     if source.labels is None:
         made = {name: values for name, values in made.items() if name not in ("cluster", "confidence")}
     return made
-
-
-def _umap(source: Source) -> np.ndarray | None:
-    """The UMAP of the analysis, where there is one."""
-    path = None if source.analysis is None else source.analysis.umap
-    if path is None or not path.is_file():
-        return None
-    places = np.asarray(safe_load(path)[0], np.float32)
-    return places if places.shape == (len(source.particles), 2) else None
 
 
 def _file_columns(source: Source) -> dict[str, np.ndarray]:

@@ -112,6 +112,22 @@ def pca(z: np.ndarray, components: int | None = None) -> Pca:
     return Pca(mean.astype(np.float32), vectors.astype(np.float32), ratio, scores.astype(np.float32))
 
 
+def all_scores(z: np.ndarray, most: int = 8) -> tuple[np.ndarray | None, np.ndarray]:
+    """Principal components of latents (N, zdim) that may hold NaN.
+
+    Returns:
+        (N, c) float32 scores, c at most ``most``, NaN where the latent is not finite, or None for a single latent
+        number or no finite row; (k,) share of the variance of all components.
+    """
+    good = np.flatnonzero(np.isfinite(z).all(axis=1))
+    if z.shape[1] < 2 or not len(good):
+        return None, np.ones(1)
+    model = pca(z[good])
+    scores = np.full((len(z), min(model.scores.shape[1], most)), np.nan, np.float32)
+    scores[good] = model.scores[:, :most]
+    return scores, model.ratio
+
+
 def traversal(model: Pca, component: int, count: int, low: float = 5.0, high: float = 95.0) -> np.ndarray:
     """Latents (count, zdim) evenly spaced along a component (from 0) between two percentiles of its scores.
 

@@ -103,9 +103,9 @@ def round_confidence(z: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
     p_k proportional to exp(-|z - m_k|^2 / 2 s^2). s^2 is the variance within clusters along the directions in which
     their means differ (weighted by how much they differ): other directions tell nothing and would only make it look
-    sure. NaN where the label is -1.
+    sure. NaN where the label is -1 or the latent is not a number.
     """
-    used = np.flatnonzero(labels >= 0)
+    used = np.flatnonzero((labels >= 0) & np.isfinite(z).all(axis=1))
     result = np.full(len(labels), np.nan, np.float32)
     if not len(used):
         return result

@@ -22,9 +22,8 @@ from cryosuite.analysis.volumes import (
     write_volumes,
 )
 from cryosuite.console import Progress
-from cryosuite.data.workdir import AnalysisDir, VolumeDir
+from cryosuite.data.workdir import VolumeDir
 from cryosuite.errors import InputError
-from cryosuite.formats.pickles import safe_load
 
 UMAP_NAMES = ("UMAP 1", "UMAP 2")
 SHOWN_COMPONENTS = 8
@@ -153,11 +152,3 @@ def make_trajectory(
     if len(path.through):
         plots.write_csv(folder.path / "particles.csv", {"row_from_0": path.through})
     return files
-
-
-def read_umap(analysis: AnalysisDir, count: int) -> np.ndarray | None:
-    """UMAP coordinates (count, 2) of an analysis; None where there are none, or of other particles."""
-    if not analysis.umap.is_file():
-        return None
-    found = np.asarray(safe_load(analysis.umap)[0])
-    return found if found.shape == (count, 2) and found.dtype.kind == "f" else None

@@ -81,7 +81,7 @@ def read_analysis(out: AnalysisDir, z: np.ndarray) -> Found:
     colours = [c for c in known.get("colours") or [] if isinstance(c, str) and COLOUR.fullmatch(c)]
     levels = list(known.get("levels") or [])
     folder = VolumeDir(out.path / Path(str(known.get("folder") or f"kmeans{count}")).name)
-    scores, ratio = _scores(z)
+    scores, ratio = latents.all_scores(z)
     umap = _array(out.umap, (len(z), 2)) if out.umap.is_file() else None
     mixture = summary.get("gmm") or {}
     groups = _groups(out.gmm(int(mixture["groups"])), len(z)) if mixture.get("groups") else None
@@ -92,16 +92,6 @@ def read_analysis(out: AnalysisDir, z: np.ndarray) -> Found:
         levels if len(levels) == count else [None] * count, int(volumes.get("start_index") or 0), scores, ratio, umap,
         confidence, groups,
     )  # fmt: skip
-
-
-def _scores(z: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
-    good = np.flatnonzero(np.isfinite(z).all(axis=1))
-    if z.shape[1] < 2 or not len(good):
-        return None, np.ones(1)
-    model = latents.pca(z[good])
-    scores = np.full((len(z), min(model.scores.shape[1], 8)), np.nan, np.float32)
-    scores[good] = model.scores[:, :8]
-    return scores, model.ratio
 
 
 def _array(path: Path, shape: tuple[int, ...]) -> np.ndarray:

@@ -33,6 +33,7 @@ from cryosuite.analysis.volumes import (
     write_volumes,
 )
 from cryosuite.console import Progress, say
+from cryosuite.data.latents import fingerprint
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.workdir import AnalysisDir, VolumeDir
 from cryosuite.errors import InputError
@@ -146,7 +147,7 @@ def analyze(
     if decode is not None and not options.skip_volumes:
         _volumes(result, good, decode, pixel_size, box_size, options)
         clock.lap(result, "volumes", "decoded and drawn")
-    _summarise(result, options, epoch, pixel_size, len(z), run)
+    _summarise(result, options, epoch, pixel_size, z, run)
     return result
 
 
@@ -342,7 +343,7 @@ def _walk(
 
 
 def _summarise(
-    result: Analysis, options: AnalyzeOptions, epoch: int, pixel_size: float, count: int, run: Path | None
+    result: Analysis, options: AnalyzeOptions, epoch: int, pixel_size: float, z: np.ndarray, run: Path | None
 ) -> None:
     """analyze.yaml: what was done and found, for people and for later commands."""
     mixture = result.mixture
@@ -353,8 +354,9 @@ def _summarise(
         "version": __version__,
         **way,
         "epoch": epoch,
-        "n_particles": count,
-        "left_out": [int(row) for row in np.setdiff1d(np.arange(count), result.rows)],
+        "n_particles": len(z),
+        "latents": fingerprint(z),
+        "left_out": [int(row) for row in np.setdiff1d(np.arange(len(z)), result.rows)],
         "zdim": int(result.pca.components.shape[1]),
         "counting": "labels, volumes, rows and indices count from 0; epochs and principal components from 1",
         "pixel_size": float(options.volumes.pixel_size or pixel_size),

@@ -64,9 +64,7 @@ def main(
         help="Also write sharp_000.mrc ...: what lvm-sharpen makes of each volume (and polished map), a prediction.",
         panel=VOLUMES,
     ),
-    datadir: Path = _option(
-        None, "--datadir", help="Folder of the images of a cryoDRGN run that were moved.", panel=PLOTS
-    ),
+    datadir: Path = _option(None, "--datadir", help="Folder of the image stacks, where they were moved.", panel=PLOTS),
     no_report: bool = _option(
         False, "--no-report", help="Leave out report.html (`cryosuite report` writes it later).", panel=PLOTS
     ),

@@ -74,10 +74,10 @@ def main(
         cryosuite export run/ --labels run/analyze.20/landscape/labels.pkl --cluster 3 -o state3.star
     """
     from cryosuite.analysis.landscape_files import LandscapeOptions, make_landscape
-    from cryosuite.analysis.path_files import read_umap
     from cryosuite.analysis.volumes import VolumeOptions
     from cryosuite.console import say
     from cryosuite.data.analysis_dir import LandscapeDir
+    from cryosuite.data.latents import read_umap
     from cryosuite.data.workdir import RunDir
     from cryosuite.errors import InputError
     from cryosuite.methods import load_run

@@ -121,9 +121,10 @@ def main(
     if count < 2 and z_file is None:
         raise InputError(f"-n {count}: expected at least 2 volumes.")
 
-    from cryosuite.analysis.path_files import make_trajectory, read_umap
+    from cryosuite.analysis.path_files import make_trajectory
     from cryosuite.analysis.volumes import VolumeOptions
     from cryosuite.console import say, table
+    from cryosuite.data.latents import read_umap
     from cryosuite.data.workdir import RunDir, VolumeDir
     from cryosuite.methods import load_run
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 
-from cryosuite.data.workdir import RunDir
+from cryosuite.data.workdir import AnalysisDir, RunDir
 from cryosuite.errors import InputError, notice
-from cryosuite.formats.pickles import read_latent
+from cryosuite.formats.pickles import read_latent, safe_load
 
 
 def last_latents(run: RunDir, epoch: int | None = None) -> tuple[int, np.ndarray]:
@@ -30,3 +32,19 @@ def last_latents(run: RunDir, epoch: int | None = None) -> tuple[int, np.ndarray
 def last_whole_epoch(run: RunDir) -> int:
     """The last epoch whose latents are whole (see ``last_latents``)."""
     return last_latents(run)[0]
+
+
+def fingerprint(z: np.ndarray) -> str:
+    """A short text that is the same for the same latents (N, zdim): an analysis notes which ones it was made of."""
+    return f"{zlib.crc32(np.ascontiguousarray(z, '<f4').tobytes()):08x}"
+
+
+def read_umap(analysis: AnalysisDir, count: int) -> np.ndarray | None:
+    """UMAP coordinates (count, 2) of an analysis, NaN where left out; None where there are none, or of other particles.
+
+    Raises InputError for a file that is no array.
+    """
+    if not analysis.umap.is_file():
+        return None
+    found = np.asarray(safe_load(analysis.umap)[0])
+    return found.astype(np.float32) if found.shape == (count, 2) and found.dtype.kind == "f" else None

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from cryosuite.data.cryodrgn_run import is_cryodrgn_run, open_cryodrgn_run
-from cryosuite.data.latents import last_latents
+from cryosuite.data.latents import fingerprint, last_latents
 from cryosuite.data.open import open_particles
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.workdir import AnalysisDir, RunDir, WorkDir
-from cryosuite.errors import InputError
+from cryosuite.errors import InputError, notice
 from cryosuite.formats.config import read_yaml
 from cryosuite.formats.pickles import read_labels
 
@@ -81,7 +81,8 @@ def open_source(
         datadir, passthrough: as ``open_particles`` takes them.
 
     Raises:
-        InputError: nothing of the kind; labels, latents or an analysis of other particles.
+        InputError: nothing of the kind; labels, latents or an analysis of other particles or of another epoch. An
+            analysis of latents that are no longer those of the run (it was trained anew) is told and taken.
     """
     path = Path(path)
     looked = AnalysisDir(path) if AnalysisDir(path).summary.is_file() else None
@@ -127,11 +128,15 @@ def _run_of(analysis: AnalysisDir) -> RunDir:
 
 
 def _open_run(run: RunDir, epoch: int | None, analysis: Path | None, datadir: Path | None) -> Source:
+    epoch = None if epoch == -1 else epoch  # the last one, as for analyze
     looked = AnalysisDir(analysis) if analysis is not None else newest_analysis(run, epoch)
     if analysis is not None and not looked.labels.is_file():
         raise InputError(f"{analysis}: has no {looked.labels.name}: give the folder that `cryosuite analyze` wrote")
-    if epoch is None and looked is not None:
-        epoch = _epoch_of(looked)
+    of_analysis = None if looked is None else _epoch_of(looked)
+    if epoch is None:
+        epoch = of_analysis
+    elif of_analysis not in (None, epoch):
+        raise InputError(f"--epoch {epoch}: {looked.path} is an analysis of epoch {of_analysis}: give one of the two")
     if is_cryodrgn_run(run.path):
         opened = open_cryodrgn_run(run.path, epoch, datadir=datadir, need_poses=False)
         source = Source(opened.particles, opened.z, opened.epoch, run, looked, poses_found=opened.poses_found)
@@ -144,6 +149,12 @@ def _open_run(run: RunDir, epoch: int | None, analysis: Path | None, datadir: Pa
     if source.z is not None and len(source.z) != len(source.particles):
         raise InputError(
             f"{run.z(source.epoch)}: {len(source.z)} latents for {len(source.particles)} particles: did the set change?"
+        )
+    made_of = read_yaml(looked.summary).get("latents") if looked is not None and looked.summary.is_file() else None
+    if source.z is not None and made_of is not None and made_of != fingerprint(source.z):
+        notice(
+            f"{looked.path}: was made of other latents than {run.z(source.epoch)} holds now (trained anew?): its "
+            "clusters and columns are of those; run analyze again"
         )
     return source
 

@@ -50,8 +50,8 @@ class LoadedRun:
 def load_run(run: Path | str, epoch: int | None = None, **options: Any) -> LoadedRun:
     """Open a run folder, ours or cryoDRGN's, at an epoch (None or -1: the last one with latents).
 
-    ``options`` go to the method, e.g. ``volume_from`` of CryoHype, ``datadir`` of cryoDRGN. Raises InputError for
-    a folder that holds no run, a missing epoch, and a method this version does not know.
+    ``options`` go to the method, e.g. ``volume_from`` of CryoHype; ``datadir``: folder of the image stacks, of any run.
+    Raises InputError for a folder that holds no run, a missing epoch, and a method this version does not know.
     """
     from cryosuite.data.cryodrgn_run import is_cryodrgn_run
     from cryosuite.data.latents import last_whole_epoch
@@ -66,5 +66,8 @@ def load_run(run: Path | str, epoch: int | None = None, **options: Any) -> Loade
         raise InputError(
             f"{folder.config}: method {config['method']!r} is not known; expected one of {', '.join(METHODS)}"
         )
+    datadir = options.pop("datadir", None)
+    if datadir is not None:
+        config = {**config, "datadir": str(Path(datadir).absolute())}
     number = folder.epoch(epoch) if epoch not in (None, -1) else last_whole_epoch(folder)
     return import_module(METHODS[config["method"]]).load(folder, config, number, **options)
