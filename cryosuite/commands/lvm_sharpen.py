@@ -59,7 +59,9 @@ def main(
     contour: float = _option(
         None, "--contour", help="Level that shows the molecule, where it is not found by itself.", panel=GREY
     ),
-    mask: Path = _option(None, "--mask", help="Mask (0 to 1): outside, the output is 0.", panel=GREY),
+    mask: Path = _option(
+        None, "--mask", help="Mask (0 to 1): outside, the output is 0 (wedge: as the input).", panel=GREY
+    ),
     norm: str = _option(
         None, "--norm", help="Scale of grey values: robust, paper, emready; nothing: as trained.", panel=GREY
     ),

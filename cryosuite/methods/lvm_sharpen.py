@@ -117,7 +117,8 @@ def enhance(
 
     Args:
         grid: any voxel size, shape, axis order and origin.
-        mask: on the same grid, 0 .. 1: what the output is multiplied by, and where grey values are measured.
+        mask: on the same grid, 0 .. 1: where grey values are measured, and what the output is multiplied by (wedge:
+            outside of which nothing is filled in).
         scratch: folder for what does not fit into memory (maps of more than 600^3 voxels on the network's grid).
 
     Raises:
@@ -144,8 +145,9 @@ def enhance(
     if tipped:
         volume, inside = (None if one is None else turned(one, TILT_X).contiguous() for one in (volume, inside))
     tiling = Tiling(tuple(volume.shape), EDGE, options.stride or EDGE // 2, options.offset)
-    skip = options.skip and (weights.task != "wedge" or options.contour is not None)
-    corners = _corners(grid, tiling, volume, voxel, inside, skip, options.contour)
+    corners = tiling.corners()
+    if weights.task != "wedge":  # tomograms are full, and have no level that a tile could be left at
+        corners = _corners(grid, tiling, volume, voxel, inside, options)
     bf16 = options.precision == "bf16" or options.precision == "auto" and _fast_bf16(device)
     runner = Runner(weights.net.to(device), device, bf16, options.batch, options.turns)
     made, deviation = runner.run(volume, span, tiling, corners, scratch)
@@ -183,13 +185,12 @@ def _corners(
     volume: Tensor,
     voxel: float,
     inside: Tensor | None,
-    skip: bool,
-    contour: float | None,
+    options: EnhanceOptions,
 ) -> Tensor:  # (n, 3)
-    """Tiles that are run."""
-    corners = tiling.corners()
+    """Tiles that are run: those with something in them."""
+    corners, contour = tiling.corners(), options.contour
     if inside is None:
-        if not skip:
+        if not options.skip:
             return corners
         inside = occupied(volume, voxel) if contour is None else auto_mask(volume, voxel, contour)
         if contour is None and not bool(inside.any()):
@@ -219,11 +220,13 @@ def _finished(
     low, high = span
     if task != "wedge":
         np.clip(values, 0.0, 1.0, out=values)
-    if mask is not None:
-        values *= np.clip(mask.data, 0.0, 1.0)
+        if mask is not None:
+            values *= np.clip(mask.data, 0.0, 1.0)
     if task == "wedge" or options.match_scale:
         values *= np.float32(high - low)
         values += np.float32(low)
+    if task == "wedge" and mask is not None:
+        values = grid.data + np.clip(mask.data, 0.0, 1.0) * (values - grid.data)
     if task == "wedge" and options.consistent:
         kept = wedge_mask(values.shape, options.tilt_range, options.tilt_axis, grid.voxel[::-1])
         values = data_consistency(torch.from_numpy(grid.data), torch.from_numpy(values), kept).numpy()
