@@ -363,7 +363,8 @@ class TestScores:
 def test_options_that_make_no_sense():
     for wrong, said in (
         ({"crop": 20}, "--crop"), ({"crop": 16}, "--crop"), ({"crop": 48, "volume": 40}, "--volume"),
-        ({"norm": "x"}, "--norm"),
+        ({"norm": "x"}, "--norm"), ({"task": "wedge", "noise_only": 0.1}, "--noise-only"),
+        ({"task": "superres", "clean": 0.1}, "--clean"),
         ({"alpha": 1.5}, "--alpha"), ({"task": "x"}, "--task"), ({"hist_mask": "x"}, "--hist-mask"),
         ({"resolution": (8, 2)}, "--resolution"), ({"frozen": 1.0}, "--frozen"), ({"schedule": "x"}, "--schedule"),
     ):  # fmt: skip

@@ -146,6 +146,10 @@ class TrainLvmOptions(LvmOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._need("task", self.task in TASKS, f"one of {', '.join(TASKS)}")
+        if self.task == "wedge" and self.noise_only is not None:
+            raise InputError("--noise-only: no scene of a tomogram (--task wedge) is noise alone; leave it out")
+        if self.task == "superres" and self.clean is not None:
+            raise InputError("--clean: no map is as good as the target of --task superres; leave it out")
         self._need("alpha", 0 <= self.alpha <= 1, "a share between 0 and 1")
         self._need("hist_mask", self.hist_mask in HIST_MASKS, f"one of {', '.join(HIST_MASKS)}")
         self._need("hist_sample", self.hist_sample >= 0, "0 (all voxels) or more")
