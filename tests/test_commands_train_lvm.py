@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_commands_pretrain_lvm import SHORT, command, few  # noqa: F401 -- a fixture
+from test_data_map_sets import folder as pair_folder  # noqa: F401 -- a fixture
 
 from cryosuite.data.map_weights import load_map_weights, save_map_encoder
 from cryosuite.data.workdir import RunDir
@@ -67,6 +68,16 @@ def test_the_paper_and_the_ablation(tmp_path: Path) -> None:
     options = read_yaml(tmp_path / "config.yaml")["options"]
     assert (options["alpha"], options["hist_mask"], options["norm"]) == (0.5, "whole", "paper")
     assert isinstance(load_map_weights(RunDir(tmp_path).network).net, MapVit)
+
+
+@pytest.mark.filterwarnings("ignore::cryosuite.errors.UserNotice")
+def test_the_users_own_pairs_and_maps(request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue("pair_folder")
+    train("-o", folder / "run", "--task", "sharpen", *SHORT, "--images", "8", "--pairs", folder)
+    assert read_yaml(folder / "run" / "config.yaml")["options"]["pairs"] == str(folder)
+    assert load_map_weights(RunDir(folder / "run").network).notes["images_seen"] == 8
+    command("-o", folder / "pre", folder / "alone.mrc", folder / "one.map", *SHORT, "--images", "8")
+    assert len(read_yaml(folder / "pre" / "config.yaml")["options"]["maps"]) == 2
 
 
 def test_it_ends_early(tmp_path: Path) -> None:
