@@ -38,14 +38,10 @@ TASK = "-b 4 --lr 1e-3 --encoder-lr 1e-3 --alpha 0.98 --cc 0.1 --hist-sample 409
 STAGES = {
     "pretrain": "pretrain-lvm --size small -b 16 --lr 1e-3 --every 1k --warmup 0.02",
     "sharpen": f"train-lvm --task sharpen {{start}} {TASK}",
-    # of noise nothing is to be left, and nothing is to be done to a good map: both are rare in the stream
-    "steady": "train-lvm --task sharpen --weights {work}/sharpen --noise-only 0.2 --clean 0.15 "
-    + TASK.replace("1e-3", "5e-4"),
     "superres": f"train-lvm --task superres --weights {{work}}/sharpen {TASK}",
     "wedge": f"train-lvm --task wedge --norm paper --init {{work}}/sharpen/weights.safetensors --frozen 0 {TASK}",
 }
-SHIPPED = {"steady": "sharpen", "superres": "superres", "wedge": "wedge"}  # stage -> task
-MINUTES = {"pretrain": 12.0, "sharpen": 40.0, "steady": 15.0, "superres": 25.0, "wedge": 20.0}
+MINUTES = {"pretrain": 12.0, "sharpen": 40.0, "superres": 25.0, "wedge": 20.0}
 
 
 def stage(name: str, work: Path, shared: Path, minutes: float) -> None:
@@ -87,9 +83,9 @@ def call(arguments: list[str]) -> None:
     )
 
 
-def install(name: str, work: Path, shared: Path) -> None:
+def install(task: str, work: Path, shared: Path) -> None:
     """Copy weights and card to where cryosuite looks for them, without the folders of this machine."""
-    run, task = RunDir(work / name), SHIPPED[name]
+    run = RunDir(work / task)
     found = load_map_weights(run.network)
 
     def clean(text: str) -> str:
@@ -128,7 +124,7 @@ def main() -> None:
             shutil.rmtree(work / name, ignore_errors=True)
             (work / f"{name}.json").unlink(missing_ok=True)
         stage(name, work, shared, getattr(given, f"{name}_minutes"))
-        if given.install and name in SHIPPED:
+        if given.install and name != "pretrain":
             install(name, work, shared)
 
 
