@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -64,6 +65,8 @@ def answer(weights: MapWeights, case: Case, **options: object) -> np.ndarray:
 def described(weights: MapWeights) -> dict:
     """What is worth saying of a network beside its scores."""
     notes = {name: value for name, value in weights.notes.items() if name in ("seed", "images_seen", "command", "norm")}
+    if "command" in notes:
+        notes["command"] = re.sub(r"\S*__main__\.py", "cryosuite", notes["command"])
     return {"parameters": sum(p.numel() for p in weights.net.parameters()), "norm": weights.norm, **notes}
 
 
