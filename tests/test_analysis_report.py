@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,7 +18,7 @@ from report_toy import CLUSTERS, EVIL, D, make_analysis, particle_set, write_all
 from cryosuite.analysis.particle_table import Column, particle_columns, round_confidence, write_particle_table
 from cryosuite.analysis.report_maps import find_maps
 from cryosuite.analysis.report_pack import packed, script_json, thinned
-from cryosuite.analysis.report_page import page_file, plotly_script
+from cryosuite.analysis.report_page import command, page_file, plotly_script
 from cryosuite.analysis.report_pictures import TILE, for_the_eye, typical_and_odd
 from cryosuite.analysis.report_read import read_analysis
 from cryosuite.data.orientations import from_euler
@@ -245,6 +246,23 @@ def test_turning_volumes_are_kept_and_drawn_again_with_new_volumes(tmp_path: Pat
     write_map(out.kmeans(CLUSTERS).volume(0), other, 3.0)
     write_all(out, z, None)
     assert kept.read_bytes() != before[1]
+    # a file that is older than the pictures, as of another folder of maps, is another one all the same
+    write_map(out.kmeans(CLUSTERS).volume(0), np.roll(other, 4, 0), 3.0)
+    os.utime(out.kmeans(CLUSTERS).volume(0), (1e9, 1e9))
+    drawn = kept.read_bytes()
+    write_all(out, z, None)
+    assert kept.read_bytes() != drawn
+
+
+def test_volumes_of_other_clusters_are_not_shown(tmp_path: Path) -> None:
+    """As `analyze --skip-vol` leaves those of an earlier analysis in the folder."""
+    out, z = make_analysis(tmp_path / "a", 24)
+    folder = out.kmeans(CLUSTERS)
+    folder.centers.write_text("1 2 3\n")
+    folder.z_values.write_text("1 2 3\n")
+    assert all(c["maps"] for c in Page(write_all(out, z, None).read_text(encoding="utf-8")).meta["clusters"])
+    folder.centers.write_text("1 2 4\n")
+    assert not any(c["maps"] for c in Page(write_all(out, z, None).read_text(encoding="utf-8")).meta["clusters"])
 
 
 @pytest.mark.parametrize("what", ["no UMAP", "no volumes", "no particles", "one particle", "zdim 1", "all NaN but one"])
@@ -349,6 +367,8 @@ def test_json_for_scripts_cannot_end_them() -> None:
     text = script_json(value)
     assert not set("<>&\u2028") & set(text)
     assert json.loads(text) == {"a": [EVIL, "<!--", "\u2028 &amp;", None, 3, [0, 1]]}
+    shown = command("cryosuite train-hype\nrm -rf ~\r\x1b]0;x\x07 -o run", "c")  # a line end would run it on pasting
+    assert not set("\n\r\x1b\x07") & set(shown) and "train-hype rm -rf ~" in shown
 
 
 def test_thinned_curves_keep_their_mean() -> None:

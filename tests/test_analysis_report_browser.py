@@ -12,6 +12,8 @@ import pytest
 from browser import Browser, missing
 from report_toy import CORNERS, EVIL, make_analysis, particle_set, write_all
 
+from cryosuite.data.select import INDICES
+
 pytestmark = pytest.mark.skipif(bool(missing()), reason=f"the report is not tested in a browser: {missing()}")
 
 COUNT = 200
@@ -168,7 +170,9 @@ def test_a_lasso_by_the_mouse_becomes_a_selection_file(opened: Browser, window, 
         time.sleep(0.1)
     assert json.loads(saved.read_text())["rows"] == expected
     choose(opened, "#selected-form", "index")
-    indices = [int(line) for line in opened.run("return document.querySelector('#selected-text').value").split()]
+    text = opened.run("return document.querySelector('#selected-text').value")
+    assert INDICES.match(text), "`select --from` would take them for rows"
+    indices = [int(line) for line in text.splitlines()[1:]]
     assert indices == [int(particle_set(COUNT).index[row]) for row in expected]
     opened.click("#selected-invert")
     assert shown(opened, "#selected-count").startswith("149 particles")

@@ -19,7 +19,7 @@ from cryosuite.data.workdir import AnalysisDir, VolumeDir
 from cryosuite.errors import InputError, UserNotice
 from cryosuite.formats.config import read_yaml
 from cryosuite.formats.mrc import read_map
-from cryosuite.formats.pickles import read_indices, read_labels, safe_load
+from cryosuite.formats.pickles import read_indices, read_labels, safe_load, write_pickle
 from cryosuite.formats.star import read_star
 
 D, PIXEL = 16, 3.0
@@ -293,6 +293,18 @@ def test_notice_names_the_row_left_out(tmp_path: Path) -> None:
     with pytest.warns(UserNotice, match="rows 4"):
         analyze(z, None, AnalysisDir(tmp_path), PIXEL, D, AnalyzeOptions(ksample=3, skip_umap=True))
     assert read_yaml(tmp_path / "analyze.yaml")["left_out"] == [4]
+
+
+def test_the_umap_of_other_latents_does_not_stay(tmp_path: Path) -> None:
+    """A folder used again for another epoch with --skip-umap; that of the same latents is kept, it took long."""
+    z, _ = latents(30)
+    out, options = AnalysisDir(tmp_path), AnalyzeOptions(ksample=3, skip_umap=True)
+    analyze(z, None, out, PIXEL, D, options)
+    write_pickle(out.umap, np.zeros((30, 2), np.float32))
+    analyze(z, None, out, PIXEL, D, options)
+    assert out.umap.is_file()
+    analyze(2 * z, None, out, PIXEL, D, options)
+    assert not out.umap.exists()
 
 
 def test_fewer_clusters_and_volumes_leave_no_files_of_earlier_ones(tmp_path):

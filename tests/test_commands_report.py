@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from cryosuite.data.open import open_particles
 from cryosuite.data.preprocess import PreprocessOptions, preprocess
 from cryosuite.data.workdir import AnalysisDir
 from cryosuite.errors import InputError
-from cryosuite.formats.pickles import read_indices
+from cryosuite.formats.config import write_yaml
+from cryosuite.formats.pickles import read_indices, write_pickle
 
 
 def run(*arguments: object) -> str:
@@ -64,13 +66,25 @@ def test_a_selection_of_the_page_is_what_select_writes(toy: Toy, tmp_path: Path)
     lasso = {"kind": "cryosuite selection", "version": 1, **page["selection"], "rows": [3, 50, 179]}
     (tmp_path / "lasso.json").write_text(json.dumps(lasso))
     command = page["commands"]["select"][0].split()
-    assert command[:2] == ["cryosuite", "select"] and Path(command[2]).resolve() == toy.run.path.resolve()
-    run("select", toy.run.path, "--from", tmp_path / "lasso.json", "-o", tmp_path / "ind.pkl")
+    assert command[:2] == ["cryosuite", "select"] and Path(command[2]).resolve() == toy.analysis.path.resolve()
+    run("select", command[2], "--from", tmp_path / "lasso.json", "-o", tmp_path / "ind.pkl")
     assert read_indices(tmp_path / "ind.pkl").tolist() == [23, 70, 199]
     run("select", toy.run.path, "--where", "confidence > 0.5 and cluster == 2", "-o", tmp_path / "ind.pkl")
     table = pd.read_csv(toy.analysis.particles)
     wanted = table["index"][(table["confidence"] > 0.5) & (table["cluster"] == 2)]
     assert read_indices(tmp_path / "ind.pkl").tolist() == wanted.tolist()
+
+
+def test_commands_of_a_cluster_mean_the_clusters_of_the_page(toy: Toy, tmp_path: Path) -> None:
+    """An analysis that is not the newest one of its run: `select RUN --cluster 0` would be other particles."""
+    look = AnalysisDir(tmp_path / "look")
+    look.path.mkdir()
+    write_pickle(look.labels, (np.arange(180) < 150).astype(int))
+    write_yaml(look.summary, {"kind": "analysis", "run": str(toy.run.path), "epoch": 1})
+    run("report", look.path)
+    words = shlex.split(meta(look.report)["clusters"][0]["commands"][0][1])
+    run(*words[1:-1], tmp_path / "zero.pkl")
+    assert read_indices(tmp_path / "zero.pkl").tolist() == list(range(170, 200))
 
 
 def test_a_moved_run_and_an_analysis_elsewhere(toy: Toy, tmp_path: Path) -> None:

@@ -74,6 +74,9 @@ def test_a_lasso_of_the_report(toy: Toy, tmp_path: Path) -> None:
     assert chosen(tmp_path, toy.run.path, "--from", tmp_path / "lasso.json") == [3, 50]
     (tmp_path / "rows.txt").write_text("# pasted from the report\n3, 50\n7\n")
     assert chosen(tmp_path, toy.run.path, "--from", tmp_path / "rows.txt") == [3, 7, 50]
+    (tmp_path / "original_indices.txt").write_text("# original indices, from 0\n23\n70\n")
+    with pytest.raises(InputError, match="original indices, not rows"):
+        select(toy.run.path, "--from", tmp_path / "original_indices.txt", "-o", tmp_path / "ind.pkl")
     write_pickle(tmp_path / "indices.pkl", np.array([23, 70]))
     assert chosen(tmp_path, toy.run.path, "--from", tmp_path / "indices.pkl") == [3, 50]
 

@@ -30,9 +30,14 @@ def _number(value: float) -> str:
     return f"{value:.6g}"
 
 
+def _plain(line: str) -> str:
+    """A line without control characters: a line end in a name would begin a command of its own."""
+    return "".join(c if c.isprintable() else "?" for c in line)
+
+
 def _write(script: Path, lines: Sequence[str]) -> None:
     with atomic_path(script) as path:
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        path.write_text("\n".join(map(_plain, lines)) + "\n", encoding="utf-8")
 
 
 def _opened(script: Path, files: Sequence[VolumeFile], names: Sequence[str], pixel_size: float | None) -> list[str]:

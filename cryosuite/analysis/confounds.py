@@ -265,10 +265,13 @@ def _clusters(column: _Column, labels: np.ndarray, rng: np.random.Generator) -> 
         return []
     bins, size = column.bins[at], np.bincount(own)
     table = _counts(own, bins, len(present), column.count)
-    nulls = [_counts(own, bins[order], len(present), column.count) for order in _shuffles(len(at), rng)]
-    nats, null = _information(table), np.array([_information(one) for one in nulls])
+    by_chance = []
+    for order in _shuffles(len(at), rng):  # one table at a time: with many micrographs each is large
+        one = _counts(own, bins[order], len(present), column.count)
+        by_chance.append((_information(one), _moved(one)))
+    nats, null = _information(table), np.array([one[0] for one in by_chance])
     entropy = -float((size / len(at) * np.log(size / len(at))).sum())
-    moved, moved_null = _moved(table), np.array([_moved(one) for one in nulls])  # (k,), (shuffles, k)
+    moved, moved_null = _moved(table), np.array([one[1] for one in by_chance])  # (k,), (shuffles, k)
     typical = moved_null.mean(axis=0)
     judged = size >= SMALL
     part = np.where(judged, _above(moved, typical), 0.0)

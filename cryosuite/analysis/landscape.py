@@ -72,6 +72,7 @@ def sketch(z: np.ndarray, count: int, seed: int = 0) -> Sketch:
         fit = z if len(z) <= FIT_ROWS else z[rng.choice(len(z), FIT_ROWS, replace=False)]
         model = MiniBatchKMeans(count, random_state=seed, n_init=1, batch_size=4096, max_iter=30).fit(fit)
         rows = np.unique(nearest(z, model.cluster_centers_))
+        rows = np.sort(rows[np.unique(z[rows], axis=0, return_index=True)[1]])  # equal latents: one map, one point
     cell = nearest(z[rows], z)
     counts = np.bincount(cell, minlength=len(rows))
     return Sketch(rows, counts, cell)
@@ -170,8 +171,9 @@ def count_intervals(
     else:
         number, own = np.unique(blocks, return_inverse=True)
         table = np.bincount(own * count + labels, minlength=len(number) * count).reshape(-1, count).astype(float)
-        times = rng.multinomial(len(number), np.full(len(number), 1 / len(number)), size=BOOTSTRAPS)
-        drawn = times @ table
+        even = np.full(len(number), 1 / len(number))
+        parts = [rng.multinomial(len(number), even, size=BOOTSTRAPS // 20) @ table for _ in range(20)]  # less memory
+        drawn = np.concatenate(parts)
         drawn *= total / drawn.sum(axis=1, keepdims=True)
     return np.percentile(drawn, INTERVAL, axis=0).T
 

@@ -58,7 +58,7 @@ def write_report(found: Found, facts: RunFacts, columns: Sequence[Column]) -> Pa
         "variance": {f"pc{i + 1}": f"{100 * r:.0f} %" for i, r in enumerate(found.ratio[:8])}, "grey": GREY,
         "ramps": _ramps(), "notes": notes, "curves": curves(facts.records, facts.epoch), "first": _first(clusters),
         "selection": {"run": facts.name, "epoch": facts.epoch, "n_particles": len(found.labels)},
-        "commands": {"select": [_select_command(facts, found)]},
+        "commands": {"select": [_select_command(found)]},
     }  # fmt: skip
     parts = sections(found, facts, clusters, columns, left, notes)
     parts["meta"] = script_json(meta)
@@ -148,6 +148,6 @@ def _first(clusters: Sequence[dict[str, Any]]) -> int:
     return max(range(len(clusters)), key=lambda i: clusters[i]["size"]) if clusters else -1
 
 
-def _select_command(facts: RunFacts, found: Found) -> str:
-    where = shown_path(facts.run) if facts.run else shown_path(found.out.path)
-    return f"cryosuite select {where} --from lasso.json -o ind.pkl -o chosen.star"
+def _select_command(found: Found) -> str:
+    """Of this analysis, which need not be the newest one of its run."""
+    return f"cryosuite select {shown_path(found.out.path)} --from lasso.json -o ind.pkl -o chosen.star"

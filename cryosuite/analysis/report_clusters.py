@@ -90,15 +90,19 @@ def _maps(found: Found, facts: RunFacts, sizes: np.ndarray, pictures: dict[str, 
     """Maps of each cluster as the page shows them; their pictures are added to ``pictures``."""
     count = len(sizes)
     files: list[list[ClusterMap]] = [[] for _ in range(count)]
+    current = _of_these_clusters(found)
     for label in range(count):
         path = found.folder.volume(label + found.first_volume)
-        if path.is_file():
+        if current and path.is_file():
             files[label].append(ClusterMap(label, "decoded", path, read_map(path).pixel_size))
     index = np.arange(len(found.labels)) if facts.particles is None else facts.particles.index
     places = [*facts.maps, found.out.path / "polish", found.out.path / "backproject"]
     places += [run_polish(facts.run, facts.epoch).path] if facts.run is not None else []
     for one in find_maps(places, found.labels, np.asarray(index)):
         files[one.label].append(one)
+    for folder in facts.maps:
+        if not any(one.path.is_relative_to(folder) for own in files for one in own):
+            notice(f"--maps {folder}: no map of it is shown: none is of these clusters, or each has been shown already")
     every = [one for own in files for one in own]
     shown = {kind: _zoom([one for one in every if one.kind == kind], found) for kind in {one.kind for one in every}}
     frames = FEWER_FRAMES if len(every) > MANY else FRAMES
@@ -113,6 +117,12 @@ def _maps(found: Found, facts: RunFacts, sizes: np.ndarray, pictures: dict[str, 
                 notice(f"{one.path}: is not in the report: {error}")
             progress.advance()
     return result
+
+
+def _of_these_clusters(found: Found) -> bool:
+    """False where the volumes are of other clusters: left by an earlier analysis in the same folder (--skip-vol)."""
+    drawn, centres = found.folder.z_values, found.folder.centers
+    return not (drawn.is_file() and centres.is_file()) or drawn.read_bytes() == centres.read_bytes()
 
 
 def _level(one: ClusterMap, found: Found) -> float:
@@ -193,9 +203,9 @@ def _facts(entry: dict[str, Any], own: np.ndarray, columns: dict[str, Column]) -
 def _commands(label: int, facts: RunFacts, found: Found) -> list[list[str]]:
     """What a user does next with a cluster."""
     run = shown_path(facts.run) if facts.run else shown_path(found.out.path)
-    labels = shown_path(found.out.labels)
+    labels, here = shown_path(found.out.labels), shown_path(found.out.path)  # `select RUN` takes the newest analysis
     lines = [
-        ["Its particles, un-binned, for RELION:", f"cryosuite select {run} --cluster {label} -o cluster{label}.star"]
+        ["Its particles, un-binned, for RELION:", f"cryosuite select {here} --cluster {label} -o cluster{label}.star"]
     ]
     if facts.particles is not None and facts.particles.rotation is not None and facts.particles.path is not None:
         particles = shown_path(facts.particles.path)
@@ -203,5 +213,5 @@ def _commands(label: int, facts: RunFacts, found: Found) -> list[list[str]]:
                       f"--cluster {label} -o cluster{label}"])  # fmt: skip
         lines.append(["Polished maps of all clusters, shown here afterwards:",
                       f"cryosuite polish {run} --labels {labels} -o {shown_path(found.out.path / 'polish')} && "
-                      f"cryosuite report {shown_path(found.out.path)}"])  # fmt: skip
+                      f"cryosuite report {here}"])  # fmt: skip
     return lines

@@ -53,7 +53,8 @@ def caption(text: str) -> str:
 
 
 def command(text: str, name: str) -> str:
-    """A command line with a button that copies it."""
+    """A command line with a button that copies it; line ends and control characters in it would run on pasting."""
+    text = "".join(c if c.isprintable() else " " for c in text)
     return (
         f'<div class="command"><code id="{escaped(name)}">{escaped(text)}</code>'
         f'<button type="button" class="quiet" data-copy="{escaped(name)}">Copy</button></div>'

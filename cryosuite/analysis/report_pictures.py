@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,18 +64,20 @@ def turning(
     zoom: float | None,
     frames: int = FRAMES,
 ) -> Picture:
-    """A volume that turns, as a strip of frames; drawn once and kept beside the volumes while the volume is older.
+    """A volume that turns, as a strip of frames; drawn once and kept, with the date of the file it shows.
 
     Args:
         path: of the volume. kept: where the strip lies. level: None: chosen from the map. pixel_size: A.
     """
-    if not (kept.is_file() and kept.stat().st_mtime >= path.stat().st_mtime and _frames_of(kept) == frames):
+    date = path.stat().st_mtime_ns  # another file, older or newer, has another one
+    if not (kept.is_file() and kept.stat().st_mtime_ns == date and _frames_of(kept) == frames):
         volume = read_map(path).data
         level = render.contour_level(volume, pixel_size) if level is None else level
         drawn = strip(turntable(volume, level, colour, pixel_size, frames, FRAME, zoom=zoom))
         kept.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(kept) as temporary:
             temporary.write_bytes(webp(drawn))
+        os.utime(kept, ns=(date, date))
     return Picture(data_uri(kept.read_bytes()), frames)
 
 

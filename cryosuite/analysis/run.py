@@ -38,7 +38,7 @@ from cryosuite.data.particles import ParticleSet
 from cryosuite.data.workdir import AnalysisDir, VolumeDir
 from cryosuite.errors import InputError
 from cryosuite.formats.atomic import atomic_path
-from cryosuite.formats.config import write_yaml
+from cryosuite.formats.config import read_yaml, write_yaml
 from cryosuite.formats.pickles import write_pickle
 
 PREVIEW = 320  # pixels on a side of the pictures of volumes
@@ -141,6 +141,8 @@ def analyze(
         if embedded is not None:
             result.umap = _full(embedded, rows, len(z), np.nan)
             clock.lap(result, "UMAP", "done")
+    if result.umap is None:
+        _drop_umap_of_others(out, z)
     _write_numbers(result, good, particles)
     _plot(result, good, epoch, records)
     clock.lap(result, "plots", "drawn")
@@ -233,6 +235,14 @@ def _write_numbers(result: Analysis, z: np.ndarray, particles: ParticleSet | Non
         from cryosuite.analysis.lists import write_lists
 
         write_lists(out, particles, result.labels, clusters.count)
+
+
+def _drop_umap_of_others(out: AnalysisDir, z: np.ndarray) -> None:
+    """Remove the UMAP that an earlier analysis left in the folder, unless it was one of the same latents."""
+    before = read_yaml(out.summary).get("latents") if out.summary.is_file() else None
+    if before != fingerprint(z):
+        for old in (out.umap, out.plot("umap").with_suffix(".csv")):
+            old.unlink(missing_ok=True)
 
 
 def _write_clusters(folder: VolumeDir, clusters: Clusters, rows: np.ndarray, labels: np.ndarray) -> None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from cryosuite.commands import options as opt
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -25,6 +27,7 @@ def main(
         Optional[int],  # noqa: UP045
         typer.Option("--epoch", help="Epoch of a run, counted from 1; nothing: the last one with an analysis."),
     ] = None,
+    datadir: opt.Datadir = None,
 ) -> None:
     """Write the report of an analysis (again): report.html, one file that opens in any browser without network.
 
@@ -39,7 +42,7 @@ def main(
     from cryosuite.data.source import open_source
     from cryosuite.errors import InputError
 
-    source = open_source(where, epoch=epoch)
+    source = open_source(where, epoch=epoch, datadir=datadir)
     if source.analysis is None or source.run is None:
         raise InputError(f"{where}: has no analysis yet: run `cryosuite analyze {where}`")
     absent = [folder for folder in maps or () if not folder.is_dir()]

@@ -16,6 +16,7 @@ from cryosuite.formats.checks import name_rows, printable, read_bytes
 from cryosuite.formats.pickles import read_indices
 
 LASSO = "cryosuite selection"
+INDICES = re.compile(r"\s*#\s*original indices", re.IGNORECASE)  # the first line of the report's list of them
 
 
 @dataclass
@@ -107,6 +108,8 @@ def rows_from(path: Path, count: int, run: str = "", epoch: int | None = None) -
         ) from None
     if text.lstrip()[:1] in ("{", "["):
         return _whole(path, _lasso(path, text, count, run, epoch), count)
+    if INDICES.match(text):
+        raise InputError(f"{path}: holds original indices, not rows: save the selection as lasso.json, or as a .pkl")
     words = re.sub(r"#[^\n]*", "", text).replace(",", " ").split()
     bad = next((word for word in words if not re.fullmatch(r"\d{1,18}", word)), None)
     if bad is not None:

@@ -22,7 +22,7 @@ function valuesOf(name) {
   }
   const stored = new ARRAYS[column.kind](bytesOf("column-" + column.number).buffer);
   const missing = { u8: 255, u16: 65535, u32: 4294967295, f32: NaN }[column.kind];
-  const values = column.kind === "u32" ? new Float64Array(stored.length) : new Float32Array(stored.length);
+  const values = column.whole && column.kind !== "f32" ? new Float64Array(stored.length) : new Float32Array(stored.length);
   for (let i = 0; i < stored.length; i++) {
     values[i] = stored[i] === missing ? NaN : column.low + column.step * stored[i];
   }

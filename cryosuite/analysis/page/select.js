@@ -33,9 +33,9 @@ function showText() {
 function textAs(form) {
   const rows = chosenRows();
   if (form === "json") return selectionText(rows);
-  if (form === "rows") return rows.join("\n") + "\n";
+  if (form === "rows") return "# rows of the run's set, from 0\n" + rows.join("\n") + "\n";
   const index = valuesOf("index");
-  return rows.map((row) => index[row]).join("\n") + "\n";
+  return "# original indices, from 0\n" + rows.map((row) => index[row]).join("\n") + "\n";
 }
 
 function watchSelection() {
