@@ -38,7 +38,7 @@ def main(
     ] = None,
     z_file: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--z", help="Text file of latents, one point per line, instead.", rich_help_panel=WAY),
+        typer.Option("--z", help="Text file of latents instead: each line a volume (no -n).", rich_help_panel=WAY),
     ] = None,
     how: Annotated[
         str,
