@@ -333,11 +333,31 @@ def test_backprojections_tell_their_resolution(tmp_path: Path) -> None:
     one.path.mkdir()
     write_map(one.map, np.ones((8, 8, 8), np.float32), 2.0)
     one.fsc.write_text("pixres unmasked masked\n0.125 1 1\n0.25 1 0.9\n0.375 0.5 0.5\n0.5 0 0.1\n")
-    (found,) = find_maps([tmp_path], np.array([0, 0, 1, 1]), np.arange(4))
+    labels, index = np.array([0, 0, 1, 1]), np.arange(4)
+    write_pickle(MapsDir(tmp_path).labels, np.array([1, 1, 0, 0]))
+    write_pickle(MapsDir(tmp_path).index, index[::-1].copy())
+    (found,) = find_maps([tmp_path], labels, index)
     assert found.kind == "backprojected" and found.label == 1
     assert found.resolution[1] == pytest.approx(2.0 / 0.375)
     expected = 0.375 + 0.125 * (0.5 - 0.143) / 0.4
     assert found.resolution[0] == pytest.approx(2.0 / expected, rel=1e-4)
+
+
+def test_backprojections_of_other_classes_are_not_shown(tmp_path: Path) -> None:
+    folder, labels, index = MapsDir(tmp_path), np.repeat([0, 1], 10), np.arange(20)
+    for label in (0, 1):
+        folder.of_class(label).path.mkdir()
+        write_map(folder.of_class(label).map, np.ones((4, 4, 4), np.float32), 2.0)
+    with pytest.warns(UserWarning, match="run backproject again"):
+        assert find_maps([tmp_path], labels, index) == []
+    write_pickle(folder.index, index)
+    write_pickle(folder.labels, np.arange(20) % 2)  # each class is half of either cluster
+    assert find_maps([tmp_path], labels, index) == []
+    write_pickle(folder.labels, 1 - labels)
+    assert [one.path.parent.name for one in find_maps([tmp_path], labels, index)] == ["class_001", "class_000"]
+    write_map(folder.map, np.ones((4, 4, 4), np.float32), 2.0)
+    write_pickle(folder.labels, np.where(labels == 1, 1, -1))  # --cluster 1
+    assert [(one.label, one.path) for one in find_maps([tmp_path], labels, index)] == [(1, folder.map)]
 
 
 def test_typical_lie_near_the_middle_and_no_particle_is_both() -> None:

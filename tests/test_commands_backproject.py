@@ -10,9 +10,10 @@ import pytest
 from typer.testing import CliRunner
 
 from cryosuite.cli import app
+from cryosuite.data.results import MapsDir
 from cryosuite.errors import InputError
 from cryosuite.formats.mrc import read_map
-from cryosuite.formats.pickles import write_pickle
+from cryosuite.formats.pickles import read_labels, safe_load, write_pickle
 
 RUNNER = CliRunner()
 
@@ -72,10 +73,18 @@ def test_classes_clusters_and_selections(star, tmp_path):
     labels = tmp_path / "labels.pkl"
     write_pickle(labels, np.arange(200) % 2)
     run("backproject", star, "-o", tmp_path / "all", "--labels", labels, "--no-half-maps")
-    assert sorted(entry.name for entry in (tmp_path / "all").iterdir()) == ["class_000", "class_001"]
+    noted = MapsDir(tmp_path / "all")
+    assert {entry.name for entry in noted.path.iterdir()} == {
+        "class_000", "class_001", noted.labels.name, noted.index.name,
+    }  # fmt: skip
+    np.testing.assert_array_equal(read_labels(noted.labels), np.arange(200) % 2)
+    np.testing.assert_array_equal(safe_load(noted.index)[0], np.arange(200))
     one = ("--labels", labels, "--cluster", 1, "--no-half-maps", "--flip", "-d", 32)
     run("backproject", star, "-o", tmp_path / "one", *one)
     small = read_map(tmp_path / "one" / "backproject.mrc")
+    np.testing.assert_array_equal(
+        read_labels(MapsDir(tmp_path / "one").labels, unlabelled=True), np.where(np.arange(200) % 2, 1, -1)
+    )
     assert small.data.shape == (32, 32, 32)
     assert small.pixel_size == pytest.approx(6.0)
     with pytest.raises(InputError, match="classes here: 0, 1"):
@@ -84,7 +93,7 @@ def test_classes_clusters_and_selections(star, tmp_path):
         run("backproject", star, "-o", tmp_path / "no", "--class-column", "rlnClassNumber")
     by_column = tmp_path / "column"
     run("backproject", star, "-o", by_column, "--class-column", "rlnRandomSubset", "--no-half-maps")
-    assert sorted(entry.name for entry in by_column.iterdir()) == ["class_001", "class_002"]
+    assert sorted(entry.name for entry in by_column.glob("class_*")) == ["class_001", "class_002"]
     write_pickle(labels, np.arange(7))
     with pytest.raises(InputError, match="7 labels"):
         run("backproject", star, "-o", tmp_path / "no", "--labels", labels)

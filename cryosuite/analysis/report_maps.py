@@ -48,7 +48,8 @@ def find_maps(folders: Sequence[Path], labels: np.ndarray, index: np.ndarray) ->
     found: dict[tuple[int, str], ClusterMap] = {}
     for folder in folders:
         try:
-            maps = list(_polished(PolishDir(folder), labels, index)) + list(_backprojected(MapsDir(folder), labels))
+            maps = list(_polished(PolishDir(folder), labels, index))
+            maps += _backprojected(MapsDir(folder), labels, index)
         except (InputError, OSError, ValueError, KeyError) as error:
             notice(f"{folder}: its maps are not in the report: {error}")
             continue
@@ -71,16 +72,19 @@ def _polished(folder: PolishDir, labels: np.ndarray, index: np.ndarray) -> Itera
             continue
         row = next((row for row in table if row.get("class") == str(number)), {})
         at = tuple(_number(row.get(f"resolution_{level:g}_A")) for level in LEVELS)
-        note = "plain half maps inside the mask"
-        if shared < 0.995:
-            note += f"; polished class {number}, which shares {100 * shared:.0f} % of its particles with this cluster"
+        note = "plain half maps inside the mask" + _nearly(f"polished class {number}", shared)
         yield ClusterMap(
             label, "polished", path, read_map(path).pixel_size, at, curves.get(f"class_{number:03d}"), note
         )
 
 
-def _of_run(folder: PolishDir, index: np.ndarray) -> np.ndarray:
-    """Class of each particle of the run, -1 where it was not polished."""
+def _nearly(name: str, shared: float) -> str:
+    """What to add to the note of a class that is not quite the cluster."""
+    return f"; {name}, which shares {100 * shared:.0f} % of its particles with this cluster" if shared < 0.995 else ""
+
+
+def _of_run(folder: PolishDir | MapsDir, index: np.ndarray) -> np.ndarray:
+    """Class of each particle of the run, -1 where it was in no class."""
     classes = read_labels(folder.labels, unlabelled=True)
     if not folder.index.is_file():
         if len(classes) != len(index):
@@ -108,11 +112,18 @@ def _partner(own: np.ndarray, classes: np.ndarray) -> tuple[int, float]:
     return number, float((own & there).sum() / (own | there).sum())
 
 
-def _backprojected(folder: MapsDir, labels: np.ndarray) -> Iterator[ClusterMap]:
-    """Maps of a folder of ``backproject --labels``: its class_000, class_001, ... are taken as the clusters."""
+def _backprojected(folder: MapsDir, labels: np.ndarray, index: np.ndarray) -> Iterator[ClusterMap]:
+    """Maps of a folder of ``backproject --labels`` whose classes are the clusters, or nearly."""
+    if not folder.labels.is_file():
+        if any(folder.path.glob("class_[0-9]*")):
+            notice(f"{folder.path}: its maps are not in the report: no note of their particles; run backproject again")
+        return
+    classes = _of_run(folder, index)
+    alone = len(np.unique(classes[classes >= 0])) == 1 and folder.map.is_file()  # --cluster N
     for label in range(int(labels.max(initial=-1)) + 1):
-        one = folder.of_class(label)
-        if not one.map.is_file():
+        number, shared = _partner(labels == label, classes)
+        one = folder if alone else folder.of_class(number)
+        if shared < SAME or not one.map.is_file():
             continue
         pixel = read_map(one.map).pixel_size
         at, curve, note = (float("nan"),) * 2, None, ""
@@ -123,6 +134,7 @@ def _backprojected(folder: MapsDir, labels: np.ndarray) -> Iterator[ClusterMap]:
             fsc = torch.from_numpy(np.ascontiguousarray(values[name]))
             at = tuple(shells.resolution(fsc, level, 2 * len(fsc), pixel) for level in LEVELS)
             note = f"half maps, {name} FSC"
+        note = (note + _nearly(f"class {number}", shared)).removeprefix("; ")
         yield ClusterMap(label, "backprojected", one.map, pixel, at, curve, note)
 
 

@@ -65,7 +65,8 @@ def main(
     Writes backproject.mrc, half_map_a.mrc, half_map_b.mrc, mask.mrc,
     fsc-vals.txt and fsc.png. The resolution in Angstrom is where the half
     maps' FSC falls below 0.143. With --labels or --class-column every class
-    gets its own folder, in one pass over the images.
+    gets its own folder, in one pass over the images; which particle is in
+    which class is noted beside them, for the report.
 
         cryosuite backproject work/ -o map
 
@@ -111,10 +112,14 @@ def main(
     rows = []
     several = labels is not None or class_column is not None
     outdir.mkdir(parents=True, exist_ok=True)
+    for old in (out.labels, out.index):  # of earlier maps; written again when the maps are
+        old.unlink(missing_ok=True)
     for label, one in maps.items():
         folder = out.of_class(label) if several and not (cluster and len(cluster) == 1) else out
         table = _write(folder, one.flipped() if flip else one, given, not no_plot, seed)
         rows.append(_row(label if several else "all", one, table, folder))
+    if several:
+        _note_classes(out, found, keys)
     _print(rows, next(iter(maps.values())), outdir)
 
 
@@ -235,6 +240,16 @@ def _write(folder: MapsDir, one: Reconstruction, mask: Any, plot: bool, seed: in
         with atomic_path(folder.plot) as temporary:
             write_png(temporary, table, f"half maps, {one.count} particles")
     return table
+
+
+def _note_classes(out: MapsDir, particles: ParticleSet, keys: np.ndarray) -> None:
+    """Which particle is in which class, beside the maps: the report compares it with the clusters."""
+    import numpy as np
+
+    from cryosuite.formats.pickles import write_pickle
+
+    write_pickle(out.index, np.asarray(particles.index, np.int64))
+    write_pickle(out.labels, np.maximum(keys, -1).astype(np.int64))
 
 
 def _row(label: object, one: Reconstruction, table: FscTable | None, folder: MapsDir) -> list[str]:

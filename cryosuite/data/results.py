@@ -45,6 +45,16 @@ class MapsDir:
         """Picture of the FSC curves."""
         return self.path / "fsc.png"
 
+    @property
+    def labels(self) -> Path:
+        """Class of every particle, -1 for those left out; absent where there are no classes."""
+        return self.path / "backproject_labels.pkl"
+
+    @property
+    def index(self) -> Path:
+        """Original index of each particle, i.e. of each row of the labels."""
+        return self.path / "backproject_index.pkl"
+
     def of_class(self, label: int) -> MapsDir:
         """The folder of one class, counted from 0 (or as the class column counts)."""
         return MapsDir(self.path / f"class_{label:03d}")
