@@ -217,6 +217,9 @@ def test_poses_that_a_run_found_are_exported(golden: Path, toy: Toy, tmp_path: P
     assert found.box_size == 64
     assert np.allclose(found.rotation, rotation[rows], atol=1e-5)
     assert np.allclose(found.shift, shift[rows], atol=1e-6)
+    write_pickle(run.poses(1), (rotation[::-1].copy(), shift))  # an older epoch has its own
+    export(run.path, "--all", "--epoch", 1, "-o", tmp_path / "old.star")
+    assert np.allclose(open_particles(tmp_path / "old.star").rotation, rotation[::-1], atol=1e-5)
 
 
 def test_every_cluster_to_its_own_file(toy: Toy, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from cryosuite import methods
 from cryosuite.cli import app
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.workdir import RunDir
@@ -44,6 +45,13 @@ def test_states_and_what_to_do_next(run: RunDir) -> None:
     labels = read_labels(out.labels)
     assert len(set(labels[:20])) == len(set(labels[20:])) == 1 and labels[0] != labels[20]
     assert "polish" in done.output and "95 % interval" in done.stdout and "25.0 %" in done.stdout
+
+
+def test_the_images_are_looked_for_in_datadir(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, load = [], methods.load_run
+    monkeypatch.setattr(methods, "load_run", lambda *given, **more: asked.append(more) or load(*given))
+    done = CliRunner().invoke(app, ["landscape", str(run.path), "-N", "8", "-M", "2", "--datadir", str(tmp_path)])
+    assert done.exit_code == 0 and asked == [{"datadir": tmp_path}], done.output
 
 
 @pytest.mark.parametrize(

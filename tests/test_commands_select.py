@@ -282,6 +282,14 @@ def test_an_analysis_of_another_epoch_or_training_is_not_mixed_in(toy: Toy, tmp_
         chosen(tmp_path, run.run.path, "--cluster", 1)
 
 
+def test_an_analysis_that_is_not_needed_is_in_nobodys_way(toy: Toy, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", toy.run.read_config()["particles"], 180)
+    write_pickle(run.analysis.labels, np.arange(7))
+    assert len(chosen(tmp_path, run.run.path, "--random", 9)) == 9
+    with pytest.raises(InputError, match="7 labels, but"):
+        select(run.run.path, "--cluster", 1, "-o", tmp_path / "ind.pkl")
+
+
 def test_confidence_is_that_of_the_labels_given(toy: Toy, tmp_path: Path) -> None:
     """Not the one that the table of the analysis has for its own clusters."""
     run = make_run(tmp_path / "run", toy.run.read_config()["particles"], 180)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from cryosuite import methods
 from cryosuite.cli import app
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.workdir import RunDir
@@ -65,6 +66,15 @@ def test_components_and_files(run: RunDir, tmp_path: Path) -> None:
     (tmp_path / "my path.txt").write_text("0 0\n1 1\n")
     done = CliRunner().invoke(app, ["trajectory", str(run.path), "--z", str(tmp_path / "my path.txt"), "--no-movie"])
     assert done.exit_code == 0 and (run.analysis(3).trajectories / "my_path" / "vol_001.mrc").is_file()
+
+
+def test_the_images_are_looked_for_in_datadir(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, load = [], methods.load_run
+    monkeypatch.setattr(methods, "load_run", lambda *given, **more: asked.append(more) or load(*given))
+    done = CliRunner().invoke(
+        app, ["trajectory", str(run.path), "--pc", "1", "-n", "2", "--no-movie", "--datadir", str(tmp_path)]
+    )
+    assert done.exit_code == 0 and asked == [{"datadir": tmp_path}], done.output
 
 
 @pytest.mark.parametrize(

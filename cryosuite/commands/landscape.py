@@ -57,6 +57,10 @@ def main(
         Optional[Path],  # noqa: UP045
         typer.Option("-o", "--outdir", help="Folder; nothing: RUN/analyze.EPOCH/landscape.", rich_help_panel=PLACE),
     ] = None,
+    datadir: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--datadir", help="Folder of the image stacks, where they were moved.", rich_help_panel=PLACE),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Same seed, same result.", rich_help_panel=PLACE)] = 0,
 ) -> None:
     """Find states among the volumes of a trained run, count their particles, and plot the landscape.
@@ -85,7 +89,7 @@ def main(
     for name, value in (("-N", count), ("-M", states), ("--pc-dim", pc_dim)):
         if value < 1:
             raise InputError(f"{name} {value}: expected at least 1.")
-    loaded = load_run(run, epoch)
+    loaded = load_run(run, epoch, **({} if datadir is None else {"datadir": datadir}))
     analysis = RunDir(run).analysis(loaded.epoch)
     out = LandscapeDir(outdir) if outdir is not None else analysis.landscape
     say(f"epoch {loaded.epoch}: {len(loaded.z):,} particles -> {out.path}")

@@ -93,6 +93,10 @@ def main(
             "-o", "--outdir", help="Folder; nothing: RUN/analyze.EPOCH/trajectories/NAME.", rich_help_panel=PLACE
         ),
     ] = None,  # fmt: skip
+    datadir: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--datadir", help="Folder of the image stacks, where they were moved.", rich_help_panel=PLACE),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the particles of a large graph.", rich_help_panel=PLACE)] = 0,
 ) -> None:
     """Walk through the latents of a trained run: volumes, a film and ChimeraX scripts along a path.
@@ -128,7 +132,7 @@ def main(
     from cryosuite.data.workdir import RunDir, VolumeDir
     from cryosuite.methods import load_run
 
-    loaded = load_run(run, epoch)
+    loaded = load_run(run, epoch, **({} if datadir is None else {"datadir": datadir}))
     analysis = RunDir(run).analysis(loaded.epoch)
     path = _path(loaded.z, stops, pc, z_file, how, loop, count, neighbours, seed)
     folder = VolumeDir(outdir if outdir is not None else analysis.trajectories / _name(path, stops, pc, z_file))

@@ -89,8 +89,11 @@ def open_particles(
     return assemble(_rows_of(path, sources), sources)
 
 
-def open_run_particles(run: RunDir, **options: Any) -> ParticleSet:
-    """The particles a run was trained on, as its config.yaml says (keys particles, poses, ctf, ind, datadir)."""
+def open_run_particles(run: RunDir, epoch: int | None = None, **options: Any) -> ParticleSet:
+    """The particles a run was trained on, as its config.yaml says (keys particles, poses, ctf, ind, datadir).
+
+    ``epoch``: whose poses they have where the run found them itself; None: the last.
+    """
     config = run.read_config()
     if not config.get("particles"):
         raise InputError(f"{run.config}: does not say which particles were used (no `particles` entry).")
@@ -101,12 +104,12 @@ def open_run_particles(run: RunDir, **options: Any) -> ParticleSet:
     if not config.get("poses_found"):
         return open_particles(path, **{**links, **options})
     found = open_particles(path, **{**links, **options, "need_poses": False})
-    return _with_found_poses(found, run)
+    return _with_found_poses(found, run, run.last_epoch() if epoch is None else epoch)
 
 
-def _with_found_poses(particles: ParticleSet, run: RunDir) -> ParticleSet:
-    """The particles with the poses that the run itself found, of its last epoch; joined by original index."""
-    path = run.poses(run.last_epoch())
+def _with_found_poses(particles: ParticleSet, run: RunDir, epoch: int) -> ParticleSet:
+    """The particles with the poses that the run itself found up to an epoch; joined by original index."""
+    path = run.poses(epoch)
     rotation, shift = safe_load(path)[0]
     known = np.asarray(safe_load(run.index)[0])
     order = np.argsort(known)

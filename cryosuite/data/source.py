@@ -13,7 +13,7 @@ import numpy as np
 
 from cryosuite.data.cryodrgn_run import is_cryodrgn_run, open_cryodrgn_run
 from cryosuite.data.latents import fingerprint, last_latents
-from cryosuite.data.open import open_particles
+from cryosuite.data.open import open_particles, open_run_particles
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.workdir import AnalysisDir, RunDir, WorkDir
 from cryosuite.errors import InputError, notice
@@ -39,6 +39,7 @@ class Source:
     labels: np.ndarray | None = None
     labels_from: Path | None = None
     poses_found: bool = False
+    labels_problem: InputError | None = None  # of the labels of the analysis: said when they are needed
 
     @property
     def name(self) -> str:
@@ -48,6 +49,8 @@ class Source:
 
     def need_labels(self) -> np.ndarray:
         """The labels; InputError where there are none."""
+        if self.labels_problem is not None:
+            raise self.labels_problem
         if self.labels is None:
             where = (
                 f"{self.run.path} has no analysis yet: run `cryosuite analyze {self.run.path}`, or" if self.run else ""
@@ -81,8 +84,9 @@ def open_source(
         datadir, passthrough: as ``open_particles`` takes them.
 
     Raises:
-        InputError: nothing of the kind; labels, latents or an analysis of other particles or of another epoch. An
-            analysis of latents that are no longer those of the run (it was trained anew) is told and taken.
+        InputError: nothing of the kind; labels or latents of other particles, an analysis of another epoch. Labels of
+            an analysis of other particles are refused when they are needed. An analysis of latents that are no longer
+            those of the run (it was trained anew) is told and taken.
     """
     path = Path(path)
     looked = AnalysisDir(path) if AnalysisDir(path).summary.is_file() else None
@@ -142,10 +146,9 @@ def _open_run(run: RunDir, epoch: int | None, analysis: Path | None, datadir: Pa
         source = Source(opened.particles, opened.z, opened.epoch, run, looked, poses_found=opened.poses_found)
     else:
         chosen: dict[str, Any] = {} if datadir is None else {"datadir": datadir}
-        found = open_particles(run.path, need_poses=False, need_ctf=False, **chosen)
-        source = Source(found, None, None, run, looked, poses_found=bool(run.read_config().get("poses_found")))
-        if run.epochs():
-            source.epoch, source.z = last_latents(run, epoch)
+        number, z = last_latents(run, epoch) if run.epochs() else (None, None)
+        found = open_run_particles(run, number, need_poses=False, need_ctf=False, **chosen)
+        source = Source(found, z, number, run, looked, poses_found=bool(run.read_config().get("poses_found")))
     if source.z is not None and len(source.z) != len(source.particles):
         raise InputError(
             f"{run.z(source.epoch)}: {len(source.z)} latents for {len(source.particles)} particles: did the set change?"
@@ -168,9 +171,19 @@ def _epoch_of(analysis: AnalysisDir) -> int | None:
 
 
 def _read_labels(source: Source, given: Path | None) -> None:
+    """The labels given, or else those of the analysis; of these a problem is only noted."""
     path = given if given is not None else source.analysis.labels if source.analysis is not None else None
     if path is None:
         return
+    try:
+        source.labels, source.labels_from = _labels_of(source, path), path
+    except InputError as error:
+        if given is not None:
+            raise
+        source.labels_problem = error
+
+
+def _labels_of(source: Source, path: Path) -> np.ndarray:
     values = read_labels(path, unlabelled=True)
     count = len(source.particles)
     if len(values) != count:
@@ -178,4 +191,4 @@ def _read_labels(source: Source, given: Path | None) -> None:
             f"{path}: {len(values)} labels, but {source.particles.path} has {count} particles. Give the labels of this "
             "run."
         )
-    source.labels, source.labels_from = values, path
+    return values
