@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -239,6 +240,18 @@ def test_nothing_to_compare_is_said(tmp_path: Path, z: np.ndarray, words: str) -
         make_landscape(out, z.astype(np.float32), decode, PIXEL, D, LandscapeOptions(count=5))
     with pytest.raises(InputError, match="makes no volumes"):
         make_landscape(out, z.astype(np.float32), None, PIXEL, D, LandscapeOptions(count=5))
+
+
+def test_an_earlier_landscape_leaves_nothing(tmp_path: Path) -> None:
+    z, _ = three_groups((20, 20, 20))
+    out, options = AnalysisDir(tmp_path / "a").landscape, LandscapeOptions(count=12, states=2)
+    particles = ParticleSet.from_array(np.zeros((60, D, D), np.float32), PIXEL)
+    make_landscape(out, z, decode, PIXEL, D, options, umap=z[:, :2], particles=particles, pixels=24)
+    assert out.plot("landscape_umap").is_file() and out.walk(2).volumes()
+    line = np.linspace(-1, 1, 60, dtype=np.float32)[:, None]
+    make_landscape(out, line, decode, PIXEL, D, replace(options, components=1), pixels=24)
+    assert not list(out.path.glob("*umap*")) and not out.walk(2).path.exists() and out.walk(1).volumes()
+    assert not list(out.path.glob("clusters/*")) and not out.plot("volume_pca").exists() and out.summary.is_file()
 
 
 def test_two_particles_of_one_number_have_two_states(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -305,6 +306,23 @@ def test_the_umap_of_other_latents_does_not_stay(tmp_path: Path) -> None:
     assert out.umap.is_file()
     analyze(2 * z, None, out, PIXEL, D, options)
     assert not out.umap.exists()
+
+
+def test_volumes_of_other_latents_or_clusters_do_not_stay(tmp_path: Path) -> None:
+    """A folder used again with --skip-vol; what still belongs to the same latents and clusters is kept."""
+    z, _ = latents(30)
+    out = AnalysisDir(tmp_path)
+    few = AnalyzeOptions(ksample=3, components=2, per_component=2, skip_umap=True)
+    none, others = replace(few, skip_volumes=True), replace(few, skip_volumes=True, ksample=2)
+    analyze(z, decode, out, PIXEL, D, few)
+    shown = (out.chimerax, out.chimerax_overlay, out.plot("overview"))
+    (out.pc(2).path / "mine.txt").touch()
+    analyze(z, decode, out, PIXEL, D, none)
+    assert all(path.is_file() for path in shown) and len(out.pc(1).volumes()) == 2
+    analyze(z, decode, out, PIXEL, D, others)
+    assert not any(path.exists() for path in shown) and len(out.pc(1).volumes()) == 2
+    analyze(2 * z, decode, out, PIXEL, D, none)
+    assert not out.pc(1).path.exists() and [path.name for path in out.pc(2).path.iterdir()] == ["mine.txt"]
 
 
 def test_fewer_clusters_and_volumes_leave_no_files_of_earlier_ones(tmp_path):

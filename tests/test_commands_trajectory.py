@@ -11,8 +11,11 @@ from typer.testing import CliRunner
 
 from cryosuite import methods
 from cryosuite.cli import app
+from cryosuite.data.latents import fingerprint
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.workdir import RunDir
+from cryosuite.errors import UserNotice
+from cryosuite.formats.config import write_yaml
 from cryosuite.formats.pickles import write_pickle
 from cryosuite.methods import LoadedRun
 
@@ -66,6 +69,18 @@ def test_components_and_files(run: RunDir, tmp_path: Path) -> None:
     (tmp_path / "my path.txt").write_text("0 0\n1 1\n")
     done = CliRunner().invoke(app, ["trajectory", str(run.path), "--z", str(tmp_path / "my path.txt"), "--no-movie"])
     assert done.exit_code == 0 and (run.analysis(3).trajectories / "my_path" / "vol_001.mrc").is_file()
+
+
+def test_the_umap_of_other_latents_is_not_drawn_on(run: RunDir) -> None:
+    analysis, z = run.analysis(3), methods.load_run(run.path).z
+    words = ["trajectory", str(run.path), "--pc", "1", "-n", "2", "--no-movie"]
+    picture = analysis.trajectories / "pc1" / "umap_traversal.png"
+    write_yaml(analysis.summary, {"latents": fingerprint(z)})
+    assert CliRunner().invoke(app, words).exit_code == 0 and picture.is_file()
+    write_yaml(analysis.summary, {"latents": fingerprint(z + 1)})
+    with pytest.warns(UserNotice, match="other latents"):
+        assert CliRunner().invoke(app, words).exit_code == 0
+    assert not picture.exists()
 
 
 def test_the_images_are_looked_for_in_datadir(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

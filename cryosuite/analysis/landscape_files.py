@@ -25,6 +25,7 @@ from cryosuite.analysis.landscape import (
     volume_pca,
 )
 from cryosuite.analysis.latents import finite_rows
+from cryosuite.analysis.leftovers import drop_walk
 from cryosuite.analysis.lists import write_lists
 from cryosuite.analysis.palette import palette
 from cryosuite.analysis.path_files import UMAP_NAMES, write_path
@@ -130,6 +131,7 @@ def make_landscape(
         mask = _mask(options.mask, maps, box, box_size)
         write_map(out.mask, mask, size)
         found = _among_maps(good, rows, len(z), chosen, maps, mask, options, particles)
+        _drop_earlier(out)
         _write_maps(out, found, maps, mask, size, pixels)
     points = good[chosen.rows[found.middle]]
     with Progress(2 * len(points), "volumes of states", unit="steps") as progress:
@@ -146,6 +148,20 @@ def make_landscape(
     _tables(out, found, particles)
     _summarise(out, found, options, box, size, len(z))
     return found
+
+
+def _drop_earlier(out: LandscapeDir) -> None:
+    """Remove what an earlier landscape left and this one may not write again."""
+    out.summary.unlink(missing_ok=True)  # until the end this folder is not complete
+    for name in ("volume_pca", "umap"):
+        for picture in (out.plot(name), out.plot(f"landscape_{name}")):
+            for old in (picture, picture.with_suffix(".csv")):
+                old.unlink(missing_ok=True)
+    for component in range(1, WALKS + 1):
+        drop_walk(out.walk(component))
+    clusters = AnalysisDir(out.path).cluster_indices(0).parent
+    for old in [*clusters.glob("cluster_*.ind.pkl"), *clusters.glob("cluster_*.star")]:
+        old.unlink()
 
 
 @contextmanager

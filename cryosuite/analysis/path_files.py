@@ -137,7 +137,8 @@ def make_trajectory(
     rows = np.flatnonzero(np.isfinite(z).all(axis=1))
     model = pca(z[rows])
     count, table = len(path.z), folder.path / "trajectory.csv"
-    for old in (table, folder.path / "movie.gif", folder.path / "movie.mp4"):
+    names = ("movie.gif", "movie.mp4", "pca_traversal.png", "umap_traversal.png", "particles.csv")
+    for old in (table, *(folder.path / name for name in names)):  # of an earlier path in this folder
         old.unlink(missing_ok=True)
     frames = frame_count(count, loop=path.loop) if film and count > 1 else 0
     texts = [f"{at:.3g}" for at in path.at]

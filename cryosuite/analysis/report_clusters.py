@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from cryosuite.analysis import render
+from cryosuite.analysis.leftovers import shows_centres
 from cryosuite.analysis.particle_table import Column
 from cryosuite.analysis.report_maps import ClusterMap, find_maps
 from cryosuite.analysis.report_pictures import (
@@ -90,7 +91,7 @@ def _maps(found: Found, facts: RunFacts, sizes: np.ndarray, pictures: dict[str, 
     """Maps of each cluster as the page shows them; their pictures are added to ``pictures``."""
     count = len(sizes)
     files: list[list[ClusterMap]] = [[] for _ in range(count)]
-    current = _of_these_clusters(found)
+    current = shows_centres(found.folder)
     for label in range(count):
         path = found.folder.volume(label + found.first_volume)
         if current and path.is_file():
@@ -117,12 +118,6 @@ def _maps(found: Found, facts: RunFacts, sizes: np.ndarray, pictures: dict[str, 
                 notice(f"{one.path}: is not in the report: {error}")
             progress.advance()
     return result
-
-
-def _of_these_clusters(found: Found) -> bool:
-    """False where the volumes are of other clusters: left by an earlier analysis in the same folder (--skip-vol)."""
-    drawn, centres = found.folder.z_values, found.folder.centers
-    return not (drawn.is_file() and centres.is_file()) or drawn.read_bytes() == centres.read_bytes()
 
 
 def _level(one: ClusterMap, found: Found) -> float:

@@ -19,6 +19,7 @@ import numpy as np
 from cryosuite import __version__
 from cryosuite.analysis import chimerax, latents, plots, sheets
 from cryosuite.analysis.latents import Clusters, Pca
+from cryosuite.analysis.leftovers import drop_umap_of_others, drop_volumes_of_others
 from cryosuite.analysis.overview import overview
 from cryosuite.analysis.palette import palette
 from cryosuite.analysis.path_files import UMAP_NAMES, plot_path, write_path
@@ -38,7 +39,7 @@ from cryosuite.data.particles import ParticleSet
 from cryosuite.data.workdir import AnalysisDir, VolumeDir
 from cryosuite.errors import InputError
 from cryosuite.formats.atomic import atomic_path
-from cryosuite.formats.config import read_yaml, write_yaml
+from cryosuite.formats.config import write_yaml
 from cryosuite.formats.pickles import write_pickle
 
 PREVIEW = 320  # pixels on a side of the pictures of volumes
@@ -142,13 +143,14 @@ def analyze(
             result.umap = _full(embedded, rows, len(z), np.nan)
             clock.lap(result, "UMAP", "done")
     if result.umap is None:
-        _drop_umap_of_others(out, z)
+        drop_umap_of_others(out, z)
     _write_numbers(result, good, particles)
     _plot(result, good, epoch, records)
     clock.lap(result, "plots", "drawn")
     if decode is not None and not options.skip_volumes:
         _volumes(result, good, decode, pixel_size, box_size, options)
         clock.lap(result, "volumes", "decoded and drawn")
+    drop_volumes_of_others(out, z, folder, bool(result.files), len(result.walks))
     _summarise(result, options, epoch, pixel_size, z, run)
     return result
 
@@ -235,14 +237,6 @@ def _write_numbers(result: Analysis, z: np.ndarray, particles: ParticleSet | Non
         from cryosuite.analysis.lists import write_lists
 
         write_lists(out, particles, result.labels, clusters.count)
-
-
-def _drop_umap_of_others(out: AnalysisDir, z: np.ndarray) -> None:
-    """Remove the UMAP that an earlier analysis left in the folder, unless it was one of the same latents."""
-    before = read_yaml(out.summary).get("latents") if out.summary.is_file() else None
-    if before != fingerprint(z):
-        for old in (out.umap, out.plot("umap").with_suffix(".csv")):
-            old.unlink(missing_ok=True)
 
 
 def _write_clusters(folder: VolumeDir, clusters: Clusters, rows: np.ndarray, labels: np.ndarray) -> None:

@@ -97,7 +97,7 @@ def main(
     options = LandscapeOptions(count, downsample, pc_dim, states, linkage, mask, seed, volumes)
     found = make_landscape(
         out, loaded.z, loaded.decode, loaded.pixel_size, loaded.box_size, options,
-        particles=loaded.particles, umap=read_umap(analysis, len(loaded.z)),
+        particles=loaded.particles, umap=read_umap(analysis, len(loaded.z), loaded.z),
     )  # fmt: skip
     _report(found, out, run)
 

@@ -140,7 +140,7 @@ def main(
     say(f"epoch {loaded.epoch}: {len(path.z)} volumes {path.title} -> {folder.path}")
     files = make_trajectory(
         folder, path, loaded.z, loaded.decode, loaded.pixel_size, loaded.box_size, volumes,
-        umap=read_umap(analysis, len(loaded.z)), film=not no_movie,
+        umap=read_umap(analysis, len(loaded.z), loaded.z), film=not no_movie,
     )  # fmt: skip
     rows: list[list[object]] = [[f"{len(files)} volumes, one level", folder.path]]
     rows += [[what, folder.path / name] for what, name in (

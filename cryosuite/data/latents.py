@@ -8,6 +8,7 @@ import numpy as np
 
 from cryosuite.data.workdir import AnalysisDir, RunDir
 from cryosuite.errors import InputError, notice
+from cryosuite.formats.config import read_yaml
 from cryosuite.formats.pickles import read_latent, safe_load
 
 
@@ -39,12 +40,19 @@ def fingerprint(z: np.ndarray) -> str:
     return f"{zlib.crc32(np.ascontiguousarray(z, '<f4').tobytes()):08x}"
 
 
-def read_umap(analysis: AnalysisDir, count: int) -> np.ndarray | None:
+def read_umap(analysis: AnalysisDir, count: int, z: np.ndarray | None = None) -> np.ndarray | None:
     """UMAP coordinates (count, 2) of an analysis, NaN where left out; None where there are none, or of other particles.
 
+    With ``z`` (count, zdim) also None, with a notice, where the analysis notes that it was made of other latents.
     Raises InputError for a file that is no array.
     """
     if not analysis.umap.is_file():
+        return None
+    noted = read_yaml(analysis.summary).get("latents") if z is not None and analysis.summary.is_file() else None
+    if noted is not None and noted != fingerprint(z):
+        notice(
+            f"{analysis.umap}: of other latents than the run has now (trained anew?): left out; run analyze again"
+        )
         return None
     found = np.asarray(safe_load(analysis.umap)[0])
     return found.astype(np.float32) if found.shape == (count, 2) and found.dtype.kind == "f" else None
