@@ -267,6 +267,17 @@ def test_held_out_molecules_are_never_trained_on() -> None:
         MapPairs(molecules, options, hold_out="m9")
 
 
+def test_what_is_held_out_does_not_follow_the_training() -> None:
+    """Two trainings with other shares of clean maps and of noise are judged by the same crops."""
+    molecules = [ball(seed, name=f"m{seed}") for seed in range(2)]
+    batches = [
+        MapPairs(molecules, replace(PLAIN, clean=clean, nothing=nothing), hold_out="m1").held(3, 2)
+        for clean, nothing in ((0.0, 0.0), (0.9, 0.1))
+    ]
+    for one, other in zip(*batches, strict=True):
+        assert torch.equal(one.input, other.input) and torch.equal(one.target, other.target)
+
+
 def test_crops_hold_molecule_but_for_a_tenth() -> None:
     options = replace(PLAIN, volume=96, crop=16, crops_per_volume=20, solvent_crops=0.1)
     pairs = MapPairs([ball()], options)

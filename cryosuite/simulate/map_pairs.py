@@ -105,11 +105,18 @@ class MapPairs:
         return self._crops(rows[draws.below(len(rows))], generator, device)
 
     def held(self, seed: int, count: int) -> list[MapBatch]:
-        """``count`` batches of held-out structures in turn, on the CPU, fixed by the seed; [] if none are held out."""
+        """``count`` batches of held-out structures in turn, on the CPU, fixed by the seed; [] if none are held out.
+
+        How many clean maps and how much noise the training sees changes nothing here, so trainings can be compared.
+        """
         if not self.testing:
             return []
-        generator = torch.Generator().manual_seed(seed)
-        return [self._crops(self.testing[i % len(self.testing)], generator, "cpu") for i in range(count)]
+        generator, options = torch.Generator().manual_seed(seed), self.options
+        self.options = replace(options, clean=PairOptions.clean, nothing=PairOptions.nothing)
+        try:
+            return [self._crops(self.testing[i % len(self.testing)], generator, "cpu") for i in range(count)]
+        finally:
+            self.options = options
 
     def volume(self, index: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Volume:
         """A whole cube of molecule or map ``index``, both maps on the networks' scale 0..1."""

@@ -27,7 +27,7 @@ from lvm_cases import STRUCTURES, Case, Judge, Structure, baselines, cut_at
 from lvm_wedge import run_wedge
 
 from cryosuite.data.map_weights import MapWeights, load_map_weights, shipped_map_weights
-from cryosuite.errors import UserNotice
+from cryosuite.errors import InputError, UserNotice
 from cryosuite.methods.lvm_sharpen import EnhanceOptions, enhance
 from cryosuite.simulate.map_options import PairOptions
 
@@ -51,10 +51,10 @@ def weights_of(task: str, folder: Path | None) -> MapWeights | None:
     """Shipped weights, or those of a run, FOLDER/<task>/weights.safetensors; None where there are none."""
     try:
         path = shipped_map_weights(task) if folder is None else folder / task / "weights.safetensors"
-        return load_map_weights(path)
-    except Exception as error:
+    except InputError as error:
         print(f"{task}: {error}")
         return None
+    return load_map_weights(path) if path.is_file() else None
 
 
 def answer(weights: MapWeights, case: Case, **options: object) -> np.ndarray:
