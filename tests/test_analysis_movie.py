@@ -101,6 +101,15 @@ def test_mp4_is_piped_to_ffmpeg(tmp_path: Path) -> None:
     assert not (tmp_path / "b.mp4").exists()
 
 
+def test_a_program_that_gives_up_early_says_why(tmp_path: Path) -> None:
+    program = tmp_path / "ffmpeg"
+    program.write_text(f"#!{sys.executable}\nimport sys\nsys.stderr.write('x' * 200000 + '\\nno room')\nsys.exit(1)\n")
+    os.chmod(program, 0o755)
+    pictures = [np.zeros((256, 256, 3), np.uint8)] * 8  # more than a pipe holds
+    with pytest.raises(InputError, match="film: no room"):
+        movie.write_mp4(tmp_path / "b.mp4", pictures, 12, str(program))
+
+
 @pytest.mark.skipif(movie.ffmpeg() is None, reason="ffmpeg is not installed")
 def test_a_real_mp4(tmp_path: Path) -> None:
     pictures = [np.full((64, 64, 3), 10 * i, np.uint8) for i in range(20)]

@@ -11,7 +11,7 @@ import pytest
 from select_toy import Toy, make_run
 from typer.testing import CliRunner
 
-from cryosuite.analysis.particle_table import particle_columns, round_confidence, write_particle_table
+from cryosuite.analysis.particle_table import Column, particle_columns, round_confidence, write_particle_table
 from cryosuite.cli import app
 from cryosuite.data.latents import fingerprint
 from cryosuite.data.open import open_particles
@@ -161,6 +161,31 @@ def test_neighbours_in_latent_space(toy: Toy, tmp_path: Path) -> None:
     assert chosen(tmp_path, toy.run.path, "--near-volume", 1, "--count", 20) == sorted(near.tolist())
 
 
+def test_the_volume_lies_where_analyze_decoded_it(toy: Toy, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", toy.run.read_config()["particles"], 180)
+    summary = {"kind": "analysis", "run": "..", "epoch": 2, "kmeans": {"folder": "gmm-direct-3"}}
+    write_yaml(run.analysis.summary, summary)
+    folder = run.analysis.clusters("gmm-direct", 3)
+    folder.path.mkdir()
+    folder.centers_index.write_text("0\n4\n5\n")
+    near = np.argsort(np.linalg.norm(run.z - run.z[4], axis=1))[:20]
+    assert chosen(tmp_path, run.run.path, "--near-volume", 1, "--count", 20) == sorted(near.tolist())
+    write_pickle(tmp_path / "own.pkl", run.labels)  # labels of one's own: the middle of these
+    own = chosen(tmp_path, run.run.path, "--near-volume", 1, "--count", 20, "--labels", tmp_path / "own.pkl")
+    assert own == chosen(tmp_path, toy.run.path, "--near-volume", 1, "--count", 20) != sorted(near.tolist())
+
+
+def test_text_that_looks_like_numbers_stays_text(toy: Toy, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", toy.run.read_config()["particles"], 180)
+    names = ("001", "002", "NA")
+    columns = [Column("row", np.arange(180)), Column("micrograph", np.arange(180) % 3, names=names)]
+    columns += [Column("class_name", np.arange(180) % 2, names=("01", "1"))]
+    write_particle_table(run.analysis.particles, columns)
+    assert chosen(tmp_path, run.run.path, "--where", "micrograph == '001'") == where(np.arange(180) % 3 == 0)
+    assert chosen(tmp_path, run.run.path, "--where", "micrograph == 'NA'") == where(np.arange(180) % 3 == 2)
+    assert chosen(tmp_path, run.run.path, "--where", "class_name == '1'") == where(np.arange(180) % 2 == 1)
+
+
 def test_latents_that_are_no_numbers_are_nobodys_neighbours(toy: Toy, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", toy.run.read_config()["particles"], 180)
     z = run.z.copy()
@@ -233,6 +258,7 @@ def test_nothing_is_written_when_one_file_cannot_be(toy: Toy, tmp_path: Path) ->
         (["--near-row", 500], "rows go from 0 to 179"),
         (["--near-volume", 5], "no particle in cluster 5"),
         (["--near-row", 1, "--count", 0], "--count 0"),
+        (["--cluster", 1, "--count", 5], "--count 5.*--near-volume"),
         (["--cluster", 1, "--epoch", 7], "epoch 7"),
         (["--cluster", 1, "--analysis", "nowhere"], "nowhere: has no labels.pkl"),
     ],

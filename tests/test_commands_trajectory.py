@@ -95,6 +95,9 @@ def test_the_images_are_looked_for_in_datadir(run: RunDir, tmp_path: Path, monke
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--pc", "1", "--how", "direct"], "--how direct"), (["--pc", "1", "--seed", "0"], "--seed 0.*graph"),
+        (["--z", "x.txt", "--neighbours", "5"], "--neighbours 5"),
+        (["--from", "1", "--to", "2", "--how", "direct", "--neighbours", "5"], "--neighbours 5"),
         ([], "say which way"), (["--from", "1", "--to", "2", "--pc", "1"], "say which way"),
         (["--from", "1"], "two particles"),
         (["--from", "1", "--to", "60"], "row 60"), (["--from", "1", "--to", "4"], "row 4.*NaN"),

@@ -77,11 +77,14 @@ class Columns:
     def _from_table(self, name: str) -> np.ndarray:
         import pandas as pd
 
+        from cryosuite.analysis.particle_table import text_columns
+
         count = len(self.source.particles)
         wanted = [name] if name == "row" or "row" not in self._header else ["row", name]
         try:
-            table = pd.read_csv(self._table, usecols=wanted, low_memory=False, encoding_errors="replace")
-        except (ValueError, pd.errors.ParserError) as error:
+            as_text = {"dtype": {name: str}, "keep_default_na": False} if name in text_columns(self._table) else {}
+            table = pd.read_csv(self._table, usecols=wanted, low_memory=False, encoding_errors="replace", **as_text)
+        except (ValueError, csv.Error, pd.errors.ParserError) as error:
             raise InputError(f"{self._table}: cannot be read ({printable(error)}): run analyze again") from None
         rows = table["row"].to_numpy() if "row" in table else np.arange(len(table))
         if len(table) != count or not np.array_equal(rows, np.arange(count)):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -147,8 +149,25 @@ def write_mp4(path: Path, pictures: Sequence[np.ndarray], rate: float, program: 
             "-r", f"{rate:g}", "-i", "-", "-an", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "20",
             "-movflags", "+faststart", "-f", "mp4", os.fspath(temporary),
         ]  # fmt: skip
-        data = b"".join(np.ascontiguousarray(picture[:height, :width]).tobytes() for picture in pictures)
-        done = subprocess.run(command, input=data, capture_output=True, check=False)
-        if done.returncode:
-            last = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or ["no message"]
+        with tempfile.TemporaryFile() as said:
+            status = _feed(command, (picture[:height, :width] for picture in pictures), said)
+            said.seek(0)
+            last = said.read().decode("utf-8", "replace").strip().splitlines()[-1:] or ["no message"]
+        if status:
             raise InputError(f"{path}: {program} could not write the film: {last[0]}")
+
+
+def _feed(command: Sequence[str], pictures: Iterable[np.ndarray], said: IO[bytes]) -> int:
+    """Run a program with pictures on its input, one at a time, and its messages in a file; its exit status."""
+    running = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said)
+    try:
+        with running.stdin as pipe:
+            for picture in pictures:
+                pipe.write(np.ascontiguousarray(picture).data)
+    except BrokenPipeError:  # it gave up: its status and messages say why
+        pass
+    except BaseException:
+        running.kill()
+        running.wait()
+        raise
+    return running.wait()

@@ -6,6 +6,7 @@ that they can be typed in a condition; ``particles_columns.csv`` says the unit a
 
 from __future__ import annotations
 
+import csv
 import keyword
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -235,7 +236,7 @@ def _codes(values: np.ndarray | pd.Series) -> tuple[np.ndarray, tuple[str, ...]]
 
 
 def write_particle_table(path: Path, columns: Sequence[Column]) -> None:
-    """Write the columns as CSV, a row per particle, and their units beside it (``particles_columns.csv``).
+    """Write the columns as CSV, a row per particle, and beside it (``particles_columns.csv``) unit and kind of each.
 
     Unknown values are empty. Streamed: memory does not grow with the number of particles.
     """
@@ -250,10 +251,25 @@ def write_particle_table(path: Path, columns: Sequence[Column]) -> None:
     meaning = pd.DataFrame({
         "column": [column.name for column in columns],
         "unit": [column.unit for column in columns],
+        "kind": ["text" if column.names else "number" for column in columns],
         "meaning": [column.about for column in columns],
     })  # fmt: skip
-    with atomic_path(path.with_name(f"{path.stem}_columns.csv")) as temporary:
+    with atomic_path(columns_file(path)) as temporary:
         meaning.to_csv(temporary, index=False)
+
+
+def columns_file(path: Path) -> Path:
+    """The file beside a table of particles that says what its columns are."""
+    return path.with_name(f"{path.stem}_columns.csv")
+
+
+def text_columns(path: Path) -> set[str]:
+    """Names of the columns of a table that hold text, though it may look like numbers ("001")."""
+    known = {"micrograph"}  # of tables without kinds
+    if columns_file(path).is_file():
+        with open(columns_file(path), encoding="utf-8", errors="replace", newline="") as file:
+            known |= {str(row.get("column")) for row in csv.DictReader(file) if row.get("kind") == "text"}
+    return known
 
 
 def _texts(column: Column, names: tuple[str, ...], block: slice) -> Iterable[str]:

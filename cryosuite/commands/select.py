@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cryosuite.data.select import Selection
     from cryosuite.data.source import Source
 
+NEAR = 1000  # particles of --near-volume and --near-row
 WHICH, OTHERS, FILES = "Which particles (all conditions together)", "Of these", "Files"
 
 
@@ -64,8 +65,11 @@ def main(
         ),
     ] = None,  # fmt: skip
     count: Annotated[
-        int, typer.Option("--count", help="How many for --near-volume and --near-row.", rich_help_panel=WHICH)
-    ] = 1000,
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            "--count", help="How many for --near-volume and --near-row; nothing: 1000.", rich_help_panel=WHICH
+        ),
+    ] = None,
     invert: Annotated[bool, typer.Option("--not", help="All other particles instead.", rich_help_panel=OTHERS)] = False,
     within: Annotated[
         Optional[list[Path]],  # noqa: UP045
@@ -119,6 +123,8 @@ def main(
         raise InputError(
             "say which particles: --from, --cluster, --where, --near-volume, --near-row, --with or --random"
         )
+    if count is not None and near_volume is None and near_row is None:
+        raise InputError(f"--count {count}: says how many for --near-volume or --near-row: give one (or use --random)")
     found = open_source(
         path, epoch=epoch, labels=labels, analysis=analysis, datadir=datadir, passthrough=passthrough or ()
     )
@@ -126,7 +132,7 @@ def main(
     if lasso is not None:
         _from_file(found, chosen, lasso)
     _by_value(found, chosen, clusters, where or [])
-    _near(found, chosen, near_volume, near_row, count)
+    _near(found, chosen, near_volume, near_row, NEAR if count is None else count)
     if invert:
         chosen.complement()
     _narrow(found, chosen, within or [], random, seed)
@@ -170,10 +176,14 @@ def _by_value(found: Source, chosen: Selection, clusters: list[int], where: list
 
 def _near(found: Source, chosen: Selection, volume: int | None, row: int | None, count: int) -> None:
     """--near-volume and --near-row."""
+    import numpy as np
+
     from cryosuite.data.select import latent_of_cluster, latent_of_row, nearest_rows
 
     if volume is not None:
-        point = latent_of_cluster(found.need_latents(), found.need_labels(), volume)
+        z, labels, row_of = found.need_latents(), found.need_labels(), found.centre_row(volume)
+        known = row_of is not None and (labels == volume).any() and np.isfinite(z[row_of]).all()
+        point = z[row_of] if known else latent_of_cluster(z, labels, volume)
         chosen.add(f"--near-volume {volume}", nearest_rows(found.z, point, count))
     if row is not None:
         point = latent_of_row(found.need_latents(), row)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 WAY, VOLUMES, PLACE = "Which way", "Volumes", "Where and how"
 HOW = ("graph", "direct")
+NEIGHBOURS = 10
 
 
 def main(
@@ -41,17 +42,18 @@ def main(
         typer.Option("--z", help="Text file of latents instead: each line a volume (no -n).", rich_help_panel=WAY),
     ] = None,
     how: Annotated[
-        str,
+        Optional[str],  # noqa: UP045
         typer.Option(
             "--how",
-            help="graph: from neighbour to neighbour, where particles are; direct: straight lines.",
+            help="graph (or nothing): from neighbour to neighbour, where particles are; direct: straight lines.",
             rich_help_panel=WAY,
         ),
-    ] = "graph",  # fmt: skip
+    ] = None,  # fmt: skip
     loop: Annotated[bool, typer.Option("--loop", help="Come back to the beginning.", rich_help_panel=WAY)] = False,
     neighbours: Annotated[
-        int, typer.Option("--neighbours", help="Of each particle, for --how graph.", rich_help_panel=WAY)
-    ] = 10,
+        Optional[int],  # noqa: UP045
+        typer.Option("--neighbours", help="Of each particle, for --how graph; nothing: 10.", rich_help_panel=WAY),
+    ] = None,
     count: Annotated[
         int, typer.Option("-n", "--volumes", help="Volumes along the path.", rich_help_panel=VOLUMES)
     ] = 10,
@@ -97,7 +99,10 @@ def main(
         Optional[Path],  # noqa: UP045
         typer.Option("--datadir", help="Folder of the image stacks, where they were moved.", rich_help_panel=PLACE),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the particles of a large graph.", rich_help_panel=PLACE)] = 0,
+    seed: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--seed", help="Of the particles of a large graph; nothing: 0.", rich_help_panel=PLACE),
+    ] = None,
 ) -> None:
     """Walk through the latents of a trained run: volumes, a film and ChimeraX scripts along a path.
 
@@ -120,8 +125,13 @@ def main(
     stops = _stops(start, end, through or [])
     if sum((bool(stops), pc is not None, z_file is not None)) != 1:
         raise InputError("say which way: --from ROW --to ROW, or --pc NUMBER, or --z FILE.")
-    if how not in HOW:
+    if how not in (None, *HOW):
         raise InputError(f"--how {how}: expected graph or direct.")
+    if how is not None and not stops:
+        raise InputError(f"--how {how}: is for a path between particles (--from, --to), not for --pc or --z.")
+    for name, value in (("--neighbours", neighbours), ("--seed", seed)):
+        if value is not None and (how == "direct" or not stops):
+            raise InputError(f"{name} {value}: is only for the graph between particles (--from, --to, --how graph).")
     if count < 2 and z_file is None:
         raise InputError(f"-n {count}: expected at least 2 volumes.")
 
@@ -134,7 +144,10 @@ def main(
 
     loaded = load_run(run, epoch, **({} if datadir is None else {"datadir": datadir}))
     analysis = RunDir(run).analysis(loaded.epoch)
-    path = _path(loaded.z, stops, pc, z_file, how, loop, count, neighbours, seed)
+    path = _path(
+        loaded.z, stops, pc, z_file, how or HOW[0], loop, count, NEIGHBOURS if neighbours is None else neighbours,
+        seed or 0,
+    )  # fmt: skip
     folder = VolumeDir(outdir if outdir is not None else analysis.trajectories / _name(path, stops, pc, z_file))
     volumes = VolumeOptions(apix, flip, invert, downsample, low_pass, vol_start_index, mass_kda)
     say(f"epoch {loaded.epoch}: {len(path.z)} volumes {path.title} -> {folder.path}")

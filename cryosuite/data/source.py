@@ -15,8 +15,9 @@ from cryosuite.data.cryodrgn_run import is_cryodrgn_run, open_cryodrgn_run
 from cryosuite.data.latents import fingerprint, last_latents
 from cryosuite.data.open import open_particles, open_run_particles
 from cryosuite.data.particles import ParticleSet
-from cryosuite.data.workdir import AnalysisDir, RunDir, WorkDir
+from cryosuite.data.workdir import AnalysisDir, RunDir, VolumeDir, WorkDir
 from cryosuite.errors import InputError, notice
+from cryosuite.formats.checks import read_bytes
 from cryosuite.formats.config import read_yaml
 from cryosuite.formats.pickles import read_labels
 
@@ -59,6 +60,22 @@ class Source:
                 f"{where or self.particles.path}{'' if where else ':'} give the clusters: --labels labels.pkl"
             )
         return self.labels
+
+    def centre_row(self, cluster: int) -> int | None:
+        """Row of the particle at whose latent ``analyze`` decoded the volume of a cluster; None where it is not known.
+
+        Only for the labels of the analysis itself.
+        """
+        if self.analysis is None or self.labels_from != self.analysis.labels or not self.analysis.summary.is_file():
+            return None
+        known = read_yaml(self.analysis.summary).get("kmeans")
+        named = known.get("folder") if isinstance(known, dict) else None
+        if not isinstance(named, str):
+            return None
+        path = VolumeDir(self.analysis.path / Path(named).name).centers_index
+        words = read_bytes(path, "rows").decode("utf-8", "replace").split() if path.is_file() else []
+        word = words[cluster] if 0 <= cluster < len(words) else ""
+        return int(word) if re.fullmatch(r"\d{1,18}", word) and int(word) < len(self.particles) else None
 
     def need_latents(self) -> np.ndarray:
         """The latents; InputError where there are none."""
