@@ -50,9 +50,7 @@ def read_umap(analysis: AnalysisDir, count: int, z: np.ndarray | None = None) ->
         return None
     noted = read_yaml(analysis.summary).get("latents") if z is not None and analysis.summary.is_file() else None
     if noted is not None and noted != fingerprint(z):
-        notice(
-            f"{analysis.umap}: of other latents than the run has now (trained anew?): left out; run analyze again"
-        )
+        notice(f"{analysis.umap}: of other latents than the run has now (trained anew?): left out; run analyze again")
         return None
     found = np.asarray(safe_load(analysis.umap)[0])
     return found.astype(np.float32) if found.shape == (count, 2) and found.dtype.kind == "f" else None
