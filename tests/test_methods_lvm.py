@@ -211,7 +211,7 @@ def test_fifty_steps_of_training_lower_the_loss(tmp_path):
 
     before = mean_loss(method.build(stream))  # the map itself, but for the faces of the crops
     after = mean_loss(fit(method, stream, RunDir(tmp_path), replace(TRAINING, epochs=1, lr=2e-3)).model)
-    assert after < 0.8 * before
+    assert after < 0.9 * before
 
 
 class TestGuards:
