@@ -64,5 +64,9 @@ bench: $(VENV)/installed $(VENV)-cryodrgn/installed
 	$(BENCH)/deco.py --work $(BENCH_WORK)/deco --family known --set $(BENCH_WORK)/sim/mix16-d32-snr0.1-n8000-s{seed} --seeds 0,1,2
 	$(BENCH)/deco.py --work $(BENCH_WORK)/deco --family known --set $(BENCH_WORK)/sim/ribo16-d64-snr0.1-n2400-s{seed} --seeds 0,1,2
 	$(BENCH)/fastar.py --work $(BENCH_WORK)/fastar --box 64
+	$(BENCH)/lvm.py sharpen superres wedge safety --keep $(BENCH_WORK)/lvm
+	$(BENCH)/lvm_sharpen_speed.py --size 300
+	$(BENCH)/analyze_speed.py --folder $(BENCH_WORK)/analyze
+	$(BENCH)/report_speed.py --work $(BENCH_WORK)/report
 	$(BENCH)/lvm_speed.py
 	$(BIN)/python tests/benchmarks/tables.py
