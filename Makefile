@@ -3,11 +3,12 @@
 # make test-slurm  trainings under a real SLURM on this machine (root, Debian)
 # make quickstart  from nothing to volumes in one command, with simulated data
 # make bench       the tables of speed and quality (needs cryoDRGN and RELION for the peers' columns)
+# make bench-fire  the table of loads, faults and bad inputs
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: test test-all test-slurm lint quickstart bench clean
+.PHONY: test test-all test-slurm lint quickstart bench bench-fire clean
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -69,4 +70,10 @@ bench: $(VENV)/installed $(VENV)-cryodrgn/installed
 	$(BENCH)/analyze_speed.py --folder $(BENCH_WORK)/analyze
 	$(BENCH)/report_speed.py --work $(BENCH_WORK)/report
 	$(BENCH)/lvm_speed.py
+	$(BIN)/python tests/benchmarks/tables.py
+
+# loads, faults, bad inputs: a script a line, each writes its results/fire_*.json and can be run alone
+bench-fire: $(VENV)/installed
+	$(BENCH)/fire_kill.py --work $(BENCH_WORK)/fire/kill
+	$(BENCH)/fire_disk.py --work $(BENCH_WORK)/fire/disk
 	$(BIN)/python tests/benchmarks/tables.py

@@ -77,12 +77,31 @@ def test_kraqen_table_has_a_row_per_set(tables):
     assert "0, 1 | 10.0 min | 0.970 ± 0.000" in text and "15, 15 of 16 | 18, 18" in text
 
 
+def test_fire_table_sorts_by_kind_and_keeps_cells_whole(tables):
+    import tables_fire
+
+    def result(name: str, *rows: tuple) -> dict:
+        keys = ("kind", "what", "tried", "result", "detail")
+        made = {"command": f"python tests/benchmarks/fire_{name}.py", "date": "2026-11-21", "seed": 3, "versions": {}}
+        return made | {"rows": [dict(zip(keys, row, strict=False)) for row in rows]}
+
+    found = [result("fuzz", ("input", "`mrc` a|b", 200000, "no traceback")), result("kill", ("fault", "k", 20, "same"))]
+    found.append(result("million", ("load", "1,000,000 particles", 1, "held", "peak\n1.1 GiB")))
+    lines = tables_fire.fire_table(found).splitlines()
+    assert lines[2] == "| load held | 1,000,000 particles | 1 | held | peak 1.1 GiB |"
+    assert lines[3] == "| fault survived | k | 20 | same |  |"
+    assert lines[4] == "| bad input | `mrc` a\\|b | 200,000 | no traceback |  |"
+    assert lines[6:9] == [f"- `{one['command']}` (2026-11-21, seed 3)" for one in found]
+    with pytest.raises(SystemExit, match="unknown kind flood"):
+        tables_fire.fire_table([result("x", ("flood", "x", 1, "y"))])
+
+
 def test_readme_has_markers_for_every_table(tables, monkeypatch, tmp_path):
     import common
     import tables as writer
 
     text = writer.README.read_text()
-    for name in ("speed", "hype", "mix16", "kraqen", "polish", "methods", "ablation", "kraqen-speed"):
+    for name in ("speed", "hype", "mix16", "kraqen", "polish", "methods", "ablation", "kraqen-speed", "fire"):
         assert f"| {name} |" in writer.replace(text, name, f"| {name} |")
     monkeypatch.setattr(sys, "argv", ["bench.py", "--work", "/somewhere/mine"])
     monkeypatch.setattr(common, "RESULTS", tmp_path)

@@ -9,6 +9,7 @@ from statistics import mean
 
 from common import RESULTS
 from tables_fastar import quality_table, race_table, scaling_table
+from tables_fire import fire_table
 from tables_lvm import lvm_table
 from tables_maps import (
     ablation_table,
@@ -149,6 +150,7 @@ def latest() -> dict[str, str]:
         ("fastar-quality", results(RESULTS, "fastar_quality_*.json"), quality_table),
         ("fastar-race", results(RESULTS, "fastar_race_*.json"), race_table),
         ("ablation", results(RESULTS, "ablation_*.json"), ablation_table),
+        ("fire", results(RESULTS, "fire_*.json"), fire_table),
     ):
         if found:
             tables[name] = make(found)
