@@ -178,8 +178,8 @@ def test_columns_of_a_particle_set() -> None:
     columns = [
         Column("row", np.arange(60)), Column("pc1", np.arange(60.0)), Column("cluster", np.arange(60) % 3),
         Column("rot", np.arange(60.0), cyclic=True), Column("same", np.ones(60)), Column("defocus", np.arange(60.0)),
-        Column("micrograph", np.arange(60) % 3 - 1, names=("a", "b")),
+        Column("micrograph", np.arange(60) % 3 - 1, names=("a", "b")), Column("pcfScore", np.arange(60.0)),
     ]  # fmt: skip
     found = columns_to_test(columns, particles)
-    assert set(found) == {"view", "defocus", "micrograph"}
+    assert set(found) == {"view", "defocus", "micrograph", "pcfScore"}
     assert list(found["micrograph"][:3]) == ["", "a", "b"]

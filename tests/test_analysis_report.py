@@ -25,6 +25,7 @@ from cryosuite.data.orientations import from_euler
 from cryosuite.data.results import MapsDir, PolishDir
 from cryosuite.errors import InputError
 from cryosuite.formats.config import write_yaml
+from cryosuite.formats.csv_text import unguarded
 from cryosuite.formats.mrc import write_map
 from cryosuite.formats.pickles import write_pickle
 
@@ -84,14 +85,14 @@ def test_table_holds_what_the_set_and_its_file_know(made) -> None:
     table = pd.read_csv(path.parent / "particles.csv")
     particles = particle_set(len(z))
     assert len(table) == len(z)
-    np.testing.assert_array_equal(table["row"], np.arange(len(z)))
-    np.testing.assert_array_equal(table["index"], particles.index)
+    np.testing.assert_array_equal(table["row_from_0"], np.arange(len(z)))
+    np.testing.assert_array_equal(table["index_from_0"], particles.index)
     np.testing.assert_allclose(table["defocus"], particles.ctf[:, 2] - 100, rtol=1e-5)
     np.testing.assert_allclose(table["shift"], np.linalg.norm(particles.shift, axis=1) * D * 3.0, rtol=1e-4)
     angles = table[["rot", "tilt", "psi"]].to_numpy()
     np.testing.assert_allclose(from_euler(angles), particles.rotation, atol=1e-3)
     assert list(table["micrograph"][:1]) == [EVIL] and set(table["rlnClassNumber"]) == {1, 2, 3}
-    assert np.isnan(table["umap1"][9]) and table["cluster"][9] == -1 and np.isnan(table["confidence"][9])
+    assert np.isnan(table["umap1"][9]) and table["cluster_from_0"][9] == -1 and np.isnan(table["confidence"][9])
     assert table["pc1"].notna().sum() == len(z) - 1
     assert "rlnImageName" not in table and "rlnDefocusU" not in table
     assert all(name.isidentifier() for name in table.columns), "names can be typed in a condition"
@@ -101,18 +102,20 @@ def test_table_holds_what_the_set_and_its_file_know(made) -> None:
 
 
 def test_table_is_read_back_whatever_the_text(tmp_path: Path) -> None:
-    names = ("plain", 'with "quotes"', "a, comma", "a\nline", "")
-    codes = np.array([0, 1, 2, 3, 4, -1])
+    names = ("plain", 'with "quotes"', "a, comma", "a\nline", "", "=1+1", "'=1", "'60s")
+    codes = np.array([0, 1, 2, 3, 4, 5, 6, 7, -1])
     columns = [
-        Column("row", np.arange(6)),
-        Column("x", np.array([1.5, np.nan, -np.inf, 1e-9, 123456.7, 0.0])),
+        Column("row", np.arange(9), from_0=True),
+        Column("x", np.array([1.5, np.nan, -np.inf, 1e-9, 123456.7, 0.0, -1, -2, 3])),
         Column("name", codes, names=names),
-        Column("big", np.array([2**40 + 1] * 6)),
+        Column("big", np.array([2**40 + 1] * 9)),
     ]
     write_particle_table(tmp_path / "t.csv", columns)
     table = pd.read_csv(tmp_path / "t.csv", keep_default_na=False, na_values={"x": [""]})
-    assert list(table["name"]) == [*names, ""]
-    np.testing.assert_allclose(table["x"], [1.5, np.nan, np.nan, 1e-9, 123457, 0.0], rtol=1e-5)
+    assert list(table.columns) == ["row_from_0", "x", "name", "big"]
+    assert list(map(unguarded, table["name"])) == [*names, ""]
+    assert list(table["name"][5:8]) == ["'=1+1", "''=1", "'60s"], "a spreadsheet shows text and calculates nothing"
+    np.testing.assert_allclose(table["x"], [1.5, np.nan, np.nan, 1e-9, 123457, 0.0, -1, -2, 3], rtol=1e-5)
     assert set(table["big"]) == {2**40 + 1}
 
 
@@ -182,9 +185,9 @@ def test_page_holds_all_particles_exactly_or_to_a_65534th(made) -> None:
         span = table[name].max() - table[name].min()
         rounding = span / 60_000 + 1e-5 * abs(table[name].max())
         np.testing.assert_allclose(values_of(page, name), table[name], atol=rounding)
-    for name in ("row", "index", "rlnClassNumber"):
-        np.testing.assert_array_equal(values_of(page, name), table[name])
-    np.testing.assert_array_equal(np.nan_to_num(values_of(page, "cluster"), nan=-1), table["cluster"])
+    for name, header in (("row", "row_from_0"), ("index", "index_from_0"), ("rlnClassNumber", "rlnClassNumber")):
+        np.testing.assert_array_equal(values_of(page, name), table[header])
+    np.testing.assert_array_equal(np.nan_to_num(values_of(page, "cluster"), nan=-1), table["cluster_from_0"])
     assert page.meta["particles"] == len(z) and "rlnConstant" not in {c["name"] for c in page.meta["columns"]}
     assert page.meta["selection"] == {"run": "my run", "epoch": 7, "n_particles": len(z)}
 
@@ -326,6 +329,8 @@ def test_polished_maps_are_shown_where_their_classes_are_the_clusters(tmp_path: 
     ]  # fmt: skip
     np.testing.assert_allclose(found[1].curve[0], [0.05, 0.1])
     np.testing.assert_allclose(found[1].curve[1], [1.0, 0.4])
+    folder.classes.write_text(folder.classes.read_text().replace("class,", "class_from_0,"))  # not of an older polish
+    assert [one.resolution for one in find_maps([folder.path], labels, index)] == [(12, 15), (10, 14)]
 
 
 def test_backprojections_tell_their_resolution(tmp_path: Path) -> None:

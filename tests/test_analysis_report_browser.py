@@ -86,7 +86,7 @@ def test_hover_tells_the_particle_and_its_micrograph(opened: Browser, page: Path
     import pandas as pd
 
     table = pd.read_csv(page.parent / "particles.csv")
-    own = table[table["cluster"] == 0]
+    own = table[table["cluster_from_0"] == 0]
     far = ((own["umap1"] - own["umap1"].median()) ** 2 + (own["umap2"] - own["umap2"].median()) ** 2).idxmax()
     choose(opened, "#colour-by", "defocus")
     opened.pointer(("move", *at(opened, table["umap1"][far], table["umap2"][far])))

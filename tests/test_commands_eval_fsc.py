@@ -97,6 +97,8 @@ def test_a_run_against_its_truth(simulated, tmp_path, monkeypatch):
     assert {entry.name for entry in out.iterdir()} == {
         "fsc.csv", "fsc.png", "per_image.csv", "per_conformation.csv", "scores.json",
     }  # fmt: skip
+    for name in ("per_image.csv", "per_conformation.csv"):
+        assert (out / name).read_text().startswith("row_from_0,state_from_0,auc_")
     scores = json.loads((out / "scores.json").read_text())
     assert scores["per_image"]["auc_masked_normalised"] == pytest.approx(1.0, abs=1e-3)
     assert scores["per_image"]["viou"] == 1.0

@@ -70,6 +70,7 @@ def test_labels_to_maps(stack, tmp_path, capsys, monkeypatch):
     assert np.corrcoef(read_map(out.map(0)).data.ravel(), truth.ravel())[0, 1] > 0.9
     rows = list(csv.DictReader(out.classes.open()))
     assert sum(float(row["particles"]) for row in rows) == N
+    assert [row["class_from_0"] for row in rows] == [str(k) for k in range(len(rows))]
     assert len(list(csv.reader(out.fsc.open()))) == D // 2 + 1
     assert "never from them" in capsys.readouterr().err
     assert run(monkeypatch, "polish", *given(stack), "--labels", stack / "labels.pkl", "-o", out.path) == 2

@@ -54,8 +54,8 @@ def test_the_page_and_the_table_of_a_run(toy: Toy) -> None:
     assert [c["size"] for c in page["clusters"]] == [60, 60, 60] and page["particles"] == 180
     assert page["selection"] == {"run": "run", "epoch": 2, "n_particles": 180}
     table = pd.read_csv(toy.analysis.particles)
-    np.testing.assert_array_equal(table["index"], np.arange(20, 200))
-    np.testing.assert_array_equal(table["cluster"], toy.labels)
+    np.testing.assert_array_equal(table["index_from_0"], np.arange(20, 200))
+    np.testing.assert_array_equal(table["cluster_from_0"], toy.labels)
     assert {"defocus", "rot", "tilt", "shift", "micrograph"} <= set(table.columns)
     assert toy.analysis.confounds.is_file()
     assert "Do the clusters follow the microscope?" in toy.analysis.report.read_text(encoding="utf-8")
@@ -71,8 +71,10 @@ def test_a_selection_of_the_page_is_what_select_writes(toy: Toy, tmp_path: Path)
     assert read_indices(tmp_path / "ind.pkl").tolist() == [23, 70, 199]
     run("select", toy.run.path, "--where", "confidence > 0.5 and cluster == 2", "-o", tmp_path / "ind.pkl")
     table = pd.read_csv(toy.analysis.particles)
-    wanted = table["index"][(table["confidence"] > 0.5) & (table["cluster"] == 2)]
+    wanted = table["index_from_0"][(table["confidence"] > 0.5) & (table["cluster_from_0"] == 2)]
     assert read_indices(tmp_path / "ind.pkl").tolist() == wanted.tolist()
+    run("select", toy.run.path, "--where", "confidence > 0.5 and cluster_from_0 == 2", "-o", tmp_path / "long.pkl")
+    assert read_indices(tmp_path / "long.pkl").tolist() == wanted.tolist()
 
 
 def test_commands_of_a_cluster_mean_the_clusters_of_the_page(toy: Toy, tmp_path: Path) -> None:

@@ -127,6 +127,8 @@ def test_conditions_without_a_table(toy: Toy, tmp_path: Path) -> None:
         (toy.z[:, 1] > 2.5) & (toy.labels != 0)
     )
     assert chosen(tmp_path, toy.run.path, "--where", "index >= 150") == list(range(130, 180))
+    assert chosen(tmp_path, toy.run.path, "--where", "index_from_0 >= 150") == list(range(130, 180))
+    assert chosen(tmp_path, toy.run.path, "--where", "cluster_from_0 == 2") == where(toy.labels == 2)
     star = open_particles(toy.run.path).metadata.particles
     values = star["rlnDefocusU"].to_numpy()
     assert chosen(tmp_path, toy.run.path, "--where", f"rlnDefocusU < {middle}") == where(values < middle)
@@ -144,8 +146,17 @@ def test_conditions_on_the_table_of_analyze(toy: Toy, tmp_path: Path) -> None:
     assert chosen(tmp_path, run.run.path, "--where", "confidence > 0.8 and cluster == 1") == where(
         (confidence > 0.8) & (run.labels == 1)
     )
-    with pytest.raises(InputError, match=r"no column 'certainty'. Known: row, index.*confidence.*z1"):
+    with pytest.raises(InputError, match=r"no column 'certainty'. Known: row_from_0, index_from_0.*confidence.*z1"):
         select(run.run.path, "--where", "certainty > 0.8", "-o", tmp_path / "ind.pkl")
+    written = run.analysis.particles.read_text()
+    assert written.startswith("row_from_0,index_from_0,")
+    for text in (written, written.replace("_from_0", "")):  # as we write it, and as we did once
+        run.analysis.particles.write_text(text)
+        for name in ("cluster", "cluster_from_0"):
+            assert chosen(tmp_path, run.run.path, "--where", f"{name} == 1") == where(run.labels == 1)
+        assert chosen(tmp_path, run.run.path, "--where", "index_from_0 < 60 and row > 9") == list(range(10, 40))
+    with pytest.raises(InputError, match="no column 'confidence_from_0'"):
+        select(run.run.path, "--where", "confidence_from_0 > 0", "-o", tmp_path / "ind.pkl")
     lines = run.analysis.particles.read_text().splitlines()
     run.analysis.particles.write_text("\n".join(lines[:100]) + "\n")
     with pytest.raises(InputError, match="99 rows for 180 particles"):
@@ -177,11 +188,12 @@ def test_the_volume_lies_where_analyze_decoded_it(toy: Toy, tmp_path: Path) -> N
 
 def test_text_that_looks_like_numbers_stays_text(toy: Toy, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", toy.run.read_config()["particles"], 180)
-    names = ("001", "002", "NA")
+    names = ("001", "=002", "NA")
     columns = [Column("row", np.arange(180)), Column("micrograph", np.arange(180) % 3, names=names)]
     columns += [Column("class_name", np.arange(180) % 2, names=("01", "1"))]
     write_particle_table(run.analysis.particles, columns)
     assert chosen(tmp_path, run.run.path, "--where", "micrograph == '001'") == where(np.arange(180) % 3 == 0)
+    assert chosen(tmp_path, run.run.path, "--where", "micrograph == '=002'") == where(np.arange(180) % 3 == 1)
     assert chosen(tmp_path, run.run.path, "--where", "micrograph == 'NA'") == where(np.arange(180) % 3 == 2)
     assert chosen(tmp_path, run.run.path, "--where", "class_name == '1'") == where(np.arange(180) % 2 == 1)
 

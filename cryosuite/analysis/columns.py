@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,19 +13,22 @@ from cryosuite.data.latents import read_umap
 from cryosuite.data.source import Source
 from cryosuite.errors import InputError
 from cryosuite.formats.checks import printable
+from cryosuite.formats.csv_text import unguarded
 from cryosuite.formats.relion import ParticleTables
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SHOWN = 60  # names listed in a message
+COUNTED = {"row", "index", "cluster", "gmm", "code", "half", "optics"}  # may be asked for with _from_0 behind or not
 
 
 class Columns:
     """name -> values (N,), numbers or text.
 
     First the table that ``analyze`` left (particles.csv), then the latents (z1, z2, ...), then what can be made from
-    latents, labels and the particle file, last that file's columns under their own names.
+    latents, labels and the particle file, last that file's columns under their own names. ``cluster`` and
+    ``cluster_from_0`` are the same column, whichever the table has (older ones have the short name).
     """
 
     def __init__(self, source: Source) -> None:
@@ -42,7 +46,7 @@ class Columns:
 
     def has(self, name: str) -> bool:
         """Whether there is such a column."""
-        return name in self._header or _plain(name) in self._header or name in self.names()
+        return _known(name, self._header) is not None or _known(name, self.names()) is not None
 
     def __call__(self, name: str) -> np.ndarray:
         """The values; InputError that lists the known names for another."""
@@ -55,21 +59,21 @@ class Columns:
         given = self.source.labels is not None and self.source.analysis is not None and (
             self.source.labels_from != self.source.analysis.labels
         )  # fmt: skip
-        if name == "cluster" and given:  # --labels in place of those in the table
+        if _short(name) == "cluster" and given:  # --labels in place of those in the table
             return self.source.labels
         if name == "confidence" and given and z is not None:  # that of the table is of other clusters
             from cryosuite.analysis.particle_table import round_confidence
 
             return round_confidence(z, self.source.labels)
-        for known in (name, _plain(name)):
-            if known in self._header:
-                return self._from_table(known)
+        known = _known(name, self._header)
+        if known is not None:
+            return self._from_table(known)
         if z is not None and name[:1] == "z" and name[1:].isdigit() and 1 <= int(name[1:]) <= z.shape[1]:
             return z[:, int(name[1:]) - 1]
         for place in (self._computed, self._own):
-            for known in (name, _plain(name)):
-                if known in place():
-                    return place()[known]
+            known = _known(name, place())
+            if known is not None:
+                return place()[known]
         names = self.names()
         shown = ", ".join(map(printable, names[:SHOWN])) + (", ..." if len(names) > SHOWN else "")
         raise InputError(f"--where: no column {printable(name)!r}. Known: {shown}")
@@ -80,19 +84,22 @@ class Columns:
         from cryosuite.analysis.particle_table import text_columns
 
         count = len(self.source.particles)
-        wanted = [name] if name == "row" or "row" not in self._header else ["row", name]
+        row = _known("row", self._header)
+        wanted = [name] if row in (None, name) else [row, name]
         try:
             as_text = {"dtype": {name: str}, "keep_default_na": False} if name in text_columns(self._table) else {}
             table = pd.read_csv(self._table, usecols=wanted, low_memory=False, encoding_errors="replace", **as_text)
         except (ValueError, csv.Error, pd.errors.ParserError) as error:
             raise InputError(f"{self._table}: cannot be read ({printable(error)}): run analyze again") from None
-        rows = table["row"].to_numpy() if "row" in table else np.arange(len(table))
+        rows = np.arange(len(table)) if row is None else table[row].to_numpy()
         if len(table) != count or not np.array_equal(rows, np.arange(count)):
             raise InputError(
                 f"{self._table}: {len(table)} rows for {count} particles: it belongs to others; run analyze again"
             )
         values = table[name]
-        return values.to_numpy() if values.dtype.kind in "biuf" else values.fillna("").astype(str).to_numpy(object)
+        if values.dtype.kind in "biuf":
+            return values.to_numpy()
+        return values.fillna("").astype(str).map(unguarded).to_numpy(object)
 
     def _computed(self) -> dict[str, np.ndarray]:
         """What can be made without the table."""
@@ -110,6 +117,18 @@ class Columns:
 def _plain(name: str) -> str:
     """``ctf/exp_group_id`` as the table spells it."""
     return name.replace("/", "_")
+
+
+def _short(name: str) -> str:
+    """``cluster`` for ``cluster_from_0``."""
+    short = name.removesuffix("_from_0")
+    return short if short in COUNTED else name
+
+
+def _known(name: str, names: Container[str]) -> str | None:
+    """How ``names`` spell the column that was asked for, or None."""
+    spelt = [name, _plain(name), _short(name), *([f"{name}_from_0"] if name in COUNTED else [])]
+    return next((one for one in spelt if one in names), None)
 
 
 def _header(path: Path) -> list[str]:
@@ -134,9 +153,9 @@ def _make(source: Source) -> dict[str, np.ndarray]:
     made = {}
     for column in columns:
         texts = np.array([*column.names, ""], object)  # -1 is the last
-        made[column.name] = texts[column.values] if column.names else np.asarray(column.values)
+        made[column.header] = texts[column.values] if column.names else np.asarray(column.values)
     if source.labels is None:
-        made = {name: values for name, values in made.items() if name not in ("cluster", "confidence")}
+        made = {name: values for name, values in made.items() if _short(name) not in ("cluster", "confidence")}
     return made
 
 

@@ -9,14 +9,12 @@ import numpy as np
 
 from cryosuite.analysis.confounds import NAMED, Confound, confounds
 from cryosuite.analysis.palette import GREY, INK
-from cryosuite.analysis.particle_table import Column
+from cryosuite.analysis.particle_table import OWN, Column
 from cryosuite.analysis.plots import figure, write_csv
 from cryosuite.data.particles import ParticleSet
 from cryosuite.errors import notice
 
-# columns that come from the latents themselves, count the rows, or are told better by another column
-OWN = {"row", "index", "z", "umap1", "umap2", "cluster", "confidence", "gmm", "gmm_confidence", "code"}
-ANGLES = {"rot", "tilt", "psi"}
+ANGLES = {"rot", "tilt", "psi"}  # told better by the view direction
 SHOWN = 24  # columns in the picture
 BLUE, ORANGE = "#2b6fae", "#c8553d"
 
@@ -32,7 +30,7 @@ def columns_to_test(columns: Sequence[Column], particles: ParticleSet | None) ->
     if particles is not None and particles.rotation is not None:
         found["view"] = view_directions(particles.rotation)
     for column in columns:
-        if column.name in OWN or column.name in ANGLES or column.name.startswith("pc") or column.constant:
+        if column.name in OWN or column.name in ANGLES or column.constant:
             continue
         if column.names:
             found[column.name] = np.array([*column.names, ""])[column.values]

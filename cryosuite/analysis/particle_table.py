@@ -1,7 +1,8 @@
 """One row per particle, everything known of it: ``particles.csv``, which the report shows and ``select --where`` reads.
 
 Columns have short names that are words of Python's grammar (``defocus``, ``rlnClassNumber``, ``ctf_exp_group_id``), so
-that they can be typed in a condition; ``particles_columns.csv`` says the unit and meaning of each.
+that they can be typed in a condition; ``particles_columns.csv`` says the unit and meaning of each. What counts from 0
+says so in the header (``cluster_from_0``); ``select --where`` takes ``cluster`` for it too.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from cryosuite.data.orientations import to_euler
 from cryosuite.data.particles import ParticleSet
 from cryosuite.errors import InputError, notice
 from cryosuite.formats.atomic import atomic_path
+from cryosuite.formats.csv_text import guarded
 from cryosuite.formats.relion import ParticleTables
 
 BLOCK = 20_000  # rows formatted at once
+FROM_0 = "_from_0"  # ends the header of what counts from 0
 MOST_COMPONENTS = 8
 WIDTH_ROWS = 50_000  # particles that the width of clusters is measured on
 FEW = 64  # text columns with more different values than this are not kept (micrographs always are)
@@ -35,6 +38,9 @@ KNOWN = {
     "location/micrograph_path", "location/micrograph_uid", "location/exp_group_id", "ctf/df1_A", "ctf/df2_A",
     "ctf/df_angle_rad", "ctf/exp_group_id", "blob/path",
 }  # fmt: skip
+# columns that come from the latents themselves or count the rows; a column of the file never has such a name
+OWN = {"row", "index", "z", "umap1", "umap2", "cluster", "confidence", "gmm", "gmm_confidence", "code",
+       *(f"pc{i + 1}" for i in range(MOST_COMPONENTS))}  # fmt: skip
 MICROGRAPH = ("rlnMicrographName", "location/micrograph_path", "location/micrograph_uid")
 
 
@@ -42,7 +48,8 @@ MICROGRAPH = ("rlnMicrographName", "location/micrograph_path", "location/microgr
 class Column:
     """One column: values (N,) numbers, NaN where unknown; or, with ``names``, codes into them, -1 where unknown.
 
-    ``unit`` and ``about`` in plain words; ``cyclic`` for angles that end where they begin.
+    ``unit`` and ``about`` in plain words; ``cyclic`` for angles that end where they begin; ``from_0`` for labels and
+    positions, whose header says that they count from 0.
     """
 
     name: str
@@ -51,6 +58,12 @@ class Column:
     about: str = ""
     names: tuple[str, ...] = ()
     cyclic: bool = False
+    from_0: bool = False
+
+    @property
+    def header(self) -> str:
+        """The name in particles.csv."""
+        return f"{self.name}{FROM_0}" if self.from_0 else self.name
 
     @property
     def constant(self) -> bool:
@@ -74,8 +87,8 @@ def particle_columns(
     count = len(labels)
     index = np.arange(count) if particles is None else particles.index
     found = [
-        Column("row", np.arange(count), about="row of the run's particle set, from 0"),
-        Column("index", index, about="position in the original particle set, from 0"),
+        Column("row", np.arange(count), about="row of the run's particle set, from 0", from_0=True),
+        Column("index", index, about="position in the original particle set, from 0", from_0=True),
     ]
     if pca_scores is not None:
         for i in range(min(pca_scores.shape[1], MOST_COMPONENTS)):
@@ -84,18 +97,18 @@ def particle_columns(
         found.append(Column("z", z[:, 0], about="the latent number"))
     if umap is not None:
         found += [Column(f"umap{i + 1}", umap[:, i], about="place on the UMAP (no unit)") for i in (0, 1)]
-    found.append(Column("cluster", labels, about="cluster, from 0; -1: left out"))
+    found.append(Column("cluster", labels, about="cluster, from 0; -1: left out", from_0=True))
     if confidence is None:
         confidence = round_confidence(z, labels)
     found.append(Column("confidence", confidence, about="probability of the cluster, 0 to 1"))
     if groups is not None:
-        found.append(Column("gmm", groups[0], about="group of the Gaussian mixture, from 0; -1: left out"))
+        found.append(Column("gmm", groups[0], about="group of the Gaussian mixture, from 0; -1: left out", from_0=True))
         found.append(Column("gmm_confidence", groups[1], about="probability of that group, 0 to 1"))
     if codes is not None:
-        found.append(Column("code", codes, about="the run's own class or code, from 0; -1: none"))
+        found.append(Column("code", codes, about="the run's own class or code, from 0; -1: none", from_0=True))
     if particles is not None:
         found += _from_set(particles)
-        found += _from_file(particles, {column.name for column in found})
+        found += _from_file(particles, OWN | {name for column in found for name in (column.name, column.header)})
     return found
 
 
@@ -157,8 +170,8 @@ def _from_set(particles: ParticleSet) -> list[Column]:
         found.append(Column("shift", np.hypot(shift[:, 0], shift[:, 1]), "A", "length of the shift to the centre"))
         found += [Column(f"shift_{axis}", shift[:, i], "A", f"shift along {axis}") for i, axis in enumerate("xy")]
     if particles.half is not None:
-        found.append(Column("half", np.asarray(particles.half), about="half set, 0 or 1"))
-    found.append(Column("optics", np.asarray(particles.optics_group), about="optics group, from 0"))
+        found.append(Column("half", np.asarray(particles.half), about="half set, 0 or 1", from_0=True))
+    found.append(Column("optics", np.asarray(particles.optics_group), about="optics group, from 0", from_0=True))
     return found
 
 
@@ -238,18 +251,19 @@ def _codes(values: np.ndarray | pd.Series) -> tuple[np.ndarray, tuple[str, ...]]
 def write_particle_table(path: Path, columns: Sequence[Column]) -> None:
     """Write the columns as CSV, a row per particle, and beside it (``particles_columns.csv``) unit and kind of each.
 
-    Unknown values are empty. Streamed: memory does not grow with the number of particles.
+    Unknown values are empty. Text that a spreadsheet would calculate gets an apostrophe in front (``guarded``), which
+    ``select --where`` takes off again. Streamed: memory does not grow with the number of particles.
     """
     count = len(columns[0].values)
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        file.write(",".join(column.name for column in columns) + "\n")
-        texts = [tuple(_quoted(name) for name in column.names) for column in columns]
+        file.write(",".join(column.header for column in columns) + "\n")
+        texts = [tuple(_quoted(guarded(name)) for name in column.names) for column in columns]
         for start in range(0, count, BLOCK):
             block = slice(start, start + BLOCK)
             parts = [_texts(column, known, block) for column, known in zip(columns, texts, strict=True)]
             file.write("\n".join(map(",".join, zip(*parts, strict=True))) + "\n")
     meaning = pd.DataFrame({
-        "column": [column.name for column in columns],
+        "column": [column.header for column in columns],
         "unit": [column.unit for column in columns],
         "kind": ["text" if column.names else "number" for column in columns],
         "meaning": [column.about for column in columns],

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from cryosuite.analysis.palette import GREY, INK
 from cryosuite.formats.atomic import atomic_path
+from cryosuite.formats.csv_text import guarded
 
 STYLE = {
     "font.family": "sans-serif",
@@ -58,7 +59,15 @@ def write_csv(path: Path, columns: Mapping[str, np.ndarray | Sequence]) -> None:
     import pandas
 
     with atomic_path(path) as temporary:
-        pandas.DataFrame(dict(columns)).to_csv(temporary, index=False, float_format="%.6g")
+        table = pandas.DataFrame({name: _safe(values) for name, values in columns.items()})
+        table.to_csv(temporary, index=False, float_format="%.6g")
+
+
+def _safe(values: np.ndarray | Sequence) -> np.ndarray | Sequence:
+    """Text that came from a star file is no formula for a spreadsheet."""
+    return (
+        [guarded(v) if isinstance(v, str) else v for v in values] if np.asarray(values).dtype.kind in "OU" else values
+    )
 
 
 def path_colours(count: int) -> list[str]:

@@ -239,7 +239,7 @@ def _fsc_csv(curves: dict[int, np.ndarray], box_size: int, pixel_size: float) ->
 
 def _classes_csv(rows: list[PolishedClass]) -> str:
     out = io.StringIO()
-    names = ["class", "particles", "half_a", "half_b", "resolution_0.143_A", "resolution_0.5_A",
+    names = ["class_from_0", "particles", "half_a", "half_b", "resolution_0.143_A", "resolution_0.5_A",
              "median_local_resolution_A", "mean_gain"]  # fmt: skip
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(names)

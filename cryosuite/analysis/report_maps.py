@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,12 +70,17 @@ def _polished(folder: PolishDir, labels: np.ndarray, index: np.ndarray) -> Itera
         path = folder.map(number)
         if shared < SAME or not path.is_file():
             continue
-        row = next((row for row in table if row.get("class") == str(number)), {})
+        row = next((row for row in table if _class(row) == str(number)), {})
         at = tuple(_number(row.get(f"resolution_{level:g}_A")) for level in LEVELS)
         note = "plain half maps inside the mask" + _nearly(f"polished class {number}", shared)
         yield ClusterMap(
             label, "polished", path, read_map(path).pixel_size, at, curves.get(f"class_{number:03d}"), note
         )
+
+
+def _class(row: Mapping[str, str]) -> str | None:
+    """The class of a row of ``classes.csv``; older tables call it ``class``."""
+    return row.get("class_from_0", row.get("class"))
 
 
 def _nearly(name: str, shared: float) -> str:

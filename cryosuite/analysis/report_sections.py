@@ -225,7 +225,7 @@ def _made(found: Found, facts: RunFacts, columns: Sequence[Column], left: Sequen
         look += caption("No volumes were made, so there is no ChimeraX script.")
     files = [(name, text) for name, text in FILES if (out.path / name).is_file()]
     files.append((found.folder.path.name + "/", "volumes of the clusters, their pictures and latents"))
-    table = listing((c.name, f"{c.about}{f' ({c.unit})' if c.unit else ''}") for c in columns)
+    table = listing((c.header, f"{c.about}{f' ({c.unit})' if c.unit else ''}") for c in columns)
     look += "<h3>Files beside this page</h3>" + listing(files)
     known = f"<details><summary>{len(columns)} columns of particles.csv, for cryosuite select --where</summary>{table}"
     both = f'<div class="columns"><div>{made}</div><div>{look}</div></div>'

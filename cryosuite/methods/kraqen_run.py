@@ -197,7 +197,7 @@ def occupancy_csv(rows: list[Code]) -> str:
     """The occupancy table as text."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["code", "particles", "labelled", "share", "resolution_0.143_A"])
+    writer.writerow(["code_from_0", "particles", "labelled", "share", "resolution_0.143_A"])
     for row in rows:
         resolution = "" if np.isnan(row.resolution) else f"{row.resolution:.3f}"
         writer.writerow([row.number, f"{row.particles:.2f}", row.labelled, f"{row.share:.5f}", resolution])

@@ -113,11 +113,11 @@ class VolumeScores:
         return FscTable(self.box_size, self.pixel_size, curves, self.compat, mask_fraction=self.mask_fraction)
 
     def table_rows(self) -> list[dict[str, float]]:
-        """One row per volume: particle, state, raw and normalised AUC and resolutions (A)."""
+        """One row per volume: particle (its row), state, raw and normalised AUC and resolutions (A)."""
         out = []
         aucs = {name: self.auc(name) for name in self.curves}
         for i, (row, label) in enumerate(zip(self.rows, self.labels, strict=True)):
-            entry: dict[str, float] = {"particle": int(row), "state": int(label)}
+            entry: dict[str, float] = {"row_from_0": int(row), "state_from_0": int(label)}
             for name, auc in aucs.items():
                 entry[f"auc_{name}"] = float(auc[i])
                 entry[f"auc_{name}_normalised"] = float(auc[i] / auc_maximum(self.box_size))

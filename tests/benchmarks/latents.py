@@ -48,7 +48,7 @@ def hype(judge: Judge, recipe: Recipe, run: Path, threads: int) -> Latents:
     runs.scores(run, "--no-clustering", threads=threads)
     with (run / "scores" / "per_image.csv").open() as file:
         rows = list(csv.DictReader(file))
-    states = np.array([int(row["state"]) for row in rows])
+    states = np.array([int(row["state_from_0"]) for row in rows])
     aucs = {name: np.array([float(row[f"auc_{name}"]) for row in rows]) for name in CURVES}
     folder = RunDir(run)
     return Latents(read_latent(folder.z(folder.last_epoch()))[0], done, by_state(states, aucs, judge.labels))
