@@ -375,3 +375,17 @@ def test_groups_of_few_images_borrow_from_the_others():
     spectrum = noise.spectrum() / 32**2
     assert spectrum[:, 2].std() < 0.08
     assert abs(spectrum.mean() - 1) < 0.02
+
+
+def test_groups_of_different_pixel_sizes_keep_them(golden, tmp_path):
+    """One session at another magnification: the CTF and the map of its images need its own pixel size."""
+    blocks = read_star(golden / "relion/particles.star")
+    blocks["optics"] = blocks["optics"].iloc[[0, 0]].assign(rlnOpticsGroup=[1, 2], rlnImagePixelSize=[3.0, 3.06])
+    blocks["particles"]["rlnOpticsGroup"] = 1 + np.arange(200) % 2
+    write_star(tmp_path / "p.star", blocks)
+    preprocess(open_particles(tmp_path / "p.star", datadir=golden / "relion"), tmp_path / "w", PreprocessOptions(32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing to tell: the table and the CTF agree
+        work = open_particles(tmp_path / "w", ind=np.arange(9, 20))
+    assert np.allclose(work.pixel_size, np.where(np.arange(9, 20) % 2, 6.12, 6.0))
+    assert np.allclose(work.ctf[:, 1], work.pixel_size)

@@ -192,5 +192,7 @@ def _apply_table(work: WorkDir, rows: Rows, table: Any) -> None:
         raise InputError(f"{work.rows}: does not fit {work.particles} with {rows.n} images; run preprocess again")
     rows.optics_group = table.get("optics_group")
     rows.half = table.get("half")
-    known = {"index", "optics_group", "half"}
+    if rows.pixel_size is None and "pixel_size" in table:
+        rows.pixel_size = np.asarray(table["pixel_size"], np.float64)
+    known = {"index", "optics_group", "half", "pixel_size"}
     rows.extras = {name: np.asarray(value, np.float32) for name, value in table.items() if name not in known}

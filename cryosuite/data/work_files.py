@@ -52,6 +52,8 @@ def write_work_files(
     rows = {"index": particles.index, "optics_group": particles.optics_group, **particles.extras}
     if particles.half is not None:
         rows["half"] = particles.half
+    if n and (pixel_size != pixel_size[0]).any():  # dataset.yaml has but one
+        rows["pixel_size"] = np.asarray(pixel_size, np.float32)
     write_pickle(work.rows, rows)
     if noise is not None:
         write_pickle(work.noise, noise.astype(np.float32))
