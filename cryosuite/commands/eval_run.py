@@ -15,7 +15,7 @@ from cryosuite.console import say, table
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.results import PolishDir, ScoresDir, oracle_cache, run_polish, run_scores
 from cryosuite.data.truth import Truth, find_truth
-from cryosuite.data.workdir import RunDir
+from cryosuite.data.workdir import RunDir, WorkDir
 from cryosuite.errors import InputError, notice
 from cryosuite.formats.atomic import atomic_path, write_text
 from cryosuite.formats.mrc import read_map
@@ -62,19 +62,23 @@ class TruthMaps:
 
     def read(self, state: int) -> torch.Tensor:
         """The true map of a state, Fourier cropped to the box."""
-        return _true_map(self.truth.volumes[state], self.box_size, self.pixel_size)
+        return _true_map(self.truth.volumes[state], self.box_size, self.pixel_size, self.truth.no_size)
 
 
 @lru_cache(maxsize=16)
-def _true_map(path: Path, box_size: int, pixel_size: float) -> torch.Tensor:
-    """A true map on the grid of the run; InputError when it shows another field of view."""
+def _true_map(path: Path, box_size: int, pixel_size: float, no_size: float | None = None) -> torch.Tensor:
+    """A true map on the grid of the run; InputError when it shows another field of view.
+
+    no_size: a voxel size (A) that means nothing in these headers.
+    """
     import torch
 
     from cryosuite.kernels.fourier import fourier_crop_volume
 
     found = read_map(path)
     own = found.data.shape[-1]
-    if found.pixel_size and abs(found.pixel_size * own - pixel_size * box_size) > 0.01 * pixel_size * box_size:
+    said = found.pixel_size if found.pixel_size != no_size else 0
+    if said and abs(found.pixel_size * own - pixel_size * box_size) > 0.01 * pixel_size * box_size:
         raise InputError(
             f"{path}: is {found.pixel_size * own:.0f} A wide, the particles' box {pixel_size * box_size:.0f} A. "
             "The truth must show the same field of view: give the right --truth or --Apix."
@@ -222,10 +226,12 @@ def _polished(folder: PolishDir, box_size: int) -> tuple[Any, np.ndarray]:
 
 
 def evaluate_set(where: Path, options: RunOptions) -> None:
-    """Floor and ceiling of a simulated particle set that no method has seen yet."""
+    """Floor and ceiling of a particle set with known truth (simulated, or of CryoBench) that no method has seen yet."""
+    from cryosuite.data.cryobench import open_published
     from cryosuite.data.open import open_particles
 
-    particles = open_particles(where)
+    particles = open_published(where) if not WorkDir(where).exists() else None
+    particles = open_particles(where) if particles is None else particles
     maps = open_truth(where, options, particles.box_size, float(particles.pixel_size[0]))
     found = oracle(particles, maps.truth.labels_of(particles.index), maps, options, where)
     rows = [[name, f"{found.floor(name):.4f}", f"{found.ceiling(name):.4f}"] for name in found.labels]

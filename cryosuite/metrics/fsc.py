@@ -52,11 +52,11 @@ class FscTable:
         """Resolution in Angstrom where a curve first falls below ``threshold``.
 
         Ours: linear interpolation between shells; Nyquist (2 pixels) if it never falls. CryoBench: the first entry
-        whose absolute value is below the threshold, not interpolated.
+        whose (signed) value is below the threshold, not interpolated; 2 pixels too if there is none.
         """
         curve = self.curves[name]
         if self.compat:
-            below = np.nonzero(np.abs(curve) < threshold)[0]
+            below = np.nonzero(curve < threshold)[0]
             cycles = self.frequency[below[0]] if len(below) else 0.5
             return float(self.pixel_size / max(cycles, 1e-9))
         return shells.resolution(curve, threshold, self.box_size, self.pixel_size)
