@@ -267,6 +267,7 @@ def test_nothing_is_written_when_one_file_cannot_be(toy: Toy, tmp_path: Path) ->
         (["--cluster", "x"], "--cluster x"),
         (["--cluster", 7], r"no particle in cluster 7.*0 \(60\)"),
         (["--random", 0], "--random 0"),
+        (["--cluster", 1, "--seed", 3], "--seed 3: is only for --random"),
         (["--near-row", 500], "rows go from 0 to 179"),
         (["--near-volume", 5], "no particle in cluster 5"),
         (["--near-row", 1, "--count", 0], "--count 0"),

@@ -97,6 +97,7 @@ def test_the_images_are_looked_for_in_datadir(run: RunDir, tmp_path: Path, monke
     [
         (["--pc", "1", "--how", "direct"], "--how direct"), (["--pc", "1", "--seed", "0"], "--seed 0.*graph"),
         (["--z", "x.txt", "--neighbours", "5"], "--neighbours 5"),
+        (["--z", "x.txt", "-n", "5"], "-n 5: each line of --z is one volume"),
         (["--from", "1", "--to", "2", "--how", "direct", "--neighbours", "5"], "--neighbours 5"),
         ([], "say which way"), (["--from", "1", "--to", "2", "--pc", "1"], "say which way"),
         (["--from", "1"], "two particles"),

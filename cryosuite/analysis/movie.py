@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import IO
 
@@ -94,34 +95,56 @@ def write_movies(
 ) -> list[Path]:
     """Write a GIF and, where ffmpeg is there, an MP4; a notice says when it is not. Returns what was written.
 
+    Pictures wait in a nameless file beside the GIF, not in memory.
+
     Args:
         to_and_fro: play backwards after the end, so that the film has no jump.
     """
-    pictures = list(frames)
-    if not pictures:
-        return []
-    order = [*range(len(pictures)), *(range(len(pictures) - 2, 0, -1) if to_and_fro else ())]
-    write_gif(gif, [pictures[i] for i in order], rate)
-    written = [gif]
-    mp4.unlink(missing_ok=True)  # of an earlier film
-    program = ffmpeg()
-    if program is None:
-        notice(f"no MP4: ffmpeg is not installed (pip install imageio-ffmpeg). The film is in {gif.name}.")
-    else:
-        write_mp4(mp4, [pictures[i] for i in order], rate, program)
-        written.append(mp4)
+    with tempfile.TemporaryFile(dir=gif.parent) as file:
+        kept = _Kept(file, frames)
+        if not kept.count:
+            return []
+        order = [*range(kept.count), *(range(kept.count - 2, 0, -1) if to_and_fro else ())]
+        write_gif(gif, map(kept.picture, order), rate)
+        written = [gif]
+        mp4.unlink(missing_ok=True)  # of an earlier film
+        program = ffmpeg()
+        if program is None:
+            notice(f"no MP4: ffmpeg is not installed (pip install imageio-ffmpeg). The film is in {gif.name}.")
+        else:
+            write_mp4(mp4, map(kept.picture, order), rate, program)
+            written.append(mp4)
     return written
 
 
-def write_gif(path: Path, pictures: Sequence[np.ndarray], rate: float = RATE) -> None:
-    """An endless GIF of pictures (h, w, 3) uint8, each with the 255 colours that suit it best."""
+class _Kept:
+    """Pictures (h, w, 3) uint8 of one size in a file, to be looked at in any order."""
+
+    def __init__(self, file: IO[bytes], pictures: Iterable[np.ndarray]) -> None:
+        self.file, self.count, self.shape = file, 0, (0, 0, 3)
+        for picture in pictures:
+            file.write(np.ascontiguousarray(picture).data)
+            self.count, self.shape = self.count + 1, picture.shape
+
+    def picture(self, number: int) -> np.ndarray:
+        """One of them."""
+        size = int(np.prod(self.shape))
+        self.file.seek(number * size)
+        return np.frombuffer(self.file.read(size), np.uint8).reshape(self.shape)
+
+
+def write_gif(path: Path, pictures: Iterable[np.ndarray], rate: float = RATE) -> None:
+    """An endless GIF of pictures (h, w, 3) uint8, each with the 255 colours that suit it best.
+
+    They are taken one at a time; Pillow holds a byte per pixel of each until it writes.
+    """
     from PIL import Image
 
-    few = [
+    few = (
         Image.fromarray(p).quantize(255, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE) for p in pictures
-    ]
+    )
     with atomic_path(path, suffix=".gif") as temporary:
-        few[0].save(temporary, format="GIF", save_all=True, append_images=few[1:], duration=round(1000 / rate), loop=0)
+        next(few).save(temporary, format="GIF", save_all=True, append_images=few, duration=round(1000 / rate), loop=0)
 
 
 def ffmpeg() -> str | None:
@@ -136,13 +159,15 @@ def ffmpeg() -> str | None:
         return shutil.which("ffmpeg")
 
 
-def write_mp4(path: Path, pictures: Sequence[np.ndarray], rate: float, program: str) -> None:
-    """An MP4 (H.264, plays everywhere) of pictures (h, w, 3) uint8 with even sides.
+def write_mp4(path: Path, pictures: Iterable[np.ndarray], rate: float, program: str) -> None:
+    """An MP4 (H.264, plays everywhere) of pictures (h, w, 3) uint8, cut to even sides; taken one at a time.
 
     Raises:
         InputError: ffmpeg failed; the message is its last line.
     """
-    height, width = (side - side % 2 for side in pictures[0].shape[:2])
+    pictures = iter(pictures)
+    first = next(pictures)
+    height, width = (side - side % 2 for side in first.shape[:2])
     with atomic_path(path, suffix=".mp4") as temporary:
         command = [
             program, "-y", "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}",
@@ -150,7 +175,7 @@ def write_mp4(path: Path, pictures: Sequence[np.ndarray], rate: float, program: 
             "-movflags", "+faststart", "-f", "mp4", os.fspath(temporary),
         ]  # fmt: skip
         with tempfile.TemporaryFile() as said:
-            status = _feed(command, (picture[:height, :width] for picture in pictures), said)
+            status = _feed(command, (picture[:height, :width] for picture in chain([first], pictures)), said)
             said.seek(0)
             last = said.read().decode("utf-8", "replace").strip().splitlines()[-1:] or ["no message"]
         if status:

@@ -84,7 +84,10 @@ def main(
         Optional[int],  # noqa: UP045
         typer.Option("--random", help="Of what is left, this many at random.", rich_help_panel=OTHERS),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of --random.", rich_help_panel=OTHERS)] = 0,
+    seed: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--seed", help="Of --random; nothing: 0.", rich_help_panel=OTHERS),
+    ] = None,
     labels: opt.Labels = None,
     analysis: opt.Analysis = None,
     epoch: opt.Epoch = None,
@@ -125,6 +128,8 @@ def main(
         )
     if count is not None and near_volume is None and near_row is None:
         raise InputError(f"--count {count}: says how many for --near-volume or --near-row: give one (or use --random)")
+    if seed is not None and random is None:
+        raise InputError(f"--seed {seed}: is only for --random")
     found = open_source(
         path, epoch=epoch, labels=labels, analysis=analysis, datadir=datadir, passthrough=passthrough or ()
     )
@@ -135,7 +140,7 @@ def main(
     _near(found, chosen, near_volume, near_row, NEAR if count is None else count)
     if invert:
         chosen.complement()
-    _narrow(found, chosen, within or [], random, seed)
+    _narrow(found, chosen, within or [], random, seed or 0)
     rows = chosen.rows()
     export_all(found.particles.subset(rows), out, binned, poses=found.poses_found, relion=relion)
     table(f"{found.name}: {len(found.particles):,} particles", ["condition", "particles"],

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 WAY, VOLUMES, PLACE = "Which way", "Volumes", "Where and how"
 HOW = ("graph", "direct")
 NEIGHBOURS = 10
+VOLUME_COUNT = 10
 
 
 def main(
@@ -55,8 +56,9 @@ def main(
         typer.Option("--neighbours", help="Of each particle, for --how graph; nothing: 10.", rich_help_panel=WAY),
     ] = None,
     count: Annotated[
-        int, typer.Option("-n", "--volumes", help="Volumes along the path.", rich_help_panel=VOLUMES)
-    ] = 10,
+        Optional[int],  # noqa: UP045
+        typer.Option("-n", "--volumes", help="Volumes along the path; nothing: 10.", rich_help_panel=VOLUMES),
+    ] = None,
     apix: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option("--Apix", help="Pixel size in Angstrom; nothing: the run's.", rich_help_panel=VOLUMES),
@@ -132,7 +134,10 @@ def main(
     for name, value in (("--neighbours", neighbours), ("--seed", seed)):
         if value is not None and (how == "direct" or not stops):
             raise InputError(f"{name} {value}: is only for the graph between particles (--from, --to, --how graph).")
-    if count < 2 and z_file is None:
+    if count is not None and z_file is not None:
+        raise InputError(f"-n {count}: each line of --z is one volume; leave -n out.")
+    count = VOLUME_COUNT if count is None else count
+    if count < 2:
         raise InputError(f"-n {count}: expected at least 2 volumes.")
 
     from cryosuite.analysis.path_files import make_trajectory
