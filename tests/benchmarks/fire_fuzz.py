@@ -1,0 +1,235 @@
+"""Hostile files for every reader of files from outside: one hour of processor time of bent, cut and joined files.
+
+    python tests/benchmarks/fire_fuzz.py --work /tmp/fuzz [--seconds 3600] [--readers 'mrc;star'] [--jobs 2]
+
+Each input is judged by ``tests/hostile.py``: read, refused in one sentence, or a fault (another exception, over 5 s,
+memory beyond 4 x the file + 2 MB, something executed or written). Readers take turns of a minute in processes of their
+own that may die; a second start with the same folder goes on where the first ended. With the atheris package
+(``pip install atheris``; libFuzzer for Python) inputs are chosen by the branches they reach, without it at random.
+Faulty inputs are kept in WORK/faults; those mended are in tests/corpus, replayed by tests/test_formats_corpus.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+CORPUS = HERE.parent / "corpus"
+SLICE = 60.0  # processor seconds of a turn
+STUCK = 120.0  # wall seconds without a word after which a process is ended
+LONGEST = 1 << 20  # bytes of an input
+
+
+class Turn:
+    """One process' turn with a reader: inputs are judged and counted, faults kept, the score written now and then."""
+
+    def __init__(self, name: str, work: Path, seconds: float, seed: int) -> None:
+        import hostile_inputs
+        import hostile_seeds
+        from hostile import attempt, limit_memory
+        from hostile_readers import READERS
+
+        self.name, self.work, self.seconds, self.attempt = name, work, seconds, attempt
+        self.reader, self.mutate, self.rng = READERS[name], hostile_inputs.mutate, random.Random(seed)
+        scene = work / "scenes" / slug(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if not (scene / "run").is_dir():
+                hostile_seeds.scene(scene)
+        self.path = scene / self.reader.name
+        self.corpus = work / "inputs" / slug(name)
+        self.corpus.mkdir(parents=True, exist_ok=True)
+        self.seeds = list(self.reader.seeds())
+        for data in self.seeds:
+            (self.corpus / hashlib.sha1(data).hexdigest()).write_bytes(data)
+            self.path.write_bytes(data)
+            for _ in range(2):  # what is imported and kept for good is not the file's memory
+                attempt(self.reader.read, self.path, writes=self.reader.writes)
+        self.kept = list(self.seeds)
+        self.score = {"tried": 0, "read": 0, "refused": 0, "fault": 0, "slowest": 0.0, "peak": 0, "faults": {}}
+        limit_memory()
+        self.began = self.told = time.process_time()
+
+    def one(self, data: bytes) -> None:
+        """Judge one input; the process ends when its turn is over."""
+        self.path.write_bytes(data)
+        outcome = self.attempt(self.reader.read, self.path, writes=self.reader.writes)
+        score = self.score
+        score["tried"] += 1
+        score[outcome.result] += 1
+        score["slowest"] = max(score["slowest"], outcome.seconds)
+        score["peak"] = max(score["peak"], outcome.peak - 4 * len(data))
+        if outcome.fault is not None and outcome.fault.what not in score["faults"]:
+            score["faults"][outcome.fault.what] = keep_fault(self.work, self.name, outcome.fault, data)
+        now = time.process_time()
+        if now - self.told > 1 or now - self.began > self.seconds or score["tried"] == 1:
+            self.told = now
+            score["cpu_s"] = now - self.began
+            write(self.work / f"turn_{slug(self.name)}.json", json.dumps(score))
+            if now - self.began > self.seconds:
+                os._exit(0)
+
+    def changed(self, data: bytes) -> bytes:
+        return self.mutate(data, self.rng, self.seeds, self.reader.words)[:LONGEST]
+
+    def at_random(self) -> None:
+        """Inputs made of the seeds, and of inputs that were read."""
+        while True:
+            data = self.changed(self.rng.choice(self.kept))
+            before = self.score["read"]
+            self.one(data)
+            if self.score["read"] > before and len(self.kept) < 400 and self.rng.random() < 0.05:
+                self.kept.append(data)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file that is whole at any time."""
+    path.with_suffix(".new").write_text(text)
+    path.with_suffix(".new").replace(path)
+
+
+def slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in name)
+
+
+def keep_fault(work: Path, name: str, fault: object, data: bytes) -> str:
+    """Write a faulty input and what came of it; returns its path."""
+    folder = work / "faults" / slug(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / hashlib.sha1(fault.what.encode()).hexdigest()[:12]
+    if not path.exists():
+        path.write_bytes(data)
+        path.with_suffix(".txt").write_text(f"{fault.what}\n\n{fault.details}\n")
+    return str(path)
+
+
+def worker(name: str, work: Path, seconds: float, seed: int) -> None:
+    """The process of a turn."""
+    try:
+        import atheris
+    except ImportError:
+        Turn(name, work, seconds, seed).at_random()
+    with atheris.instrument_imports(include=["cryosuite.formats", "cryosuite.data", "cryosuite.analysis", "yaml"]):
+        import yaml  # noqa: F401
+        from hostile_readers import READERS  # noqa: F401
+    turn = Turn(name, work, seconds, seed)
+
+    def bent(data: bytes, largest: int, number: int) -> bytes:
+        turn.rng.seed(number)
+        return turn.changed(data)[:largest] if number % 4 else atheris.Mutate(data, largest)
+
+    options = ["fuzz", str(turn.corpus), f"-seed={seed + 1}", f"-max_len={LONGEST}", "-timeout=600", "-rss_limit_mb=0",
+               "-verbosity=0", "-handle_segv=0", "-len_control=0", f"-artifact_prefix={work}/"]  # fmt: skip
+    atheris.Setup(options, turn.one, custom_mutator=bent)
+    atheris.Fuzz()
+
+
+def turn_of(name: str, work: Path, seconds: float, seed: int) -> dict:
+    """Run a turn in a process of its own; its score, with what ended it when that was not the clock."""
+    said = work / f"turn_{slug(name)}.json"
+    said.unlink(missing_ok=True)
+    command = [sys.executable, str(Path(__file__).resolve()), "--worker", name, "--work", str(work)]
+    command += ["--seconds", str(seconds), "--seed", str(seed)]
+    with open(work / "log.txt", "a", encoding="utf-8") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        begun = time.monotonic()
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=5)
+            if process.returncode is not None:
+                break
+            last = said.stat().st_mtime if said.exists() else 0.0
+            if time.monotonic() - begun > 2 * STUCK and time.time() - last > STUCK:
+                os.killpg(process.pid, signal.SIGKILL)
+    score = json.loads(said.read_text()) if said.exists() else {"tried": 0, "faults": {}, "cpu_s": 0.0}
+    if process.returncode:
+        from hostile import Fault
+        from hostile_readers import READERS
+
+        path = work / "scenes" / slug(name) / READERS[name].name
+        what = Fault(f"process ended with {process.returncode}", "see log.txt")
+        score["faults"][what.what] = keep_fault(work, name, what, path.read_bytes() if path.exists() else b"")
+    return score
+
+
+def add(total: dict, score: dict) -> None:
+    """Add the score of a turn to that of all turns of a reader."""
+    for key in ("tried", "read", "refused", "fault", "cpu_s"):
+        total[key] = total.get(key, 0) + score.get(key, 0)
+    for key in ("slowest", "peak"):
+        total[key] = max(total.get(key, 0), score.get(key, 0))
+    total.setdefault("faults", {}).update(score["faults"])
+
+
+def row(name: str, total: dict) -> dict:
+    """The row of a reader for the table."""
+    mended = len(list((CORPUS / slug(name)).glob("*"))) if (CORPUS / slug(name)).is_dir() else 0
+    left = len(total["faults"])
+    result = "each read or refused in one sentence" if not left else f"{left} faults left"
+    detail = f"{total['refused']:,} refused, {total['read']:,} read; {total['cpu_s']:.0f} CPU s; slowest "
+    detail += f"{total['slowest']:.2f} s; memory at most 4 x file + {max(total['peak'], 0) / 1e6:.1f} MB"
+    detail += f"; {mended} faults found before and mended" if mended else ""
+    return {"kind": "input", "what": f"bent {name} files", "tried": total["tried"], "result": result, "detail": detail}
+
+
+def main() -> None:
+    """Share the time among the readers, keep the score, write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for inputs, faults and the score")
+    parser.add_argument("--seconds", type=float, default=3600, help="processor seconds in all")
+    parser.add_argument("--readers", default="", help="some of them, by name (default: all)")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    if options.worker:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        worker(options.worker, options.work.resolve(), options.seconds, options.seed)
+    from common import save
+    from hostile_readers import READERS
+
+    names = [name.strip() for name in options.readers.split(";") if name.strip()] or list(READERS)
+    progress = options.work / "progress.json"
+    totals = json.loads(progress.read_text()) if progress.exists() else {}
+    share, lock = options.seconds / len(names), threading.Lock()
+    while True:
+        due = [name for name in names if totals.get(name, {}).get("cpu_s", 0) < share - 0.5]
+        if not due:
+            break
+
+        def take_turn(name: str) -> None:
+            total = totals.setdefault(name, {"turns": 0, "cpu_s": 0.0})
+            total["turns"] += 1
+            seconds = min(SLICE, share - total["cpu_s"])
+            add(total, turn_of(name, options.work.resolve(), seconds, options.seed + 1000 * total["turns"]))
+            with lock:
+                write(progress, json.dumps(totals, indent=1))
+                spent = sum(one["cpu_s"] for one in totals.values())
+                clock = time.strftime("%H:%M:%S")
+                print(f"{clock} {spent:.0f} s: {name} {total['tried']} {total['faults']}", flush=True)
+
+        with ThreadPoolExecutor(options.jobs) as pool:
+            list(pool.map(take_turn, due))
+    rows = [row(name, totals[name]) for name in names]
+    spent = sum(totals[name]["cpu_s"] for name in names)
+    save("fire_fuzz", {"seed": options.seed, "cpu_s": round(spent), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
