@@ -50,22 +50,9 @@ def star_text() -> bytes:
 
 def old_star_text() -> bytes:
     """The form of RELION 3.0: one table."""
-    names = [
-        "ImageName",
-        "DefocusU",
-        "DefocusV",
-        "DefocusAngle",
-        "Voltage",
-        "SphericalAberration",
-        "AmplitudeContrast",
-        "DetectorPixelSize",
-        "Magnification",
-        "AngleRot",
-        "AngleTilt",
-        "AnglePsi",
-        "OriginX",
-        "OriginY",
-    ]
+    names = ["ImageName", "DefocusU", "DefocusV", "DefocusAngle", "Voltage", "SphericalAberration"]
+    names += ["AmplitudeContrast", "DetectorPixelSize", "Magnification", "AngleRot", "AngleTilt", "AnglePsi"]
+    names += ["OriginX", "OriginY"]
     columns = "".join(f"_rln{name} #{i}\n" for i, name in enumerate(names, 1))
     row = "9000 8900 10 300 2.7 0.1 5 33333.3 10 20 30 1 2\n"
     return f"\ndata_\n\nloop_\n{columns}{''.join(f'{i + 1}@st.mrcs {row}' for i in range(COUNT))}\n".encode()
