@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent), str(HERE)]
 CORPUS = HERE.parent / "corpus"
 SLICE = 60.0  # processor seconds of a turn
 STUCK = 120.0  # wall seconds without a word after which a process is ended
