@@ -12,7 +12,7 @@ import pytest
 import typer
 
 SCRIPTS = sorted((Path(__file__).parent.parent / "tutorials" / "slurm").glob("*.sbatch"))
-ARRAYS = {"$K": "3", "$SEED": "1", "$TASK": "sharpen", "${RESUME[@]}": "--resume"}
+ARRAYS = {"$SET": "Tomotwin-100", "$K": "3", "$SEED": "1", "$TASK": "sharpen", "${RESUME[@]}": "--resume"}
 
 
 def commands(text: str) -> list[list[str]]:
