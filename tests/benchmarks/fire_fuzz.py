@@ -12,19 +12,16 @@ Faulty inputs are kept in WORK/faults; those mended are in tests/corpus, replaye
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import json
 import os
 import random
 import resource
 import signal
-import subprocess
 import sys
-import threading
 import time
+import traceback
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -118,16 +115,31 @@ def keep_fault(work: Path, name: str, fault: object, data: bytes) -> str:
     return str(path)
 
 
-def worker(name: str, work: Path, seconds: float, seed: int) -> None:
-    """The process of a turn."""
-    try:
-        import atheris
-    except ImportError:
-        Turn(name, work, seconds, seed).at_random()
-    with atheris.instrument_imports(include=["cryosuite.formats", "cryosuite.data", "cryosuite.analysis", "yaml"]):
-        import yaml  # noqa: F401
-        from hostile_readers import READERS  # noqa: F401
+def prepare() -> bool:
+    """Import what reads, once for all turns; with atheris, if it is there, so that it sees the branches taken."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            import atheris
+        except ImportError:
+            import hostile_readers
+
+            return hostile_readers is None
+        with atheris.instrument_imports(include=["cryosuite.formats", "cryosuite.data", "cryosuite.analysis", "yaml"]):
+            import hostile_readers
+            import yaml  # noqa: F401
+    return True
+
+
+def take_turn(name: str, work: Path, seconds: float, seed: int, guided: bool) -> None:
+    """What the process of a turn does; it does not return."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    log = os.open(work / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1), os.dup2(log, 2)
     turn = Turn(name, work, seconds, seed)
+    if not guided:
+        turn.at_random()
+    import atheris
 
     def bent(data: bytes, largest: int, number: int) -> bytes:
         turn.rng.seed(number)
@@ -139,30 +151,34 @@ def worker(name: str, work: Path, seconds: float, seed: int) -> None:
     atheris.Fuzz()
 
 
-def turn_of(name: str, work: Path, seconds: float, seed: int) -> dict:
-    """Run a turn in a process of its own; its score, with what ended it when that was not the clock."""
+def start(name: str, work: Path, seconds: float, seed: int, guided: bool) -> int:
+    """Fork the process of a turn; its number."""
+    (work / f"turn_{slug(name)}.json").unlink(missing_ok=True)
+    number = os.fork()
+    if number == 0:
+        try:
+            take_turn(name, work, seconds, seed, guided)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)
+    return number
+
+
+def finish(name: str, work: Path, number: int) -> dict | None:
+    """The score of a turn, with what ended it when that was not the clock; None while it goes on."""
     said = work / f"turn_{slug(name)}.json"
-    said.unlink(missing_ok=True)
-    command = [sys.executable, str(Path(__file__).resolve()), "--worker", name, "--work", str(work)]
-    command += ["--seconds", str(seconds), "--seed", str(seed)]
-    with open(work / "log.txt", "a", encoding="utf-8") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        begun = time.monotonic()
-        while True:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=5)
-            if process.returncode is not None:
-                break
-            last = said.stat().st_mtime if said.exists() else 0.0
-            if time.monotonic() - begun > 2 * STUCK and time.time() - last > STUCK:
-                os.killpg(process.pid, signal.SIGKILL)
+    if said.exists() and time.time() - said.stat().st_mtime > STUCK:
+        os.kill(number, signal.SIGKILL)
+    ended, status = os.waitpid(number, os.WNOHANG)
+    if not ended:
+        return None
     score = json.loads(said.read_text()) if said.exists() else {"tried": 0, "faults": {}, "cpu_s": 0.0}
-    if process.returncode:
+    if status:
         from hostile import Fault
         from hostile_readers import READERS
 
         path = work / "scenes" / slug(name) / READERS[name].name
-        what = Fault(f"process ended with {process.returncode}", "see log.txt")
+        what = Fault(f"process ended with {os.waitstatus_to_exitcode(status)}", "see log.txt")
         score["faults"][what.what] = keep_fault(work, name, what, path.read_bytes() if path.exists() else b"")
     return score
 
@@ -195,37 +211,39 @@ def main() -> None:
     parser.add_argument("--readers", default="", help="some of them, by name (default: all)")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
-    if options.worker:
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        worker(options.worker, options.work.resolve(), options.seconds, options.seed)
+    work = options.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    guided = prepare()
     from common import save
     from hostile_readers import READERS
 
     names = [name.strip() for name in options.readers.split(";") if name.strip()] or list(READERS)
-    progress = options.work / "progress.json"
+    progress = work / "progress.json"
     totals = json.loads(progress.read_text()) if progress.exists() else {}
-    share, lock = options.seconds / len(names), threading.Lock()
+    share = options.seconds / len(names)
+    running: dict[str, int] = {}
     while True:
         due = [name for name in names if totals.get(name, {}).get("cpu_s", 0) < share - 0.5]
-        if not due:
+        if not due and not running:
             break
-
-        def take_turn(name: str) -> None:
+        due = sorted(set(due) - running.keys(), key=lambda name: totals.get(name, {}).get("cpu_s", 0))
+        for name in due[: options.jobs - len(running)]:
             total = totals.setdefault(name, {"turns": 0, "cpu_s": 0.0})
             total["turns"] += 1
             seconds = min(SLICE, share - total["cpu_s"])
-            add(total, turn_of(name, options.work.resolve(), seconds, options.seed + 1000 * total["turns"]))
-            with lock:
-                write(progress, json.dumps(totals, indent=1))
-                spent = sum(one["cpu_s"] for one in totals.values())
-                clock = time.strftime("%H:%M:%S")
-                print(f"{clock} {spent:.0f} s: {name} {total['tried']} {total['faults']}", flush=True)
-
-        with ThreadPoolExecutor(options.jobs) as pool:
-            list(pool.map(take_turn, due))
+            running[name] = start(name, work, seconds, options.seed + 1000 * total["turns"], guided)
+        time.sleep(1)
+        for name in list(running):
+            score = finish(name, work, running[name])
+            if score is None:
+                continue
+            del running[name]
+            add(totals[name], score)
+            write(progress, json.dumps(totals, indent=1))
+            spent = sum(one["cpu_s"] for one in totals.values())
+            faults = list(totals[name]["faults"])
+            print(f"{time.strftime('%H:%M:%S')} {spent:.0f} s: {name} {totals[name]['tried']} {faults}", flush=True)
     rows = [row(name, totals[name]) for name in names]
     spent = sum(totals[name]["cpu_s"] for name in names)
     save("fire_fuzz", {"seed": options.seed, "cpu_s": round(spent), "rows": rows})
