@@ -124,37 +124,28 @@ class StackImages:
     def read(self, rows: np.ndarray) -> np.ndarray:
         """Images (b, D, D) float32 of the rows, in their order; each file is visited once, its slices in order."""
         rows = np.asarray(rows)
+        first = self.cache.get(self.files[self.file_id[rows[0]] if len(rows) else 0])
+        images = np.empty((len(rows), *first.box_size), np.float32)
+        self.read_into(images, rows, np.arange(len(rows)))
+        return images
+
+    def read_into(self, images: np.ndarray, rows: np.ndarray, places: np.ndarray) -> None:
+        """``read`` with the image of ``rows[i]`` at ``images[places[i]]``, images (n, D, D) float32.
+
+        Raises InputError for a stack of another box.
+        """
         file_id, slices = self.file_id[rows], self.slices[rows]
-        if len(rows) == 0 or (file_id[0] == file_id).all():
-            images = self._read_file(int(file_id[0]) if len(rows) else 0, slices)
-        else:
-            images = self._read_files(file_id, slices)
-        if self.signs is not None:
-            images *= self.signs[rows, None, None]
-        return images
-
-    def _read_file(self, number: int, slices: np.ndarray) -> np.ndarray:
-        reader = self.cache.get(self.files[number])
-        if len(slices) > 1 and (np.diff(slices) < 0).any():
-            order = np.argsort(slices, kind="stable")
-            images = np.empty((len(slices), *reader.box_size), np.float32)
-            images[order] = reader.read(slices[order])
-            return images
-        return reader.read(slices)
-
-    def _read_files(self, file_id: np.ndarray, slices: np.ndarray) -> np.ndarray:
-        order = np.lexsort((slices, file_id))
+        one = (file_id[:1] == file_id).all()
+        order = np.argsort(slices, kind="stable") if one else np.lexsort((slices, file_id))
         starts = np.flatnonzero(np.diff(file_id[order], prepend=-1))
-        images: np.ndarray | None = None
-        for begin, end in zip(starts, [*starts[1:], len(order)], strict=True):
+        for begin, end in zip(starts, np.append(starts[1:], len(order))[: len(starts)], strict=True):
             part = order[begin:end]
-            found = self.cache.get(self.files[file_id[part[0]]]).read(slices[part])
-            if images is None:
-                images = np.empty((len(order), *found.shape[1:]), np.float32)
-            elif found.shape[1:] != images.shape[1:]:
+            reader = self.cache.get(self.files[file_id[part[0]]])
+            if reader.box_size != images.shape[1:]:
                 raise InputError(
-                    f"{self.files[file_id[part[0]]]}: box {found.shape[1]}, but other stacks of the set have box "
-                    f"{images.shape[1]}. Run `cryosuite preprocess` first: it brings all images to one box."
+                    f"{reader.path}: box {reader.box_size}, but other stacks of the set have box {images.shape[1:]}. "
+                    "Run `cryosuite preprocess` first: it brings all images to one box."
                 )
-            images[part] = found
-        return images
+            reader.read(slices[part], images, places[part])
+        if self.signs is not None:
+            images[places] *= self.signs[rows, None, None]

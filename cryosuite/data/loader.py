@@ -130,7 +130,7 @@ class BatchLoader:
 
     def epoch(self, n: int, start: int = 0) -> Iterator[Batch]:
         """The batches of epoch ``n``; the first ``start`` are skipped without being read."""
-        windows = self._windows(n, start) if self.shuffle else ((rows, None, None) for rows in self.order(n, start))
+        windows = self._windows(n, start) if self.shuffle else ((rows, None) for rows in self.order(n, start))
         if self.prefetch > 0 and self.shuffle:
             windows = read_ahead(windows, 1)
         batches = self._batches(windows)
@@ -140,23 +140,29 @@ class BatchLoader:
         for batch in batches:
             yield batch.to(self.device, non_blocking=cuda)
 
-    def _windows(self, epoch: int, start: int) -> Iterator[tuple[list[np.ndarray], np.ndarray, np.ndarray]]:
-        """Per window: the rows of its batches, all its rows sorted, and their images (n, D, D) read in that order."""
+    def _windows(self, epoch: int, start: int) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
+        """Per window the rows of its batches and their images (n, D, D), read in the order in which they are stored.
+
+        The images go from the file to their places in the batches: shuffled reading is one copy, as from memory.
+        """
         step = max(self.batch_size, 4 * self.block)
         D = self.particles.box_size
         for batches in self.order(epoch, start):
-            rows = np.unique(np.concatenate(batches))
+            rows = np.concatenate(batches)
+            stored = np.argsort(rows, kind="stable")
             images = np.empty((len(rows), D, D), np.float32)
             for begin in range(0, len(rows), step):
-                images[begin : begin + step] = self.particles.read(rows[begin : begin + step])
-            yield batches, rows, images
+                part = stored[begin : begin + step]
+                self.particles.read_into(images, rows[part], part)
+            yield batches, images
 
     def _batches(self, windows: Iterator[tuple]) -> Iterator[Batch]:
         pin = self.device.type == "cuda"
-        for batches, sorted_rows, images in windows:
+        for batches, images in windows:
+            at = 0
             for rows in batches:
-                found = None if images is None else images[np.searchsorted(sorted_rows, rows)]
-                batch = self.batch(rows, found)
+                batch = self.batch(rows, None if images is None else images[at : at + len(rows)])
+                at += len(rows)
                 yield batch.pin() if pin else batch
 
     def batch(self, rows: np.ndarray, images: np.ndarray | None = None) -> Batch:

@@ -116,6 +116,15 @@ class ParticleSet:
             np.negative(images, out=images)
         return images
 
+    def read_into(self, images: np.ndarray, rows: np.ndarray, places: np.ndarray) -> None:
+        """``read`` with the image of ``rows[i]`` at ``images[places[i]]``, images (n, D, D) float32."""
+        if hasattr(self.images, "read_into"):
+            self.images.read_into(images, rows, places)
+        else:
+            images[places] = self.images.read(rows)
+        if self.sign < 0:
+            images[places] *= -1
+
     def subset(self, rows: np.ndarray) -> ParticleSet:
         """The particles of some rows (positions or a mask), in that order; original indices are kept."""
         rows = np.asarray(rows)

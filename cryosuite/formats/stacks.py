@@ -23,6 +23,7 @@ from cryosuite.formats.checks import name_rows
 from cryosuite.formats.mrc_header import HEADER_BYTES, MrcHeader, read_header
 
 OPEN_FILES = 64  # descriptors kept for all stacks together, however many files a data set has
+_BUFFERS = 1024  # that one read may fill: what Linux and macOS take
 _STATISTICS_BYTES = 1 << 24  # of float64 copies made for the header statistics at a time
 _MODE_OF = {np.dtype(np.float32): 2, np.dtype(np.float16): 12}
 
@@ -119,11 +120,17 @@ class StackReader:
             raise InputError(f"{self.path}: images are {nx} pixels wide: the box size must be even; crop or pad them")
         return nx
 
-    def read(self, rows: np.ndarray | list[int] | slice | None = None, out: np.ndarray | None = None) -> np.ndarray:
+    def read(
+        self,
+        rows: np.ndarray | list[int] | slice | None = None,
+        out: np.ndarray | None = None,
+        places: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Images ``rows`` (0-based, any order, repeats allowed; None for all) as float32 (b, ny, nx).
 
-        Contiguous runs are read at once. ``out`` takes the images when given. Raises InputError for a row outside the
-        stack or a file that became shorter.
+        Contiguous runs are read at once. ``out`` (n, ny, nx) takes the images when given, image i at ``places[i]``
+        (default i); float32 images go there from the file without a copy between. Raises InputError for a row outside
+        the stack or a file that became shorter.
         """
         rows = np.arange(self.count)[rows] if rows is None or isinstance(rows, slice) else np.asarray(rows)
         rows = rows.astype(np.int64).reshape(-1)
@@ -133,28 +140,50 @@ class StackReader:
         if out is None:
             out = np.empty((len(rows), *self.shape), np.float32)
         order = np.argsort(rows, kind="stable") if np.any(np.diff(rows) < 0) else np.arange(len(rows))
-        ordered = rows[order]
+        ordered, to = rows[order], order if places is None else np.asarray(places)[order]
         starts = np.flatnonzero(np.diff(ordered, prepend=-2) != 1)
         ends = np.append(starts[1:], len(rows))[: len(starts)]
+        same = out.dtype == self.header.dtype and out.flags.c_contiguous and out.shape[1:] == self.shape
+        read = self._straight if same else self._converted
         try:
             with _FILES.borrow(self.path, self._inode) as descriptor:
-                for start, end in zip(starts, ends, strict=True):
-                    out[order[start:end]] = self._run(descriptor, int(ordered[start]), int(end - start))
+                for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+                    read(descriptor, int(ordered[start]), out, to[start:end])
         except OSError as error:
             raise InputError(f"{self.path}: cannot read this stack: {error.strerror or error}") from None
         return out
 
-    def _run(self, descriptor: int, first: int, count: int) -> np.ndarray:
-        """``count`` images from ``first`` in the type of the file, (count, ny, nx)."""
-        images = np.empty((count, *self.shape), self.header.dtype)
-        left = memoryview(images.view(np.uint8).reshape(-1))
-        position = self.header.data_offset + first * images[0].nbytes
-        while len(left):
-            done = os.preadv(descriptor, [left], position)
+    def _straight(self, descriptor: int, first: int, out: np.ndarray, places: np.ndarray) -> None:
+        """A run of images from ``first`` on, each read where it belongs in ``out``."""
+        size, flat = out.itemsize * out[0].size, memoryview(out.reshape(-1).view(np.uint8))
+        if places[-1] - places[0] == len(places) - 1 and (np.diff(places) == 1).all():
+            self._fill(descriptor, first, [flat[places[0] * size : (places[-1] + 1) * size]])
+            return
+        starts = (places * size).tolist()
+        for begin in range(0, len(starts), _BUFFERS):
+            self._fill(descriptor, first + begin, [flat[at : at + size] for at in starts[begin : begin + _BUFFERS]])
+
+    def _converted(self, descriptor: int, first: int, out: np.ndarray, places: np.ndarray) -> None:
+        """The same for images of another type in the file."""
+        images = np.empty((len(places), *self.shape), self.header.dtype)
+        self._fill(descriptor, first, [memoryview(images.view(np.uint8).reshape(-1))])
+        out[places] = images
+
+    def _fill(self, descriptor: int, first: int, left: list[memoryview]) -> None:
+        """Fill buffers, one after the other, with the bytes of the file from image ``first`` on."""
+        position = self.header.data_offset + first * self.shape[0] * self.shape[1] * self.header.dtype.itemsize
+        while left:
+            done = os.preadv(descriptor, left, position)
             if done == 0:
                 raise InputError(f"{self.path}: the file became shorter while it was read")
-            left, position = left[done:], position + done
-        return images
+            position += done
+            full = 0
+            while full < len(left) and done >= len(left[full]):
+                done -= len(left[full])
+                full += 1
+            left = left[full:]
+            if done:
+                left[0] = left[0][done:]
 
     def close(self) -> None:
         """Give the file back; the reader opens it again when needed."""
@@ -192,13 +221,14 @@ class StackWriter:
             raise InputError(f"{path}: stacks are written as float32 or float16, not {self.dtype}")
         if self.count < 1 or self.box_size < 1:
             raise InputError(f"{path}: cannot write a stack of {count} images of {box_size} pixels")
-        self.needed = HEADER_BYTES + self.count * self.box_size**2 * self.dtype.itemsize
+        self.image_bytes = self.box_size**2 * self.dtype.itemsize
+        self.needed = HEADER_BYTES + self.count * self.image_bytes
         self.written, self._sum, self._squares, self._low, self._high = 0, 0.0, 0.0, np.inf, -np.inf
 
     def __enter__(self) -> StackWriter:
         with contextlib.ExitStack() as opened:
-            temporary = opened.enter_context(atomic_path(self.path, needed=self.needed))
-            self._file = opened.enter_context(open(temporary, "wb", buffering=0))
+            self.temporary = opened.enter_context(atomic_path(self.path, needed=self.needed))
+            self._file = opened.enter_context(open(self.temporary, "w+b", buffering=0))
             self._put(bytes(HEADER_BYTES))
             self._opened = opened.pop_all()
         return self
@@ -245,13 +275,46 @@ class StackWriter:
                 f"{self.path}: {name_rows(bad, 'image')} (0-based) would hold NaN or infinity as {self.dtype}: leave "
                 "such images out, or write float32"
             )
-        self._low, self._high = min(self._low, low), max(self._high, high)
-        self._sum, self._squares = self._sum + wide.sum(), self._squares + np.square(wide, out=wide).sum()
+        self._count(low, high, wide.sum(), np.square(wide, out=wide).sum())
         try:
             self._put(stored.data)
         except OSError as error:
             raise write_error(self.path, error, self.needed) from error
         self.written += len(images)
+
+    def _count(self, low: float, high: float, total: float, squares: float) -> None:
+        """Take the statistics of a part into those of the stack."""
+        self._low, self._high = min(self._low, low), max(self._high, high)
+        self._sum, self._squares = self._sum + total, self._squares + squares
+
+    def allocate(self) -> None:
+        """Give the file its whole length, so that several processes can fill it, each a part (`StackPart`)."""
+        try:
+            self._file.truncate(self.needed)
+        except OSError as error:
+            raise write_error(self.path, error, self.needed) from error
+
+    def put_together(self, parts: list[StackPart]) -> None:
+        """Take over what parts have written, in their order: they are moved up to each other where images are left out.
+
+        ``count`` becomes the number of images that are there.
+        """
+        for part in parts:
+            self._move(part.first, self.written, part.written)
+            self.written += part.written
+            for statistics in part.statistics:
+                self._count(*statistics)
+        self.count = self.written
+        self._file.truncate(HEADER_BYTES + self.count * self.image_bytes)
+
+    def _move(self, first: int, to: int, count: int) -> None:
+        """Bring ``count`` images from number ``first`` to number ``to``, which is not behind it."""
+        step = max(1, _STATISTICS_BYTES // self.image_bytes)
+        for start in range(0, count if first != to else 0, step):
+            self._file.seek(HEADER_BYTES + (first + start) * self.image_bytes)
+            data = self._file.read(min(step, count - start) * self.image_bytes)
+            self._file.seek(HEADER_BYTES + (to + start) * self.image_bytes)
+            self._put(data)
 
     def _header(self) -> bytes:
         header = np.zeros((), HEADER_DTYPE.newbyteorder("<"))
@@ -270,3 +333,35 @@ class StackWriter:
         header["nlabl"] = 1
         header["label"][0] = b"cryosuite"
         return header.tobytes()
+
+
+class StackPart(StackWriter):
+    """One process's part of a stack: images from number ``first`` on, into the file that ``allocate`` made.
+
+    ``statistics`` and ``written`` are what the writer of the whole needs to know (``put_together``).
+    """
+
+    def __init__(
+        self, path: str | os.PathLike, temporary: str | os.PathLike, first: int, count: int, box_size: int,
+        dtype: np.dtype | type = np.float32,
+    ) -> None:  # fmt: skip
+        super().__init__(path, max(count, 1), box_size, None, dtype)
+        self.temporary, self.first = Path(temporary), first
+        self.statistics: list[tuple[float, float, float, float]] = []
+
+    def __enter__(self) -> StackPart:
+        self._file = open(self.temporary, "r+b", buffering=0)
+        self._file.seek(HEADER_BYTES + self.first * self.image_bytes)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with self._file:
+            if error is None:
+                os.fsync(self._file.fileno())  # before another machine reads it
+
+    def _count(self, low: float, high: float, total: float, squares: float) -> None:
+        self.statistics.append((float(low), float(high), float(total), float(squares)))
+
+    def __getstate__(self) -> dict:
+        """Sent to the process that writes the header: without the file."""
+        return {name: value for name, value in self.__dict__.items() if name != "_file"}
