@@ -44,8 +44,10 @@ class Blur(nn.Module):
         return F.conv3d(F.pad(x, (1,) * 6, mode="replicate"), self.kernel)
 
 
-def weights(net: nn.Module, task: str = "sharpen", norm: str = "robust", voxel: float | None = None) -> MapWeights:
-    return MapWeights(net.eval(), task, voxel or VOXELS[task], norm, {})
+def weights(
+    net: nn.Module, task: str = "sharpen", norm: str = "robust", voxel: float | None = None, spectrum: str = "as-is"
+) -> MapWeights:
+    return MapWeights(net.eval(), task, voxel or VOXELS[task], norm, {}, spectrum)
 
 
 def toy_map(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from test_commands_eval_model import write_model
 from test_data_map_grid import CASES, make
 
 from cryosuite.cli import main
-from cryosuite.data.map_grid import read_grid
+from cryosuite.data.map_grid import read_grid, write_like
 from cryosuite.data.map_weights import save_map_encoder, save_map_weights
 from cryosuite.formats.mrc import write_map
 from cryosuite.formats.safetensors import read_safetensors_header
@@ -52,6 +53,9 @@ def weights(tmp_path_factory) -> Path:
         net.encoder.head.weight[0, 0] = kernel / kernel.sum()
     save_map_weights(folder / "uneven.safetensors", net, task="sharpen", voxel=1.0, norm="robust")
     net.decoder.tail.weight.requires_grad_(False).zero_()
+    save_map_weights(
+        folder / "matched.safetensors", passing(), task="sharpen", voxel=1.0, norm="robust", spectrum="matched"
+    )
     save_map_weights(folder / "nothing.safetensors", net, task="sharpen", voxel=1.0, norm="robust")
     save_map_encoder(folder / "encoder.safetensors", Encoder(SPEC))
     return folder
@@ -319,3 +323,24 @@ def test_odd_maps_of_other_programs(call, shared, weights, tmp_path):
 def test_the_file_says_what_it_is_for(weights):
     metadata = read_safetensors_header(weights / "wedge.safetensors").metadata
     assert metadata["task"] == "wedge" and json.loads(metadata["spec"])["d"] == 2
+
+
+def test_the_resolution_is_given_or_of_the_half_maps_or_estimated_but_not_guessed_of_a_masked_map(
+    call, files, weights, tmp_path
+):
+    network = ("--weights", weights / "matched.safetensors", "-o", tmp_path / "out.mrc")
+    code, out, _ = call(files / "map.mrc", *network, "--resolution", "4.5")
+    assert code == 0 and "4.50 A" in out and "as given" in out
+    code, out, error = call("--half1", files / "half1.mrc", "--half2", files / "half2.mrc", *network)
+    told = " ".join((error + out).split())
+    limit = re.search(r"FSC .143 at ([0-9.]+) A", told).group(1)
+    assert code == 0 and f"map at {limit} A" in told and "of the half maps" in told
+    code, out, _ = call(files / "map.mrc", *network)
+    assert code == 0 and "estimated from" in " ".join(out.split())
+    grid = read_grid(files / "map.mrc")
+    masked = np.where(grid.data > 0.3 * grid.data.max(), grid.data, 0).astype(np.float32)
+    write_like(tmp_path / "masked.mrc", masked, grid, "masked")
+    code, _, error = call(tmp_path / "masked.mrc", *network)
+    assert code == 2 and "--resolution" in error and "masked" in error
+    code, _, _ = call(tmp_path / "masked.mrc", *network, "--resolution", "4.5")
+    assert code == 0

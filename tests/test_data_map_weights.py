@@ -56,6 +56,18 @@ def test_what_is_written_comes_back(file):
     assert path.stat().st_size < 2.5 * sum(p.numel() for p in net.parameters()) + 60_000
 
 
+def test_the_fall_of_amplitudes_is_kept_and_files_that_do_not_name_it_are_of_maps_as_they_are(file, tmp_path):
+    path, net = file
+    assert load_map_weights(path).spectrum == "as-is"
+    assert load_map_weights(rewritten(path, tmp_path, spectrum=None)).spectrum == "as-is"
+    save_map_weights(tmp_path / "m.safetensors", net, task="sharpen", voxel=1.0, norm="robust", spectrum="matched")
+    assert load_map_weights(tmp_path / "m.safetensors").spectrum == "matched"
+    with pytest.raises(InputError, match="rainbow"):
+        load_map_weights(rewritten(path, tmp_path, spectrum="rainbow"))
+    with pytest.raises(ValueError, match="rainbow"):
+        save_map_weights(tmp_path / "x.safetensors", net, task="sharpen", voxel=1.0, norm="robust", spectrum="rainbow")
+
+
 def test_vit_comes_back(tmp_path):
     net = MapVit(MapVitSpec(dim=12, depth=1, decoder_depth=1, heads=2)).eval()
     save_map_weights(tmp_path / "v.safetensors", net, task="sharpen", voxel=1.0, norm="paper")

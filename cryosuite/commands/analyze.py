@@ -30,7 +30,10 @@ def main(
         panel=GROUPS,
     ),
     k: str = _option(
-        None, "--k", help="Number of these: a number, or auto (as many as are found again and again).", panel=GROUPS
+        None,
+        "--k",
+        help="Number of the clusters of --cluster, or auto (as many as are found again and again).",
+        panel=GROUPS,
     ),
     pc: int = _option(2, "--pc", help="Principal components to walk along.", panel=GROUPS),
     n_per_pc: int = _option(
@@ -44,10 +47,17 @@ def main(
     flip: bool = _option(False, "--flip", help="Mirror the volumes (the other hand).", panel=VOLUMES),
     invert: bool = _option(False, "--invert", help="Multiply the volumes by -1.", panel=VOLUMES),
     downsample: int = _option(
-        None, "-d", "--downsample", help="Crop the volumes to this box size in Fourier space.", panel=VOLUMES
+        None,
+        "-d",
+        "--downsample",
+        help="Crop the volumes to this box size in pixels; nothing: the run's box.",
+        panel=VOLUMES,
     ),
     low_pass: float = _option(
-        None, "--low-pass", help="Filter the volumes to this resolution in Angstrom.", panel=VOLUMES
+        None,
+        "--low-pass",
+        help="Filter the volumes to this resolution in Angstrom; nothing: not filtered.",
+        panel=VOLUMES,
     ),
     vol_start_index: int = _option(
         0, "--vol-start-index", help="Number of the first volume file; 1 as in cryoDRGN.", panel=VOLUMES
@@ -68,7 +78,7 @@ def main(
     no_report: bool = _option(
         False, "--no-report", help="Leave out report.html (`cryosuite report` writes it later).", panel=PLOTS
     ),
-    seed: int = _option(0, "--seed", help="Same seed, same result.", panel=PLOTS),
+    seed: int = _option(0, "--seed", help="Random seed: the same seed gives the same result.", panel=PLOTS),
 ) -> None:
     """Look at a trained run, ours or cryoDRGN's: a map of its particles, their clusters, a volume of each.
 
@@ -118,12 +128,13 @@ def main(
         particles=loaded.particles, epoch=loaded.epoch, records=read_metrics(folder.metrics),
         run=run,
     )  # fmt: skip
+    polished: list[Any] = []
     if polish:
         if flip or invert or downsample or low_pass:
             notice("--flip, --invert, --downsample and --low-pass change the decoded volumes, not the polished maps")
-        _polish(result, loaded.particles)
+        polished = _polish(result, loaded.particles)
     if sharpen:
-        _sharpen(result, polish)
+        _sharpen(result, polished)
     make_report(out, loaded.particles, loaded.z, loaded.epoch, folder, page=not no_report)
     _report(result, folder, not no_report)
     if polish and folder.shares(loaded.epoch).is_file():
@@ -141,23 +152,23 @@ def _number(k: str | None) -> int | str:
     return int(k)
 
 
-def _sharpen(result: Any, polished: bool) -> None:
+def _sharpen(result: Any, polished: list[Any]) -> None:
     """Sharpened maps beside the cluster volumes and, where there are any, beside the polished maps."""
     from cryosuite.commands.polish import sharpened
     from cryosuite.data.results import PolishDir
     from cryosuite.errors import notice
 
     files = [(file.path, result.folder.sharp(file.number)) for file in result.files]
-    if polished:
-        folder = PolishDir(result.out.path / "polish")
-        files += [(folder.map(k), folder.sharp(k)) for k in range(len(result.colours))]
+    resolutions = [None] * len(files) + [row.resolution for row in polished]
+    folder = PolishDir(result.out.path / "polish")
+    files += [(folder.map(row.number), folder.sharp(row.number)) for row in polished]
     if not files:
         notice("--sharpen: this analysis has no volumes (--skip-vol, or a run that decodes none)")
-    sharpened(files)
+    sharpened(files, resolutions)
 
 
-def _polish(result: Any, particles: Any) -> None:
-    """Polished maps of the clusters, in a folder of the analysis."""
+def _polish(result: Any, particles: Any) -> list[Any]:
+    """Polished maps of the clusters, in a folder of the analysis; a row of each."""
     from cryosuite.analysis.polished import polish_to
     from cryosuite.commands.polish import report
     from cryosuite.data.results import PolishDir
@@ -169,6 +180,7 @@ def _polish(result: Any, particles: Any) -> None:
     weights = ClassWeights.from_labels(read_labels(result.out.labels, unlabelled=True), len(result.colours))
     rows = polish_to(out, particles, weights, PolishOptions(), source=str(result.out.path), classes_from="clusters")
     report(rows, out, latent_from_both=True)
+    return rows
 
 
 def _report(result: Any, run: Any, page: bool) -> None:

@@ -29,7 +29,7 @@ def main(
     ),
     out: Path = typer.Option(..., "-o", "--out", help="Map to write.", show_default=False),
     half1: Path = typer.Option(None, "--half1", help="Instead of MAP: first half map; the mean of both is enhanced."),
-    half2: Path = typer.Option(None, "--half2", help="Second half map."),
+    half2: Path = typer.Option(None, "--half2", help="Second half map, with --half1."),
     task: str = _option(
         None,
         "--task",
@@ -52,9 +52,13 @@ def main(
     no_skip: bool = _option(
         False, "--no-skip", help="Run the network on plain solvent too, which is else set to 0.", panel=NETWORK
     ),
-    apix: float = _option(None, "--apix", "--Apix", help="Angstrom per voxel, in place of the header's.", panel=GREY),
+    apix: float = _option(None, "--apix", "--Apix", help="Pixel size in Angstrom; nothing: the header's.", panel=GREY),
     resolution: float = _option(
-        None, "--resolution", help="Of the map, Angstrom, if known: for warnings and --model.", panel=GREY
+        None,
+        "--resolution",
+        help="Of the map, Angstrom (FSC 0.143); nothing: of the half maps, or estimated from the map. Amplitudes are "
+        "matched to it.",
+        panel=GREY,
     ),
     contour: float = _option(
         None, "--contour", help="Level that shows the molecule, where it is not found by itself.", panel=GREY
@@ -88,9 +92,16 @@ def main(
         False, "--no-consistency", help="Do not put the measured Fourier coefficients back.", panel=WEDGE
     ),
     batch: str = _option("auto", "-b", "--batch", help="Tiles at a time; auto: what fits.", panel=MACHINE),
-    precision: str = _option("auto", "--precision", help="bf16, 32, or auto.", panel=MACHINE),
-    accelerator: str = _option("auto", "--accelerator", "--device", help="cpu, gpu, or auto.", panel=MACHINE),
-    threads: int = _option(0, "--threads", help="Processor threads; 0: all.", panel=MACHINE),
+    precision: str = _option(
+        "auto",
+        "--precision",
+        help="Precision of numbers: bf16, 32, or auto (what the machine is fast at).",
+        panel=MACHINE,
+    ),
+    accelerator: str = _option(
+        "auto", "--accelerator", "--device", help="Where to compute: cpu, gpu, or auto.", panel=MACHINE
+    ),
+    threads: int = _option(0, "--threads", help="Processor threads to use; 0: all.", panel=MACHINE),
 ) -> None:
     """Sharpen a map, add detail, or fill a missing wedge, with a network trained on simulated maps.
 
@@ -118,8 +129,6 @@ def main(
         torch.set_num_threads(threads)
     if per_half and half1 is None:
         raise InputError("--per-half: needs --half1 and --half2")
-    if resolution is not None and not 0 < resolution < 1000:
-        raise InputError(f"--resolution {resolution}: a number of Angstrom above 0 is needed")
     outputs = {"-o": out, "--uncertainty": uncertainty, "--local-cc": local_cc}
     _check_outputs({**outputs, **_half_outputs(out, per_half)}, [path, half1, half2, mask, model, weights])
     network = open_weights(task, weights)
@@ -129,16 +138,18 @@ def main(
         raise InputError(f"--uncertainty: needs at least 2 rotations: --tta {several}")
     options = EnhanceOptions(
         stride=stride, turns=turns, norm=norm, contour=contour, skip=not no_skip, match_scale=match_scale,
-        local_cc=local_cc is not None, tilt_range=tilt_range, tilt_axis=tilt_axis, consistent=not no_consistency,
+        resolution=resolution, local_cc=local_cc is not None,
+        tilt_range=tilt_range, tilt_axis=tilt_axis, consistent=not no_consistency,
         batch=_batch(batch), precision=precision,
     )  # fmt: skip
     device = torch.device(resolve_accelerator(accelerator))
     inputs = read_inputs(path, half1, half2, mask, apix)
     before = None if model is None else _score(inputs.grid, model, resolution)
-    found = _run(inputs, network, options, device, out, resolution, uncertainty, local_cc)
+    options = _looked_at(inputs, network, options)
+    found = _run(inputs, network, options, device, out, uncertainty, local_cc)
     if per_half:
         _halves(inputs, network, options, device, out)
-    _report(found, inputs.grid, network, outputs)
+    _report(found, inputs.grid, network, outputs, options.resolution is not None)
     if not float(found.map.data.std()) > 0:
         notice("the network made nothing of this map: the output has one value. Check its contrast, --mask, --contour")
     elif before is not None:
@@ -180,31 +191,48 @@ def _check_outputs(outputs: dict[str, Path | None], inputs: list[Path | None]) -
         taken[path.resolve()] = f"the output of {name}"
 
 
+def _looked_at(inputs: Inputs, network: MapWeights, options: EnhanceOptions) -> EnhanceOptions:
+    """Tell what stands against enhancing the map; the options with the resolution of the half maps, if there are any.
+
+    Raises InputError where the resolution is needed and cannot be read from the map, since a mask cut off its noise.
+    """
+    from dataclasses import replace
+
+    from cryosuite.console import say
+    from cryosuite.errors import InputError
+    from cryosuite.methods.lvm_sharpen_checks import ZEROS, inspect_map
+    from cryosuite.methods.lvm_sharpen_files import half_fsc
+
+    grid = inputs.grid
+    if inputs.halves is not None:
+        curve = half_fsc(inputs.halves[0].data, inputs.halves[1].data, grid)
+        fine, coarse = (curve.resolution(level) for level in (0.143, 0.5))
+        say(f"half maps: FSC .143 at {fine:.2f} A, .5 at {coarse:.2f} A, without mask")
+        options = replace(options, resolution=options.resolution or fine)
+    facts = inspect_map(grid, network.task, network.voxel, options.resolution)
+    if network.spectrum == "matched" and options.resolution is None and facts.empty > ZEROS:
+        raise InputError(
+            f"{grid.path}: the map was masked, so that its noise does not tell its resolution. Give it in Angstrom "
+            "(--resolution 3.4; it stands in the deposition or the FSC of the half maps), or give the half maps"
+        )
+    return options
+
+
 def _run(
     inputs: Inputs,
     network: MapWeights,
     options: EnhanceOptions,
     device: Any,
     out: Path,
-    resolution: float | None,
     uncertainty: Path | None,
     local_cc: Path | None,
 ) -> Enhanced:
-    """Look at the map, enhance it, write it and what belongs to it."""
-    from cryosuite.console import say
+    """Enhance the map, write it and what belongs to it."""
     from cryosuite.data.map_grid import write_like
     from cryosuite.methods.lvm_sharpen import enhance
-    from cryosuite.methods.lvm_sharpen_checks import inspect_map
-    from cryosuite.methods.lvm_sharpen_files import half_fsc, label
+    from cryosuite.methods.lvm_sharpen_files import label
 
     grid = inputs.grid
-    if inputs.halves is not None:
-        curve = half_fsc(inputs.halves[0].data, inputs.halves[1].data, grid)
-        resolution = resolution or curve.resolution(0.143)
-        say(
-            f"half maps: FSC .143 at {curve.resolution(0.143):.2f} A, .5 at {curve.resolution(0.5):.2f} A, without mask"
-        )
-    inspect_map(grid, network.task, network.voxel, resolution)
     found = enhance(grid, network, options, device, inputs.mask, out.parent)
     write_like(out, found.map.data, grid, label(network.task))
     if uncertainty is not None:
@@ -236,20 +264,22 @@ def _halves(inputs: Inputs, network: MapWeights, options: EnhanceOptions, device
     )
 
 
-def _report(found: Enhanced, grid: MapGrid, network: MapWeights, outputs: dict[str, Path | None]) -> None:
+def _report(found: Enhanced, grid: MapGrid, network: MapWeights, outputs: dict[str, Path | None], known: bool) -> None:
     """What was done, where it lies and what it is worth."""
     import numpy as np
 
     from cryosuite.console import say, table
 
     shape = " x ".join(map(str, grid.data.shape[::-1]))
+    said = "of the half maps or as given" if known else "estimated from the map: give --resolution if you know better"
     rows = [
         [
             "grid",
             f"{shape} voxels of {' x '.join(f'{size:.4g}' for size in grid.voxel)} A; network at {network.voxel:g} A",
         ],
         ["tiles", f"{found.run} of {found.tiles} run, the others are plain solvent"],
-        ["grey values", f"{found.span[0]:.4g} to {found.span[1]:.4g} of the input are 0 to 1 for the network"],
+        *([["amplitudes", f"as of a model's map at {found.resolution:.2f} A, {said}"]] if found.resolution else []),
+        ["grey values", f"{found.span[0]:.4g} to {found.span[1]:.4g} are 0 to 1 for the network"],
         ["seconds", f"{found.seconds:.1f}"],
     ]
     solid = grid.data > sum(found.span) / 2

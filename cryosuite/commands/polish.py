@@ -50,7 +50,7 @@ def main(
         help="For runs of train-kraqen: particles choose their codes again, each by maps of its own half set alone, so "
         "that the plain half maps are independent.",
     ),
-    seed: int = _option(0, "--seed", help="Of the grouping.", panel=CLASSES),
+    seed: int = _option(0, "--seed", help="Random seed of the grouping.", panel=CLASSES),
     poses: Path = _option(None, "--poses", help="Poses as cryoDRGN writes them (poses.pkl).", panel=INPUT),
     ctf: Path = _option(None, "--ctf", help="CTF parameters as cryoDRGN writes them (ctf.pkl).", panel=INPUT),
     ind: Path = _option(None, "--ind", help="Use only these particles (a .pkl of indices).", panel=INPUT),
@@ -58,13 +58,17 @@ def main(
     apix: float = _option(None, "--Apix", help="Pixel size in Angstrom, where no file says it.", panel=INPUT),
     invert_data: bool = _option(False, "--invert-data", help="Particles are dark in the images.", panel=INPUT),
     downsample: int = _option(
-        None, "-d", "--downsample", help="Box of the maps, smaller than the images'.", panel=MAPS
+        None,
+        "-d",
+        "--downsample",
+        help="Box of the maps in pixels, smaller than the images'; nothing: theirs.",
+        panel=MAPS,
     ),
     mode: str = _option(
         "modal",
         "--mode",
-        help="modal: the default. kernel: particles weighed by distance in the latent. prior: a run's own volumes "
-        "as starting point, trusted as far as the data bear them out.",
+        help="How maps are made. modal: states help each other. kernel: particles weighed by distance in the latent. "
+        "prior: a run's own volumes as starting point, trusted as far as the data bear them out.",
         panel=MAPS,
     ),
     passes: int = _option(
@@ -74,7 +78,10 @@ def main(
         12.5, "--window", help="Size (standard deviation, Angstrom) of the places that are judged apart.", panel=MAPS
     ),
     basis: str = _option(
-        "auto", "--basis", help="modal: states that resemble each other. class: unrelated molecules.", panel=MAPS
+        "auto",
+        "--basis",
+        help="What is assumed of states. modal: they resemble each other. class: unrelated molecules. auto: what fits.",
+        panel=MAPS,
     ),
     sharpen: bool = _option(
         False,
@@ -85,7 +92,7 @@ def main(
     memory: float = _option(
         4.0, "--memory", help="GiB for sums of classes; the rest goes to files in the output folder.", panel=MACHINE
     ),
-    threads: int = _option(0, "--threads", help="Processor threads; 0: all.", panel=MACHINE),
+    threads: int = _option(0, "--threads", help="Processor threads to use; 0: all.", panel=MACHINE),
 ) -> None:
     """Turn latents or classes into maps as sharp as the data allow.
 
@@ -154,7 +161,7 @@ def main(
         return
     report(rows, out, latent_from_both=labels is None and not half_sets)
     if sharpen:
-        sharpened([(out.map(row.number), out.sharp(row.number)) for row in rows])
+        sharpened([(out.map(row.number), out.sharp(row.number)) for row in rows], [row.resolution for row in rows])
 
 
 def weights_at_hand() -> None:
@@ -164,14 +171,17 @@ def weights_at_hand() -> None:
     shipped_map_weights("sharpen")
 
 
-def sharpened(files: list[tuple[Path, Path]]) -> None:
-    """What lvm-sharpen makes of (map, target), beside them, and what it is worth; targets are named alike."""
+def sharpened(files: list[tuple[Path, Path]], resolutions: list[float | None] | None = None) -> None:
+    """What lvm-sharpen makes of (map, target), beside them, and what it is worth; targets are named alike.
+
+    Resolutions (A) are those of the half maps, where there are any.
+    """
     from cryosuite.console import say
     from cryosuite.methods.lvm_sharpen_files import sharpen_files
 
     if not files:
         return
-    made = sharpen_files(files)
+    made = sharpen_files(files, resolutions=resolutions)
     folders = ", ".join(sorted({str(target.parent) for _, target in files}))
     say(f"sharpened by a network: {len(made)} maps, {files[0][1].name} and so on, in {folders}. Predictions, to look")
     say("at: resolution and FSC are those of the maps beside them, which are as they were.")

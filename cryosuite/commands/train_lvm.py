@@ -20,7 +20,19 @@ from cryosuite.commands.pretrain_lvm import (
     train_values,
 )
 
-OWN = ("noise_only", "clean", "alpha", "hist_mask", "hist_sample", "cc", "ssim", "fsc", "frozen", "patience")
+OWN = (
+    "spectrum",
+    "noise_only",
+    "clean",
+    "alpha",
+    "hist_mask",
+    "hist_sample",
+    "cc",
+    "ssim",
+    "fsc",
+    "frozen",
+    "patience",
+)
 LR, ENCODER_LR, FROZEN = 3e-4, 1e-4, 0.1  # of the decoder, of an encoder that was trained before
 
 
@@ -43,7 +55,9 @@ def main(
         help="Go on from a whole network: a file, a run's folder, or sharpen, superres or wedge, as installed.",
         show_default=False,
     ),  # fmt: skip
-    preset: str = typer.Option("default", help="default, or paper: loss and grey values as CryoLVM describes them."),
+    preset: str = typer.Option(
+        "default", help="Choice of options: default, or paper (loss and grey values as CryoLVM describes them)."
+    ),
     resume: bool = typer.Option(False, "--resume", help="Go on where the run in this folder stopped."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace the run that is in the folder."),
     structures: str = _option(
@@ -55,10 +69,16 @@ def main(
     pairs: Path = _option(None, help="Your own pairs: a folder or table of maps and their models.", panel=DATA),
     hold_out: str = _option(None, help="Structures kept out to test on: how many, or names.", panel=DATA),
     crop: int = _option(None, help="Edge of the crops in voxels; default: 48 on a GPU, else 32.", panel=DATA),
-    volume: int = _option(None, help="Edge of what is simulated at once, voxels.", panel=DATA),
-    crops_per_volume: int = _option(None, help="Crops cut from it.", panel=DATA),
+    volume: int = _option(None, help="Edge of what is simulated at once, in voxels.", panel=DATA),
+    crops_per_volume: int = _option(None, help="Crops cut from each simulated volume.", panel=DATA),
     mix: int = _option(None, help="Simulated volumes that are shuffled together.", panel=DATA),
     norm: str = _option(None, help="Grey values: robust (ours), paper or emready.", panel=DATA),
+    spectrum: str = _option(
+        None,
+        help="Amplitudes of the maps given: matched (they fall as those of a model's map of the same resolution; "
+        "default, not of tomograms) or as-is.",
+        panel=DATA,
+    ),
     resolution: str = _option(None, help="Resolution of the maps in A, from:to, such as 2.5:8.", panel=DATA),
     noise_only: float = _option(None, help="Chance of a volume of noise, whose target is empty.", panel=DATA),
     clean: float = _option(None, help="Chance of a map that needs no change.", panel=DATA),
@@ -68,8 +88,10 @@ def main(
         "--weights, else default on a GPU and small on a CPU.",
         panel=LEARNT,
     ),
-    net: str = _option(None, help="scunet (default), or vit to compare with.", panel=LEARNT),
-    drop_path: float = _option(None, help="Stochastic depth; default 0 up to small, else 0.1.", panel=LEARNT),
+    net: str = _option(None, help="Network: scunet (default), or vit to compare with.", panel=LEARNT),
+    drop_path: float = _option(
+        None, help="Stochastic depth, a share of blocks left out; default 0 up to small, else 0.1.", panel=LEARNT
+    ),
     alpha: float = _option(
         None,
         help="Share of the mean square error in the loss (default 0.9); the rest is the histogram's.",
@@ -78,7 +100,9 @@ def main(
     hist_mask: str = _option(
         None, help="Voxels of the histogram: union (molecule in either map, default) or whole.", panel=LEARNT
     ),
-    hist_sample: int = _option(None, help="Voxels of each crop it is taken from; 0: all.", panel=LEARNT),
+    hist_sample: int = _option(
+        None, help="Voxels of each crop that the histogram is taken from; 0: all.", panel=LEARNT
+    ),
     cc: float = _option(None, help="Weight of 1 - correlation inside the molecule.", panel=LEARNT),
     ssim: float = _option(None, help="Weight of a structural similarity loss.", panel=LEARNT),
     fsc: float = _option(None, help="Weight of a Fourier shell correlation loss.", panel=LEARNT),
@@ -100,21 +124,23 @@ def main(
     lr: float = _option(None, help="Learning rate (of the decoder); default 3e-4.", panel=TRAINING),
     schedule: str = _option(
         None,
-        help="cosine, or flat: falls in the last fifth only, so that --resume --images may move the end.",
+        help="Learning rate over time: cosine, or flat (until the last fifth: --resume --images may move the end).",
         panel=TRAINING,
     ),  # fmt: skip
     warmup: float = _option(None, help="Fraction of the training in which the learning rate rises.", panel=TRAINING),
     ema: float = _option(0.999, help="Decay of the averaged weights.", panel=TRAINING),
     max_minutes: float = _option(None, help="Stop after so many minutes; --resume goes on.", panel=TRAINING),
-    max_hours: float = _option(None, help="The same in hours.", panel=TRAINING),
-    checkpoint_minutes: float = _option(5.0, help="Save what --resume needs this often.", panel=TRAINING),
+    max_hours: float = _option(None, help="Stop after so many hours; --resume goes on.", panel=TRAINING),
+    checkpoint_minutes: float = _option(5.0, help="Minutes between two saves of what --resume needs.", panel=TRAINING),
     log_interval: int = _option(20, help="Steps between two lines of metrics.jsonl.", panel=TRAINING),
-    seed: int = _option(0, help="Same seed, same result (on one machine).", panel=TRAINING),
-    precision: str = _option("auto", help="32 or bf16; auto: bf16 where the machine is fast at it.", panel=SPEED),
-    accelerator: str = _option("auto", help="auto, cpu or gpu.", panel=SPEED),
-    devices: int = _option(1, help="GPUs per machine.", panel=SPEED),
-    num_nodes: int = _option(1, help="Machines.", panel=SPEED),
-    compile: bool = _option(False, "--compile", help="torch.compile; for long trainings on a GPU.", panel=SPEED),
+    seed: int = _option(0, help="Random seed: the same seed gives the same result (on one machine).", panel=TRAINING),
+    precision: str = _option(
+        "auto", help="Precision of numbers: 32 or bf16; auto: bf16 where the machine is fast at it.", panel=SPEED
+    ),
+    accelerator: str = _option("auto", help="Where to compute: auto, cpu or gpu.", panel=SPEED),
+    devices: int = _option(1, help="GPUs on each machine (processes without GPUs).", panel=SPEED),
+    num_nodes: int = _option(1, help="Machines that train together.", panel=SPEED),
+    compile: bool = _option(False, "--compile", help="Use torch.compile, for long trainings on a GPU.", panel=SPEED),
     requeue: bool = _option(False, "--requeue", help="SLURM: put the job back into the queue.", panel=SPEED),
 ) -> None:
     """Train a network that restores density maps, on simulated pairs of maps or your own (CryoLVM).
@@ -225,6 +251,9 @@ def _network(values: dict[str, Any], gpu: bool, chosen: dict[str, Any]) -> dict[
     norm = chosen.get("norm") or start.norm or "robust"
     if start.norm is not None and norm != start.norm:
         notice(f"{start.path} was trained on grey values by --norm {start.norm}; it is going to see {norm} now")
+    spectrum = chosen.get("spectrum") or ("as-is" if values["task"] == "wedge" else "matched")
+    if start.spectrum is not None and spectrum != start.spectrum:
+        notice(f"{start.path} was trained on amplitudes {start.spectrum}; it is going to see them {spectrum} now")
     frozen = (FROZEN if start.pretrained else 0.0) if values["frozen"] is None else values["frozen"]
     return {
         "net": start.net, "spec": spec, "start": start.path, "pretrained": start.pretrained, "norm": norm,

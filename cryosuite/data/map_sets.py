@@ -23,7 +23,8 @@ from cryosuite.errors import InputError
 from cryosuite.formats.atoms import read_atoms
 from cryosuite.formats.checks import read_bytes
 from cryosuite.formats.config import read_yaml
-from cryosuite.kernels.map_norm import grey_range, to_unit
+from cryosuite.kernels.map_norm import auto_mask, grey_range, to_unit
+from cryosuite.kernels.map_spectrum import estimate_resolution, match_spectrum
 
 __all__ = ["MapEntry", "MapVolume", "read_pairs", "map_entries", "load_volume"]
 
@@ -99,8 +100,10 @@ def map_entries(paths: Iterable[Path]) -> list[MapEntry]:
     return entries
 
 
-def load_volume(entry: MapEntry, voxel: float, norm: str) -> MapVolume:
+def load_volume(entry: MapEntry, voxel: float, norm: str, spectrum: str = "as-is") -> MapVolume:
     """A map, resampled to about ``voxel`` A in Fourier space and scaled to 0..1, with its atoms on the same grid.
+
+    With ``spectrum`` "matched" its amplitudes are those that ``kernels.map_spectrum`` gives it.
 
     Raises:
         InputError: unreadable files, a constant map, or a model of which hardly anything lies in the map.
@@ -108,6 +111,10 @@ def load_volume(entry: MapEntry, voxel: float, norm: str) -> MapVolume:
     grid = resampled(read_grid(entry.map), voxel)
     values = torch.from_numpy(np.ascontiguousarray(grid.data, np.float32))
     try:
+        if spectrum == "matched" and float(values.std()) > 0:
+            inside = auto_mask(values, voxel)
+            known = entry.resolution or estimate_resolution(values, grid.voxel[::-1], inside)
+            values = match_spectrum(values, grid.voxel[::-1], inside, known)
         unit = to_unit(values, *grey_range(values, voxel, norm)).numpy()
     except ValueError as error:
         raise InputError(f"{entry.map}: {error}") from None

@@ -26,6 +26,7 @@ from cryosuite.formats.safetensors import (
     write_safetensors,
 )
 from cryosuite.kernels.map_norm import NORMS
+from cryosuite.kernels.map_spectrum import SPECTRA
 from cryosuite.nets.map_vit import MapVit, MapVitSpec, VitEncoder
 from cryosuite.nets.multiview_weights import require_match
 from cryosuite.nets.scunet import Encoder, Scunet, ScunetSpec
@@ -60,6 +61,7 @@ class MapWeights:
         voxel: A, edge of the voxels it works on.
         norm: one of ``kernels.map_norm.NORMS``, the scale of its grey values.
         notes: what else the file says (crop, seed, command, data, ...).
+        spectrum: one of ``kernels.map_spectrum.SPECTRA``, the fall of amplitudes that it was shown.
     """
 
     net: nn.Module
@@ -67,6 +69,7 @@ class MapWeights:
     voxel: float
     norm: str
     notes: dict[str, Any]
+    spectrum: str = "as-is"
 
 
 def save_map_weights(
@@ -77,6 +80,7 @@ def save_map_weights(
     voxel: float,
     norm: str,
     notes: Mapping[str, Any] | None = None,
+    spectrum: str = "as-is",
 ) -> None:
     """Write a network in half precision, atomically, with what it is for.
 
@@ -86,9 +90,10 @@ def save_map_weights(
     Raises InputError for weights that are not finite in half precision or a file that cannot be written, ValueError for
     an unknown task or norm.
     """
-    if task not in TASKS or norm not in NORMS or not voxel > 0:
-        raise ValueError(f"no weights are for task {task!r}, norm {norm!r} and voxels of {voxel} A")
-    _save(path, net, "network", {"task": task, "voxel": repr(float(voxel)), "norm": norm}, notes)
+    if task not in TASKS or norm not in NORMS or spectrum not in SPECTRA or not voxel > 0:
+        raise ValueError(f"no weights are for task {task!r}, norm {norm!r}, spectrum {spectrum!r}, voxels of {voxel} A")
+    said = {"task": task, "voxel": repr(float(voxel)), "norm": norm, "spectrum": spectrum}
+    _save(path, net, "network", said, notes)
 
 
 def load_map_weights(path: str | os.PathLike) -> MapWeights:
@@ -100,13 +105,14 @@ def load_map_weights(path: str | os.PathLike) -> MapWeights:
     said = header.metadata
     try:
         task, norm, voxel = said["task"], said["norm"], float(said["voxel"])
-        if task not in TASKS or norm not in NORMS or not 0.01 <= voxel <= 1000:
-            raise ValueError(f"task {task}, norm {norm}, voxel {voxel}")
+        spectrum = said.get("spectrum", "as-is")  # not named by files of the first version
+        if task not in TASKS or norm not in NORMS or spectrum not in SPECTRA or not 0.01 <= voxel <= 1000:
+            raise ValueError(f"task {task}, norm {norm}, spectrum {spectrum}, voxel {voxel}")
     except (KeyError, ValueError) as error:
         raise InputError(
             f"{header.path}: broken weights file, its metadata name no task, norm and voxel ({printable(error)})"
         ) from None
-    return MapWeights(_net(header, False), task, voxel, norm, _notes(header))
+    return MapWeights(_net(header, False), task, voxel, norm, _notes(header), spectrum)
 
 
 def save_map_encoder(

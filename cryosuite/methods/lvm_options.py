@@ -10,6 +10,7 @@ from torch import nn
 from cryosuite.data.map_weights import TASKS
 from cryosuite.errors import InputError
 from cryosuite.kernels.map_norm import NORMS
+from cryosuite.kernels.map_spectrum import SPECTRA
 from cryosuite.nets.jepa import MASK_AT, PredictorSpec
 from cryosuite.nets.map_vit import VIT_SPECS, MapVit, MapVitSpec
 from cryosuite.nets.scunet import SPECS, TOKEN, Scunet, ScunetSpec
@@ -128,6 +129,7 @@ class TrainLvmOptions(LvmOptions):
     mean square error, the rest is the histogram divergence over hist_mask, from hist_sample voxels per crop (0: all).
     cc, ssim, fsc: weights of further losses. encoder_lr: over the decoder's learning rate; frozen: part of the training
     in which a pre-trained encoder stays as it is. patience: epochs without a better CC_mask until the end; 0: never.
+    spectrum: "matched" or "as-is" amplitudes of the input (kernels.map_spectrum); None: matched, but for wedges.
     """
 
     task: str = "sharpen"
@@ -142,12 +144,18 @@ class TrainLvmOptions(LvmOptions):
     encoder_lr: float = 1.0
     frozen: float = 0.0
     patience: int = 0
+    spectrum: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._need("task", self.task in TASKS, f"one of {', '.join(TASKS)}")
         if self.task == "wedge" and self.noise_only is not None:
             raise InputError("--noise-only: no scene of a tomogram (--task wedge) is noise alone; leave it out")
+        if self.spectrum is None:
+            object.__setattr__(self, "spectrum", "as-is" if self.task == "wedge" else "matched")
+        self._need("spectrum", self.spectrum in SPECTRA, f"one of {', '.join(SPECTRA)}")
+        if self.task == "wedge" and self.spectrum != "as-is":
+            raise InputError("--spectrum matched: amplitudes of a tomogram (--task wedge) are left as they are")
         if self.task == "superres" and self.clean is not None:
             raise InputError("--clean: no map is as good as the target of --task superres; leave it out")
         self._need("alpha", 0 <= self.alpha <= 1, "a share between 0 and 1")
@@ -191,4 +199,4 @@ def size_name(net: str, spec: dict[str, Any]) -> str:
 
 # numbers that the paper does not print (.6, .5) are ours; the rest is what it says
 PAPER_PRETRAIN = {"mask_mode": "random", "mask_ratio": 0.6, "norm": "paper"}
-PAPER_TRAIN = {"alpha": 0.5, "hist_mask": "whole", "norm": "paper"}
+PAPER_TRAIN = {"alpha": 0.5, "hist_mask": "whole", "norm": "paper", "spectrum": "as-is"}

@@ -36,6 +36,8 @@ def make_crops(options: LvmOptions, task: str, epoch_images: int, run: RunDir) -
     """
     given = {"resolution": options.resolution, "nothing": options.noise_only, "clean": options.clean}
     how: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if isinstance(options, TrainLvmOptions):
+        how["spectrum"] = options.spectrum
     try:
         wanted = PairOptions(
             task=task, crop=options.crop, norm=options.norm, volume=options.volume,
@@ -102,8 +104,9 @@ def after_train_epoch(
                 said = notes | {"images_seen": epoch * epoch_images, "epoch": epoch, "scores": rounded(scores)}
                 said |= {"crop": options.crop, "alpha": options.alpha, "hist_mask": options.hist_mask}
                 save_map_weights(
-                    run.network, model.net, task=options.task, voxel=VOXELS[options.task], norm=options.norm, notes=said
-                )
+                    run.network, model.net, task=options.task, voxel=VOXELS[options.task], norm=options.norm,
+                    notes=said, spectrum=options.spectrum,
+                )  # fmt: skip
                 write_text(run.card, train_card(options, said, scores))
         if options.patience and _told(epoch - best >= options.patience):
             raise StopNow(EARLY)
@@ -180,7 +183,7 @@ def train_card(options: TrainLvmOptions, notes: dict[str, Any], scores: dict[str
     return (
         f"# Map network for {options.task}\n\n"
         f"{size_name(options.net, options.spec)} at {VOXELS[options.task]:g} A per voxel, grey values by "
-        f"`{options.norm}`.\n\n{_facts(options, notes)}"
+        f"`{options.norm}`, amplitudes {options.spectrum}.\n\n{_facts(options, notes)}"
         f"- started from: {start}\n- loss: {loss_words(options)}\n\n{_markdown(HEADER, score_rows(scores))}\n"
         "Trained on simulated pairs only; the scores are those of simulated maps of held-out structures.\n"
     )

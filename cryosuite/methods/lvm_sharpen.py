@@ -1,6 +1,7 @@
 """CryoLVM's inference: a map on any grid -> what a trained network makes of it, on the same grid.
 
-The map is resampled to the voxel that the network knows (Fourier cropping or padding, by the same affine back), scaled
+The map is resampled to the voxel that the network knows (Fourier cropping or padding, by the same affine back), given
+the amplitudes of a model's map of its resolution where the network was trained so (``kernels.map_spectrum``), scaled
 to grey values 0 .. 1, cut into overlapping tiles, and blended again. Tiles without anything in them are not run and
 stay 0. The wedge task keeps what was measured: F_out = W F_in + (1 - W) F_network.
 """
@@ -20,6 +21,7 @@ from cryosuite.data.map_weights import MapWeights
 from cryosuite.errors import InputError, notice
 from cryosuite.kernels.local_cc import local_correlation
 from cryosuite.kernels.map_norm import NORMS, auto_mask, grey_range, occupied
+from cryosuite.kernels.map_spectrum import estimate_resolution, match_spectrum
 from cryosuite.kernels.tiles import TURNS, Tiling, turned, turned_back
 from cryosuite.kernels.wedge import data_consistency, wedge_mask
 from cryosuite.methods.lvm_sharpen_tiles import Runner
@@ -44,6 +46,7 @@ class EnhanceOptions:
         turns: rotations of the cube to average over, 1 to 24 (of the wedge task 4, since others would turn the wedge);
             from 2 on their standard deviation is kept.
         norm: scale of the grey values; None: the one of the weights. contour: level of the mask that it needs.
+        resolution: A, of the map, where the network wants its amplitudes matched; None: estimated from the map.
         skip: leave out tiles of plain solvent; not of tomograms (wedge task), which are full.
         match_scale: grey values as in the input, not 0 .. 1.
         local_cc: also the local correlation of input and output.
@@ -56,6 +59,7 @@ class EnhanceOptions:
     turns: int = 1
     norm: str | None = None
     contour: float | None = None
+    resolution: float | None = None
     skip: bool = True
     match_scale: bool = False
     local_cc: bool = False
@@ -76,6 +80,8 @@ class EnhanceOptions:
             (self.tilt_axis not in ("x", "y"), f"--tilt-axis {self.tilt_axis}: x or y"),
             (self.batch is not None and self.batch < 1, f"--batch {self.batch}: 1 or more"),
             (self.precision not in PRECISIONS, f"--precision {self.precision}: one of {', '.join(PRECISIONS)}"),
+            (self.resolution is not None and not 0 < self.resolution < 1000,
+             f"--resolution {self.resolution}: a number of Angstrom above 0 is needed"),
             (self.contour is not None and not np.isfinite(self.contour), f"--contour {self.contour}: a number"),
         ]  # fmt: skip
         for wrong, message in problems:
@@ -92,7 +98,8 @@ class Enhanced:
         uncertainty: (z, y, x) standard deviation over the rotations, in the same grey values; None with one rotation.
         local_cc: (z, y, x) local correlation of input and output, or None.
         tiles, run: of the whole volume, and those that were not plain solvent.
-        span: the input's grey values that the network saw as 0 and 1.
+        span: grey values that the network saw as 0 and 1: the input's, or where amplitudes were matched, those of that.
+        resolution: A, to which amplitudes were matched; None where they were not.
         seconds: wall time.
     """
 
@@ -102,6 +109,7 @@ class Enhanced:
     tiles: int
     run: int
     span: tuple[float, float]
+    resolution: float | None
     seconds: float
 
 
@@ -139,19 +147,23 @@ def enhance(
     volume = torch.from_numpy(work.data)
     voxel = float(np.mean(work.voxel))
     inside = None if mask is None else torch.from_numpy(resampled(mask, weights.voxel).data > 0.5)
-    span = _span(grid, volume, voxel, weights, options, inside)
+    seen, measured, resolution = volume, inside, None
+    if weights.spectrum == "matched":
+        seen, measured, resolution = _matched(volume, work.voxel[::-1], inside, options)
+    span = _span(grid, seen, voxel, weights, options, measured)
     # the networks know wedges of tilts about y
     tipped = weights.task == "wedge" and options.tilt_axis == "x"
     if tipped:
-        volume, inside = (None if one is None else turned(one, TILT_X).contiguous() for one in (volume, inside))
-    tiling = Tiling(tuple(volume.shape), EDGE, options.stride or EDGE // 2, options.offset)
+        seen = turned(seen, TILT_X).contiguous()
+    tiling = Tiling(tuple(seen.shape), EDGE, options.stride or EDGE // 2, options.offset)
     corners = tiling.corners()
     if weights.task != "wedge":  # tomograms are full, and have no level that a tile could be left at
         corners = _corners(grid, tiling, volume, voxel, inside, options)
     bf16 = options.precision == "bf16" or options.precision == "auto" and _fast_bf16(device)
     runner = Runner(weights.net.to(device), device, bf16, options.batch, options.turns)
-    made, deviation = runner.run(volume, span, tiling, corners, scratch)
     del volume
+    made, deviation = runner.run(seen, span, tiling, corners, scratch)
+    del seen
     if tipped:
         made, deviation = (None if one is None else turned_back(one, TILT_X) for one in (made, deviation))
     values = _finished(back_to(replace(work, data=made.numpy()), grid).data, grid, weights.task, options, span, mask)
@@ -161,7 +173,23 @@ def enhance(
             deviation *= np.float32(span[1] - span[0])
     local = _local(grid, values) if options.local_cc else None
     seconds = time.monotonic() - began
-    return Enhanced(grid.with_data(values), deviation, local, len(tiling), len(corners), span, seconds)
+    return Enhanced(grid.with_data(values), deviation, local, len(tiling), len(corners), span, resolution, seconds)
+
+
+def _matched(
+    volume: Tensor, voxel: tuple[float, float, float], inside: Tensor | None, options: EnhanceOptions
+) -> tuple[Tensor, Tensor, float]:
+    """The map with the amplitudes that the network knows, the mask that they were measured in, the resolution (A)."""
+    if not float(volume.max()) > float(volume.min()):
+        return volume, torch.ones_like(volume, dtype=torch.bool), 0.0
+    if inside is None:
+        inside = auto_mask(volume, float(np.mean(voxel)), options.contour)
+    if not bool(inside.any()):
+        inside = torch.ones_like(inside)
+    resolution = options.resolution
+    if resolution is None:
+        resolution = estimate_resolution(volume, voxel, inside)
+    return match_spectrum(volume, voxel, inside, resolution), inside, resolution
 
 
 def _span(

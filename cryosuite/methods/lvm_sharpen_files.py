@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -87,11 +87,13 @@ def sharpen_files(
     weights: Path | None = None,
     accelerator: str = "auto",
     options: EnhanceOptions | None = None,
+    resolutions: Sequence[float | None] | None = None,
 ) -> list[Enhanced]:
     """Enhance maps one after another, each written beside its original under another name, grey values as there.
 
     Args:
         files: (map to read, map to write).
+        resolutions: of the maps, A, where they are known; else they are estimated.
 
     Returns what was made of each; a map that cannot be enhanced (an empty one, say) is named in a notice and left out.
     Raises InputError as ``open_weights`` does, or for a map that would replace its original.
@@ -100,14 +102,16 @@ def sharpen_files(
     options = options or EnhanceOptions(match_scale=True)
     device = torch.device(resolve_accelerator(accelerator))
     done = []
-    for source, target in files:
+    for i, (source, target) in enumerate(files):
         if Path(source).resolve() == Path(target).resolve():
             raise InputError(f"{source}: the sharpened map would replace it")
         say(f"{network.task}: {Path(source).name} -> {target}")
         try:
             grid = read_grid(source)
             inspect_map(grid, network.task, network.voxel)
-            found = enhance(grid, network, options, device)
+            known = resolutions[i] if resolutions is not None else None
+            known = known if known is not None and np.isfinite(known) and known > 0 else None
+            found = enhance(grid, network, replace(options, resolution=known), device)
         except InputError as error:
             notice(f"not sharpened: {error}")
             continue

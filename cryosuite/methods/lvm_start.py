@@ -20,13 +20,14 @@ OFF_CENTRE = 0.1  # how gladly the first tail uses its outer taps, which see not
 
 
 class Start(NamedTuple):
-    """A file, whether only its encoder is taken, the network's kind and spec, and the norm it was trained with."""
+    """A file, whether only its encoder is taken, the network's kind and spec, the norm and spectrum of its training."""
 
     path: str
     pretrained: bool
     net: str
     spec: dict[str, Any]
     norm: str | None
+    spectrum: str | None = None
 
 
 def find_start(init: str | None, weights: str | None) -> Start | None:
@@ -41,7 +42,7 @@ def find_start(init: str | None, weights: str | None) -> Start | None:
             shipped_map_weights(weights) if weights in TASKS else _in_run(Path(weights), RunDir(Path(weights)).network)
         )
         found = load_map_weights(path)
-        return Start(str(path.absolute()), False, _kind(found.net), asdict(found.net.spec), found.norm)
+        return Start(str(path.absolute()), False, _kind(found.net), asdict(found.net.spec), found.norm, found.spectrum)
     if init in (None, SCRATCH):
         return None
     path = _in_run(Path(init), RunDir(Path(init)).encoder)

@@ -40,12 +40,17 @@ class PairOptions:
             wedge; noise_b: its B-factor, A^2.
         clean: chance that the input is as good as the target. nothing: chance of noise without a molecule, whose
             target is empty. solvent_crops: share of crops taken anywhere.
+        spectrum: "matched": the amplitudes of the input fall as those of a molmap of its resolution
+            (kernels.map_spectrum; not of scenes), or "as-is". misjudged: resolution that this is done with, over the
+            true one.
         phantoms: chance of a procedural molecule where there are both kinds. users: chance of the user's own pairs.
     """
 
     task: str = "sharpen"
     crop: int = 48
     norm: str = "robust"
+    spectrum: str = "as-is"
+    misjudged: Range = (0.85, 1.1)
     voxel: float | None = None
     volume: int = 96
     crops_per_volume: int = 16

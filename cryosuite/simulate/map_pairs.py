@@ -19,6 +19,7 @@ from torch import Tensor
 from cryosuite.data.map_sets import map_entries, read_pairs
 from cryosuite.errors import InputError
 from cryosuite.kernels.map_norm import grey_range, quantile, to_unit
+from cryosuite.kernels.map_spectrum import match_spectrum
 from cryosuite.kernels.wedge import wedge_mask
 from cryosuite.simulate.map_options import VOXELS, MapBatch, PairOptions
 from cryosuite.simulate.map_scenes import scene
@@ -125,10 +126,19 @@ class MapPairs:
         elif self.options.task == "wedge":
             found = scene(self._together(index, generator), self.options, generator, device)
         else:
-            found = simulate(self.molecules[index], self.options, generator, device)
+            found = self._as_seen(simulate(self.molecules[index], self.options, generator, device), generator)
         lo, hi = self._span(found, Draws(generator, 8))
         target = to_unit(found.target, lo, hi) if self.options.task == "wedge" else _target(found)
         return replace(found, input=to_unit(found.input, lo, hi), target=target)
+
+    def _as_seen(self, found: Volume, generator: torch.Generator) -> Volume:
+        """The map with the amplitudes that a network sees, its resolution not quite known."""
+        options = self.options
+        if options.spectrum == "as-is":
+            return found
+        resolution = found.drawn["resolution"] * Draws(generator, 1).uniform(options.misjudged)
+        mask = found.mask if bool(found.mask.any()) else torch.ones_like(found.mask)
+        return replace(found, input=match_spectrum(found.input, options.voxel_size, mask, resolution))
 
     def _together(self, index: int, generator: torch.Generator) -> list[Molecule]:
         """The molecule and others of its own group (held out or not) in random order, for one scene."""

@@ -43,7 +43,7 @@ class UserMaps:
         """A map on the working voxel and the resolution of its target, A. Raises InputError as ``load_volume``."""
         entry = self.entries[row]
         if row not in self._held:
-            self._held[row] = load_volume(entry, self.options.voxel_size, self.options.norm)
+            self._held[row] = load_volume(entry, self.options.voxel_size, self.options.norm, self.options.spectrum)
         if row not in self._resolutions:
             self._resolutions[row] = self._resolution(entry)
         self._held.move_to_end(row)

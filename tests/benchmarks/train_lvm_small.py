@@ -35,10 +35,11 @@ COMMON = "--structures both:{train} --hold-out 6 --crop 32 --schedule flat --see
 # measured: at alpha .9 the divergence pulls ten to twenty times as hard at the maps as the square error does (at .98
 # one to four times); and the square error alone is soon won by contrast, which no correlation gains from
 TASK = "-b 4 --lr 1e-3 --encoder-lr 1e-3 --alpha 0.98 --cc 0.1 --hist-sample 4096 --every 1k --warmup 0.01"
+NOISE = "--noise-only 0.08"  # of an answer to noise alone, whose target is empty
 STAGES = {
     "pretrain": "pretrain-lvm --size small -b 16 --lr 1e-3 --every 1k --warmup 0.02",
-    "sharpen": f"train-lvm --task sharpen {{start}} {TASK}",
-    "superres": f"train-lvm --task superres --weights {{work}}/sharpen {TASK}",
+    "sharpen": f"train-lvm --task sharpen {{start}} {TASK} {NOISE}",
+    "superres": f"train-lvm --task superres --weights {{work}}/sharpen {TASK} {NOISE}",
     "wedge": f"train-lvm --task wedge --norm paper --init {{work}}/sharpen/weights.safetensors --frozen 0 {TASK}",
 }
 MINUTES = {"pretrain": 12.0, "sharpen": 40.0, "superres": 25.0, "wedge": 20.0}

@@ -1,0 +1,172 @@
+"""The fall of a map's amplitudes with frequency, measured and replaced by that of a model's map.
+
+Proteins and nucleic acids differ little in their radial amplitudes (0.04 in ln |F| beyond 15 A, over 30 structures of
+the training set), maps of them differ by orders of magnitude: B-factors of the specimen and of the camera, sharpening,
+filters. ``match_spectrum`` takes that difference away before a network sees a map. No model is needed: inside a mask,
+ln |F| is fitted by a parabola in s^2 from 15 A to the resolution d, and the map is multiplied by what makes it
+the fall of ChimeraX's molmap at d, exp(-2 pi^2 (.225 d)^2 s^2). The line in s^2 is the Guinier plot of Rosenthal and
+Henderson (2003); the square is for parts of different B-factors. On simulated maps of training structures the result
+correlates with the model as well as the best B-factor that can be found with the model.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cryosuite.kernels.density import MOLMAP_SIGMA
+from cryosuite.kernels.map_norm import FEW, quantile
+
+__all__ = ["SPECTRA", "estimate_resolution", "match_spectrum"]
+
+SPECTRA = ("matched", "as-is")  # how a network sees maps
+
+FROM = 15.0  # A, where the fit begins; twice the resolution for coarse maps
+EDGE = 5  # shells of the low-pass filter's cosine
+BEYOND = 0.8  # of the resolution, where the map ends
+INNER = 2  # shells before the resolution where the fit ends: filters may have begun
+DROP = 6.0  # fall of ln |F|^2 over three shells that only a filter or padding makes
+SQUARE = 6  # shells that a parabola needs; a line is fitted to fewer
+FINEST = 2.2  # voxels: no resolution is finer
+STANDS_OUT = 4.0  # power inside the mask over that outside, at the resolution
+SOFT = 3  # passes of the blur that makes a mask soft
+SLAB = 32  # planes of Fourier space at a time
+LARGEST = 20.0  # of the gain's logarithm
+COARSEST = 30.0  # A, of an estimate
+
+Voxel = float | tuple[float, float, float]
+
+
+def match_spectrum(
+    volume: Tensor,  # (z, y, x)
+    voxel_size: Voxel,  # A; one, or of z, y, x
+    mask: Tensor,  # (z, y, x) bool
+    resolution: float,  # A
+) -> Tensor:  # (z, y, x)
+    """The map with the amplitudes of a molmap of this resolution, low-passed there; phases are kept.
+
+    The scale is such that frequencies below 1/15 A stay as they are. Beyond the resolution the gain grows no more, and
+    at .8 of it the map ends: what little lies between is signal in part. A map that is empty inside the mask, or too
+    small for a fit, is only cut there. See the module's text.
+    """
+    voxel = _triple(voxel_size)
+    spectrum = torch.fft.rfftn(volume)
+    s, power, whole = _profiles([_inside(volume, mask), spectrum], volume.shape, voxel)
+    resolution = max(resolution, FINEST * max(voxel), _filtered_at(s, whole))
+    fit = _fall(s, power, resolution)
+    size = max(n * v for n, v in zip(volume.shape, voxel, strict=True))
+    for part, square in _squares(volume.shape, voxel, volume.device):
+        beyond = (square.sqrt() - 1 / (BEYOND * resolution)) * (size / EDGE)
+        log = _log_gain(square, fit, resolution)
+        spectrum[part] *= log.exp_() * (0.5 - 0.5 * torch.cos(math.pi * (0.5 - beyond).clamp_(0, 1)))
+    return torch.fft.irfftn(spectrum, s=volume.shape)
+
+
+def estimate_resolution(
+    volume: Tensor,  # (z, y, x)
+    voxel_size: Voxel,  # A
+    mask: Tensor,  # (z, y, x) bool
+) -> float:
+    """A guess at the resolution (A) of a map that comes without half maps.
+
+    Where the power inside the mask, per voxel, falls to four times that outside: a compromise, since half maps
+    correlate by .6 there inside the mask, and by .2 in the whole box where the molecule fills a sixth of it. In a
+    map without noise outside it is where a filter ends it, else 2.2 voxels.
+    """
+    voxel = _triple(voxel_size)
+    far = _soft(mask) == 0  # so far that no molecule reaches into the soft edge of what is measured there
+    spectra = [_inside(volume, mask), _inside(volume, far), torch.fft.rfftn(volume)]
+    s, inside, outside, whole = _profiles(spectra, volume.shape, voxel)
+    finest = max(FINEST * max(voxel), _filtered_at(s, whole))
+    if not bool(far.any()) or not bool(mask.any()):
+        return finest
+    shares = [float(_soft(one).square().mean()) for one in (mask, far)]
+    ratio = (inside / shares[0]) / np.maximum(outside / shares[1], 1e-30)
+    low = (s > 1 / FROM) & (ratio < STANDS_OUT)
+    ends = np.flatnonzero(low[:-1] & low[1:])
+    found = 1 / s[ends[0]] if len(ends) else finest
+    return float(min(max(found, finest), COARSEST))
+
+
+def _triple(voxel_size: Voxel) -> tuple[float, float, float]:
+    return voxel_size if isinstance(voxel_size, tuple) else (float(voxel_size),) * 3
+
+
+def _soft(mask: Tensor) -> Tensor:
+    """A bool mask with an edge some voxels wide."""
+    soft = mask.float()[None, None]
+    for kernel, pad in (((5, 1, 1), (2, 0, 0)), ((1, 5, 1), (0, 2, 0)), ((1, 1, 5), (0, 0, 2))) * SOFT:
+        soft = F.avg_pool3d(soft, kernel, 1, pad)
+    return soft[0, 0]
+
+
+def _inside(volume: Tensor, mask: Tensor) -> Tensor:
+    """Half spectrum of the map, less its level outside the mask, inside the soft mask; of all of it without a mask."""
+    if not bool(mask.any()):
+        return torch.fft.rfftn(volume)
+    outside = volume[~mask]
+    level = quantile(outside, 0.5) if len(outside) > FEW * volume.numel() else float(volume.mean())
+    return torch.fft.rfftn((volume - level) * _soft(mask))
+
+
+def _profiles(spectra: list[Tensor], shape: torch.Size, voxel: tuple[float, float, float]) -> list[np.ndarray]:
+    """Frequencies of shells (1/A), and the mean of |F|^2 on them for each half spectrum."""
+    size = max(n * v for n, v in zip(shape, voxel, strict=True))
+    shells = int(size / (2 * max(voxel)))
+    sums = torch.zeros(len(spectra) + 1, shells + 1, dtype=torch.float64)
+    for part, square in _squares(shape, voxel, spectra[0].device):
+        index = (square.sqrt() * size).round_().int().clamp_(max=shells).flatten()
+        for row, spectrum in enumerate(spectra):
+            power = torch.view_as_real(spectrum[part]).square().sum(-1)
+            sums[row] += torch.bincount(index, power.flatten().double(), shells + 1).cpu()
+        sums[-1] += torch.bincount(index, minlength=shells + 1).cpu()
+    means = (sums[:-1] / sums[-1].clamp(min=1))[:, :shells].numpy()
+    return [np.arange(shells) / size, *means]
+
+
+def _squares(shape: torch.Size, voxel: tuple[float, float, float], device: torch.device):
+    """s^2 of the half grid in slabs along z: (slice, (planes, y, x//2 + 1))."""
+    z, y = (torch.fft.fftfreq(n, size, device=device) for n, size in zip(shape[:2], voxel[:2], strict=True))
+    flat = y[:, None].square() + torch.fft.rfftfreq(shape[2], voxel[2], device=device).square()
+    for start in range(0, shape[0], SLAB):
+        part = slice(start, min(start + SLAB, shape[0]))
+        yield part, z[part, None, None].square() + flat
+
+
+def _filtered_at(s: np.ndarray, power: np.ndarray) -> float:
+    """A, where a filter, or padding in Fourier space, ends the map; 0 where nothing does."""
+    log = np.log(np.maximum(power, 1e-300))
+    falls = np.flatnonzero((log[:-3] - log[3:] > DROP) & (s[:-3] > 1 / FROM))
+    return float(1 / s[falls[0] + 2]) if len(falls) else 0.0  # the last shell with anything in it
+
+
+def _fall(s: np.ndarray, power: np.ndarray, resolution: float) -> tuple[np.ndarray, float, float]:
+    """Coefficients of ln |F| in s^2, highest power first, and the bounds of s^2 between which they were fitted."""
+    low, high = 1 / max(FROM, 2 * resolution), 1 / resolution
+    step = s[1] if len(s) > 1 else high
+    chosen = (s >= low) & (s <= high - INNER * step) & (power > 0)
+    if chosen.sum() < 3:
+        return np.zeros(1), low**2, high**2
+    x, y = s[chosen] ** 2, 0.5 * np.log(power[chosen])
+    weights = np.sqrt(s[chosen])  # the fourth root of the number of coefficients
+    degree = 2 if chosen.sum() >= SQUARE else 1
+    return np.polyfit(x, y, degree, w=weights), low**2, float(x[-1])
+
+
+def _log_gain(square: Tensor, fit: tuple[np.ndarray, float, float], resolution: float) -> Tensor:
+    """ln of the gain at s^2: constant below and beyond the fit."""
+    coefficients, low, high = fit
+    if len(coefficients) == 1:
+        return torch.zeros_like(square)
+    inside = square.clamp(low, high)
+    log = torch.full_like(square, float(np.polyval(coefficients, low)))
+    value = torch.zeros_like(square)
+    for one in coefficients:
+        value = value * inside + float(one)
+    log -= value
+    log -= 2 * math.pi**2 * (MOLMAP_SIGMA * resolution) ** 2 * inside.sub_(low)
+    return log.clamp_(-LARGEST, LARGEST)
