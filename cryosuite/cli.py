@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import time
 import warnings
 from importlib import import_module
 from typing import Any
@@ -12,8 +13,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cryosuite import __version__
-from cryosuite.console import say
+from cryosuite import __version__, ranks
+from cryosuite.console import complain, hush, say
 from cryosuite.errors import InputError, UserNotice
 
 # name -> (module, stage shown in --help); in the order of a day's work
@@ -43,6 +44,14 @@ COMMANDS = {
 }
 
 
+# commands whose work the processes of torchrun or srun share; all others are done by the first of them alone
+SHARED = frozenset(
+    ("preprocess", "backproject", "polish", "fastar-infer", "deco-classify", "pretrain-iev", "pretrain-lvm")
+    + ("train-hype", "train-kraqen", "train-fastar", "train-lvm")
+)
+PATIENCE = 3.0  # seconds in which the first process may tell an error that all have; a launcher then ends the others
+
+
 class LazyGroup(TyperGroup):
     """Imports a command's module only when it is asked for, so that help and start-up stay fast."""
 
@@ -55,12 +64,15 @@ class LazyGroup(TyperGroup):
         if cmd_name not in COMMANDS:
             return None
         module, panel = COMMANDS[cmd_name]
+        from cryosuite.commands.options import say_defaults
+
         function = import_module(f"cryosuite.commands.{module}").main
         single = typer.Typer(add_completion=False, rich_markup_mode="rich")
         settings = getattr(function, "context_settings", None)
         single.command(cmd_name, rich_help_panel=panel, context_settings=settings)(function)
         command = typer.main.get_command(single)
         command.name = cmd_name
+        say_defaults(command)
         return command
 
 
@@ -109,6 +121,43 @@ def _describe_os_error(error: OSError) -> str:
     return f"{name}{error.strerror or error}"
 
 
+def _take_part(arguments: list[str]) -> bool:
+    """Whether this process has work to do; where several were started, only the first one speaks."""
+    rank, count = ranks.process_rank(), ranks.process_count()
+    if rank > 0:
+        hush()
+    name = next((argument for argument in arguments if not argument.startswith("-")), "")
+    if count == 1 or name not in COMMANDS or name in SHARED:
+        return True
+    if rank == 0:
+        say(f"note: {name} works in one process: the other {count - 1} that were started end at once")
+    return rank == 0
+
+
+def _leave(message: str, code: int) -> None:
+    """End with an error, told by one process where several have it; never returns.
+
+    The first process tells at once. Another one waits: the launcher (or the end of the process that started it) shows
+    that the first has told and left.
+    """
+    if ranks.process_rank() > 0:
+        parent = os.getppid()
+        time.sleep(PATIENCE)
+        if os.getppid() != parent:
+            sys.exit(code)
+    complain(message)
+    sys.exit(code)
+
+
+def _lost_another(error: RuntimeError) -> bool:
+    """Whether this error of torch says that another process of this command is gone."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL", "TCPStore")
+    return any(sign in str(error) for sign in signs)
+
+
 def main() -> None:
     """Run the command line; exit code 0, 2 for bad input, 130 when interrupted."""
     # read when torch is loaded: waiting threads sleep instead of spinning, which costs several times the CPU time
@@ -117,18 +166,29 @@ def main() -> None:
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     _print_notices()
+    if not _take_part(arguments):
+        return
     try:
         app(args=arguments, prog_name="cryosuite")
     except InputError as error:
         if debug:
             raise
-        say(f"error: {error}")
-        sys.exit(2)
+        _leave(f"error: {error}", 2)
     except KeyboardInterrupt:
         say("interrupted")
         sys.exit(130)
     except OSError as error:
         if debug:
             raise
-        say(f"error: {_describe_os_error(error)}")
-        sys.exit(2)
+        _leave(f"error: {_describe_os_error(error)}", 2)
+    except RuntimeError as error:
+        if debug or not _lost_another(error):
+            raise
+        _stay_behind()
+
+
+def _stay_behind() -> None:
+    """End after another process has ended; never returns. The launcher ends this one before it repeats the news."""
+    time.sleep(2 * PATIENCE)
+    say("error: another process of this command has ended, and this one cannot go on without it; see what it said")
+    sys.exit(2)

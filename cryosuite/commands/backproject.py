@@ -52,13 +52,19 @@ def main(
     passes: int = _option(
         1, "--passes", help="Rounds in which gaps between views are filled from the map so far.", panel=MAP
     ),
-    downsample: int = _option(None, "-d", "--downsample", help="Box of the map, smaller than the images'.", panel=MAP),
+    downsample: int = _option(
+        None,
+        "-d",
+        "--downsample",
+        help="Box of the map in pixels, smaller than the images'; nothing: theirs.",
+        panel=MAP,
+    ),
     mask: Path = _option(None, "--mask", help="Mask for the FSC; nothing: one found in the map.", panel=MAP),
     flip: bool = _option(False, "--flip", help="Mirror the maps (the other hand).", panel=MAP),
     no_half_maps: bool = _option(False, "--no-half-maps", help="Leave out half maps and FSC.", panel=MAP),
     no_plot: bool = _option(False, "--no-plot", help="Leave out the picture of the FSC.", panel=MAP),
-    seed: int = _option(0, "--seed", help="Of the random phases behind the corrected FSC.", panel=MAP),
-    threads: int = typer.Option(0, "--threads", help="Processor threads; 0: all."),
+    seed: int = _option(0, "--seed", help="Random seed of the phases behind the corrected FSC.", panel=MAP),
+    threads: int = typer.Option(0, "--threads", help="Processor threads to use; 0: all."),
 ) -> None:
     """Reconstruct a map from particles whose orientations are known.
 

@@ -74,10 +74,14 @@ def main(
         None, help="Search anew for the worst 5 % of the poses every so many epochs; 0: never.", panel=POSES
     ),
     hand: str = _option(
-        None, help="auto: classes agree with the largest. flip: the other hand. keep: as found.", panel=POSES
+        None,
+        help="Hand of the maps. auto: classes agree with the largest. flip: the other hand. keep: as found.",
+        panel=POSES,
     ),
     k: str = _option("auto", "-k", "--k", help="Number of classes, or auto (BIC, shown in bic.png).", panel=CLASSES),
-    cluster: str = _option(None, help="gmm-umap16 (as published), gmm-direct or kmeans.", panel=CLASSES),
+    cluster: str = _option(
+        None, help="How latents are clustered: gmm-umap16 (as published), gmm-direct or kmeans.", panel=CLASSES
+    ),
     settle: bool = _option(
         None,
         "--settle/--no-settle",
@@ -85,13 +89,15 @@ def main(
         "classes share one frame, except with --preset paper.",
         panel=CLASSES,
     ),  # fmt: skip
-    num_epochs: int = _option(None, "-n", "--num-epochs", help="Times all images are seen.", panel=TRAINING),
+    num_epochs: int = _option(
+        None, "-n", "--num-epochs", help="Epochs: how often all images are seen.", panel=TRAINING
+    ),
     batch_size: int = _option(None, "-b", "--batch-size", help="Images per step, over all GPUs.", panel=TRAINING),
     lr: float = _option(None, help="Learning rate of the decoder.", panel=TRAINING),
-    lr_encoder: float = _option(None, help="That of the encoder, relative to it.", panel=TRAINING),
-    lr_poses: float = _option(None, help="That of the poses, relative to it.", panel=TRAINING),
-    warmup: float = _option(None, help="Fraction of the training in which it rises.", panel=TRAINING),
-    wd: float = _option(None, help="Weight decay.", panel=TRAINING),
+    lr_encoder: float = _option(None, help="Learning rate of the encoder, as a multiple of --lr.", panel=TRAINING),
+    lr_poses: float = _option(None, help="Learning rate of the poses, as a multiple of --lr.", panel=TRAINING),
+    warmup: float = _option(None, help="Fraction of the training in which the learning rate rises.", panel=TRAINING),
+    wd: float = _option(None, help="Weight decay of the matrices.", panel=TRAINING),
     ema: float = _option(None, help="Decay of the running average of the weights; 0: none.", panel=TRAINING),
     finetune: str = _option(
         None,
@@ -104,42 +110,52 @@ def main(
     checkpoint: int = _option(
         None, help="Write latents and weights every so many epochs; default: four times in all.", panel=TRAINING
     ),
-    checkpoint_minutes: float = _option(10.0, help="Save what --resume needs this often.", panel=TRAINING),
+    checkpoint_minutes: float = _option(10.0, help="Minutes between two saves of what --resume needs.", panel=TRAINING),
     log_interval: int = _option(50, help="Steps between two lines of metrics.jsonl.", panel=TRAINING),
-    seed: int = _option(0, help="Same seed, same result (on one machine).", panel=TRAINING),
+    seed: int = _option(0, help="Random seed: the same seed gives the same result (on one machine).", panel=TRAINING),
     encoder: str = _option(
-        None, help="random (preset small), iev-tiny (shipped), or a weights file (Cryo-IEF, pretrain-iev).", panel=MODEL
+        None,
+        help="First encoder: random (preset small), iev-tiny (shipped), or a weights file (Cryo-IEF, pretrain-iev).",
+        panel=MODEL,
     ),
-    encoder_size: str = _option(None, help="Of a random encoder: micro, vit_tiny or vit_small.", panel=MODEL),
+    encoder_size: str = _option(None, help="Size of a random encoder: micro, vit_tiny or vit_small.", panel=MODEL),
     encoder_input: str = _option(
         None,
-        help="raw images, flipped (CTF signs undone), upright (turned by the known angle too); auto.",
+        help="Images the encoder sees: raw, flipped (CTF signs undone), upright (turned by the known angle too), auto.",
         panel=MODEL,
     ),  # fmt: skip
     bn: str = _option(None, help="Batch norms of the encoder: frozen or train (as published).", panel=MODEL),
     zdim: str = _option(None, help="Length of the latent; auto tries 4 to 128 on held-out images.", panel=MODEL),
-    dim: int = _option(None, help="Width of the volume network.", panel=MODEL),
-    layers: int = _option(None, help="Its residual layers.", panel=MODEL),
+    dim: int = _option(None, help="Neurons in each layer of the volume network.", panel=MODEL),
+    layers: int = _option(None, help="Residual layers of the volume network.", panel=MODEL),
     features: int = _option(None, help="Random frequencies that coordinates are given as.", panel=MODEL),
-    feat_sigma: float = _option(None, help="Their spread, in units of half the box.", panel=MODEL),
+    feat_sigma: float = _option(None, help="Spread of the random frequencies, in units of half the box.", panel=MODEL),
     layer_norm: bool = _option(
         None, "--layer-norm/--no-layer-norm", help="Layer norms in the volume network (as published).", panel=MODEL
     ),
-    field: str = _option(None, help="complex (half the work) or hartley (as published).", panel=MODEL),
-    loss: str = _option(None, help="whitened (weighs by the noise) or mse (as published).", panel=MODEL),
+    field: str = _option(
+        None, help="Values of the Fourier field: complex (half the work) or hartley (as published).", panel=MODEL
+    ),
+    loss: str = _option(None, help="Loss: whitened (weighs by the noise) or mse (as published).", panel=MODEL),
     march: float = _option(
         None, help="Begin with this part of the Fourier disc and let it grow; 1: all from the start.", panel=MODEL
     ),
-    march_over: float = _option(None, help="Fraction of the training in which it grows.", panel=MODEL),
-    window: bool = _option(None, "--window/--no-window", help="Mask the corners of the images.", panel=MODEL),
-    precision: str = _option("auto", help="32 or bf16; auto: bf16 where the machine is fast at it.", panel=MACHINE),
-    low_memory: bool = _option(
-        None, "--low-memory/--keep-activations", help="Less memory, a third more time.", panel=MACHINE
+    march_over: float = _option(
+        None, help="Fraction of the training in which that part of the disc grows.", panel=MODEL
     ),
-    threads: int = _option(0, "--threads", help="Processor threads; 0: all.", panel=MACHINE),
-    accelerator: str = _option("auto", help="auto, cpu or gpu.", panel=MACHINE),
-    devices: int = _option(1, help="GPUs per machine.", panel=MACHINE),
-    num_nodes: int = _option(1, help="Machines.", panel=MACHINE),
+    window: bool = _option(
+        None, "--window/--no-window", help="Mask the corners of the images, outside the particle's circle.", panel=MODEL
+    ),
+    precision: str = _option(
+        "auto", help="Precision of numbers: 32 or bf16; auto: bf16 where the machine is fast at it.", panel=MACHINE
+    ),
+    low_memory: bool = _option(
+        None, "--low-memory/--keep-activations", help="Need less memory and a third more time.", panel=MACHINE
+    ),
+    threads: int = _option(0, "--threads", help="Processor threads to use; 0: all.", panel=MACHINE),
+    accelerator: str = _option("auto", help="Where to compute: auto, cpu or gpu.", panel=MACHINE),
+    devices: int = _option(1, help="GPUs on each machine (processes without GPUs).", panel=MACHINE),
+    num_nodes: int = _option(1, help="Machines that train together.", panel=MACHINE),
     requeue: bool = _option(False, "--requeue", help="Under SLURM: put the job back into the queue.", panel=MACHINE),
 ) -> None:
     """Sort particles into classes, with known poses or without any (CryoDECO).

@@ -21,7 +21,9 @@ def main(
         metavar="MAP1 MAP2 | FOLDER",
     ),
     mask: str = typer.Option(
-        None, "--mask", help="Mask file; auto: made from the maps; none. Default for a run: the truth's own mask."
+        None,
+        "--mask",
+        help="Mask file; auto: made from the maps; none: no mask. Default for a run: the truth's own mask.",
     ),
     outdir: Path = typer.Option(
         None, "-o", "--outdir", help="Folder for CSV, JSON and PNG. For a run the default is RUN/eval.EPOCH."
@@ -32,24 +34,29 @@ def main(
     apix: float = typer.Option(
         None, "--Apix", "--apix", help="Pixel size in Angstrom, in place of the maps' own.", show_default=False
     ),
-    seed: int = typer.Option(0, "--seed", help="Of random phases and random choices."),
+    seed: int = typer.Option(0, "--seed", help="Random seed of phases and of the images judged."),
     map_: Path = _option(None, "--map", help="Map to judge by a model: any shape, voxels, axis order.", panel=MODEL),
     model: Path = _option(
         None, "--model", "--model-pdb", help="Atomic model of the map: .cif or .pdb, also .gz.", panel=MODEL
     ),
     half1: Path = _option(None, "--half1", help="First half map: adds local resolution and their FSC.", panel=MODEL),
-    half2: Path = _option(None, "--half2", help="Second half map.", panel=MODEL),
+    half2: Path = _option(None, "--half2", help="Second half map, with --half1.", panel=MODEL),
     resolution: float = _option(
         None,
         "--resolution",
-        help="Angstrom at which the model's own map is cut; nothing: FSC .143 of the half maps, else d_model.",
+        help="Resolution in Angstrom at which the model's map is cut; nothing: FSC .143 of the half maps, or d_model.",
         panel=MODEL,
     ),
     half_maps: bool = _option(
         False, "--half-maps", help="The two maps are half maps: correct the FSC for the mask.", panel=MAPS
     ),
-    truth: Path = _option(None, "--truth", help="Simulated folder that holds the truth.", panel=RUN),
-    epoch: int = _option(None, "--epoch", help="Epoch; nothing: the last.", panel=RUN),
+    truth: Path = _option(
+        None,
+        "--truth",
+        help="Folder that holds the truth: of simulate, or of CryoBench as published; nothing: found by itself.",
+        panel=RUN,
+    ),
+    epoch: int = _option(None, "--epoch", help="Epoch of the run, counted from 1; nothing: the last.", panel=RUN),
     images: int = _option(100, "--images", help="Volumes to decode and judge.", panel=RUN),
     sampler: str = _option(
         None,
@@ -65,7 +72,9 @@ def main(
     ),
     no_clustering: bool = _option(False, "--no-clustering", help="Leave out ARI, AMI and kNN.", panel=RUN),
     cluster_seeds: int = _option(10, "--cluster-seeds", help="Random starts of k-means to average over.", panel=RUN),
-    gmm_seeds: int = _option(3, "--gmm-seeds", help="The same for Gaussian mixtures, which are slow.", panel=RUN),
+    gmm_seeds: int = _option(
+        3, "--gmm-seeds", help="Random starts of Gaussian mixtures, which are slow, to average over.", panel=RUN
+    ),
     umap: bool = _option(False, "--umap", help="Also cluster after UMAP to 16 dimensions.", panel=RUN),
     polished: bool = _option(
         False, "--polished", help="Judge the maps that `cryosuite polish RUN` made instead of the run's own.", panel=RUN
@@ -83,7 +92,7 @@ def main(
     volume_from: str = _option(
         None, "--volume-from", help="How the run makes its volumes, if not as trained (image, knn, ...).", panel=RUN
     ),
-    threads: int = typer.Option(0, "--threads", help="Processor threads; 0: all."),
+    threads: int = typer.Option(0, "--threads", help="Processor threads to use; 0: all."),
 ) -> None:
     """Compare maps shell by shell (FSC), or judge a run against a known truth.
 

@@ -39,15 +39,21 @@ def main(
     particles: ParticlesArgument,
     outdir: Outdir,
     overwrite: Overwrite = False,
-    map_: Path = _option(None, "--map", help="A map of the molecule (.mrc), of any box.", panel=REFERENCE),
-    model: Path = _option(None, "--model", help="Or an atomic model of it (.pdb, .cif).", panel=REFERENCE),
+    map_: Path = _option(
+        None, "--map", help="A map of the molecule (.mrc), of any box and pixel size.", panel=REFERENCE
+    ),
+    model: Path = _option(
+        None, "--model", help="An atomic model of the molecule (.pdb, .cif), in place of --map.", panel=REFERENCE
+    ),
     low_pass: float = _option(
-        20.0, "--low-pass", help="Angstrom: the map is low-passed to this; 0: not at all.", panel=REFERENCE
+        20.0, "--low-pass", help="Resolution in Angstrom that the map is low-passed to; 0: not at all.", panel=REFERENCE
     ),
     weights: Path = _option(
         None, help="Weights of train-fastar (file or run), or the released CryoFastAR checkpoint.", panel=NETWORK
     ),
-    preset: str = _option(None, help="Or the network of this name that comes with us: micro.", panel=NETWORK),
+    preset: str = _option(
+        None, help="Name of a network that comes with cryosuite: micro. In place of --weights.", panel=NETWORK
+    ),
     templates: int = _option(12, help="Views of the map that the network is shown.", panel=NETWORK),
     turns: int = _option(
         1, help="Look at each image in 1, 2 or 4 quarter turns: slower and a little more exact.", panel=NETWORK
@@ -86,10 +92,12 @@ def main(
     invert_data: bool = typer.Option(
         False, "--invert-data", help="Particles are dark in the images.", rich_help_panel=INPUT
     ),
-    batch_size: int = _option(256, "-b", "--batch-size", help="Images at a time.", panel=MACHINE),
-    precision: str = _option("auto", help="bf16, 32, or auto.", panel=MACHINE),
-    accelerator: str = _option("auto", help="cpu, gpu, or auto.", panel=MACHINE),
-    seed: int = _option(0, help="Same seed, same result.", panel=MACHINE),
+    batch_size: int = _option(256, "-b", "--batch-size", help="Images computed at a time.", panel=MACHINE),
+    precision: str = _option(
+        "auto", help="Precision of numbers: bf16, 32, or auto (what the machine is fast at).", panel=MACHINE
+    ),
+    accelerator: str = _option("auto", help="Where to compute: cpu, gpu, or auto.", panel=MACHINE),
+    seed: int = _option(0, help="Random seed: the same seed gives the same result.", panel=MACHINE),
     threads: Threads = 0,
 ) -> None:
     """Poses of particles, in one pass of a network that was trained before.

@@ -28,7 +28,10 @@ def main(
     downsample: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(
-            "-d", "--downsample", help="Box size for the comparison; nothing: 64 at most.", rich_help_panel=VOLUMES
+            "-d",
+            "--downsample",
+            help="Box size in pixels for the comparison; nothing: 64 at most.",
+            rich_help_panel=VOLUMES,
         ),
     ] = None,  # fmt: skip
     apix: Annotated[
@@ -43,7 +46,11 @@ def main(
     ] = False,
     low_pass: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option("--low-pass", help="Filter the volumes to this resolution in Angstrom.", rich_help_panel=VOLUMES),
+        typer.Option(
+            "--low-pass",
+            help="Filter the volumes to this resolution in Angstrom; nothing: not filtered.",
+            rich_help_panel=VOLUMES,
+        ),
     ] = None,
     mass_kda: Annotated[
         Optional[float],  # noqa: UP045
@@ -61,7 +68,9 @@ def main(
         Optional[Path],  # noqa: UP045
         typer.Option("--datadir", help="Folder of the image stacks, where they were moved.", rich_help_panel=PLACE),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Same seed, same result.", rich_help_panel=PLACE)] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", help="Random seed: the same seed gives the same result.", rich_help_panel=PLACE)
+    ] = 0,
 ) -> None:
     """Find states among the volumes of a trained run, count their particles, and plot the landscape.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -45,21 +46,23 @@ Passthrough = Annotated[
 ]
 Apix = Annotated[
     Optional[float],  # noqa: UP045
-    typer.Option("--Apix", help="Pixel size in Angstrom.", rich_help_panel=INPUT),
+    typer.Option("--Apix", help="Pixel size in Angstrom, where no file says it.", rich_help_panel=INPUT),
 ]
 Voltage = Annotated[
     Optional[float],  # noqa: UP045
-    typer.Option("--kv", help="Voltage in kV.", rich_help_panel=INPUT),
+    typer.Option("--kv", help="Voltage of the microscope in kV, where no file says it.", rich_help_panel=INPUT),
 ]
 SphericalAberration = Annotated[
     Optional[float],  # noqa: UP045
-    typer.Option("--cs", help="Spherical aberration in mm.", rich_help_panel=INPUT),
+    typer.Option("--cs", help="Spherical aberration in mm, where no file says it.", rich_help_panel=INPUT),
 ]
 AmplitudeContrast = Annotated[
     Optional[float],  # noqa: UP045
-    typer.Option("-w", "--amplitude-contrast", help="Amplitude contrast, 0 to 1.", rich_help_panel=INPUT),
+    typer.Option(
+        "-w", "--amplitude-contrast", help="Amplitude contrast, a fraction from 0 to 1.", rich_help_panel=INPUT
+    ),
 ]
-Threads = Annotated[int, typer.Option("--threads", help="Processor threads; 0: all.")]
+Threads = Annotated[int, typer.Option("--threads", help="Processor threads to use; 0: all.")]
 Sources = Annotated[
     list[str],
     typer.Argument(
@@ -87,6 +90,25 @@ Relion = Annotated[
         metavar="<version>",
     ),
 ]
+
+NONE, PRESET = "none", "set by the preset"
+SAYS_ITSELF = re.compile(r"\bdefault\b|\bnothing\b|\(usual\)", re.IGNORECASE)
+GIVEN = ("max_minutes", "max_hours", "pixel_size", "weights", "simulate", "patience")  # what no preset knows
+
+
+def say_defaults(command: Any) -> None:
+    """Make the help of a command say what holds where an option without a value of its own is not given.
+
+    Typer prints nothing for a default of None. Those options say it in their sentence ("nothing: ..."); of the others
+    files and limits are not there unless given, and the rest of a training's options are set by its preset.
+    """
+    preset = command.name.startswith(("train-", "pretrain-", "deco-"))
+    for parameter in command.params:
+        if parameter.required or parameter.default is not None or SAYS_ITSELF.search(parameter.help or ""):
+            continue
+        annotation = str(parameter.type_descriptor.annotation)
+        given = "Path" in annotation or parameter.name in GIVEN or not preset
+        parameter.show_default = NONE if given else PRESET
 
 
 def run_and_clusters(arguments: list[str], clusters: list[str] | None) -> tuple[Path, list[int]]:

@@ -32,7 +32,9 @@ def main(
             help="Diameter of the particle in Angstrom; all outside is background. Default: 75 % of the box.",
         ),
     ] = None,
-    float16: Annotated[bool, typer.Option("--float16", help="Half the disk space, 3 digits.")] = False,
+    float16: Annotated[
+        bool, typer.Option("--float16", help="Write half-precision images: half the disk space, three digits.")
+    ] = False,
     ind: opt.Ind = None,
     overwrite: opt.Overwrite = False,
     threads: opt.Threads = 0,
@@ -70,12 +72,16 @@ def main(
     From cryoDRGN:
 
         cryosuite preprocess p.mrcs --poses poses.pkl --ctf ctf.pkl -o work
+
+    Started several times by srun or torchrun, the processes share the images.
     """
     from cryosuite import console
     from cryosuite.data.open import open_particles
     from cryosuite.data.preprocess import PreprocessOptions, preprocess
+    from cryosuite.data.processes import ALONE
     from cryosuite.data.workdir import WorkDir
     from cryosuite.errors import InputError
+    from cryosuite.ranks import process_count
 
     if invert and uninvert:
         raise InputError("give either --invert or --uninvert, not both")
@@ -84,6 +90,11 @@ def main(
             f"{outdir}: holds a particle set already. Add --overwrite to replace it, or choose another -o."
         )
     _require_free_names(WorkDir(outdir), overwrite)
+    processes = ALONE
+    if process_count() > 1:
+        from cryosuite.training.launch import join_processes
+
+        processes = join_processes()
     began = time.monotonic()
     found = open_particles(
         particles,
@@ -103,7 +114,9 @@ def main(
         keep_tables=True,
     )
     options = PreprocessOptions(box_size, particle_diameter, "float16" if float16 else "float32", threads)
-    done = preprocess(found, Path(outdir), options, command=shlex.join(["cryosuite", *sys.argv[1:]]))
+    done = preprocess(found, Path(outdir), options, shlex.join(["cryosuite", *sys.argv[1:]]), processes)
+    if done is None:
+        return
     dataset = done.work.read_dataset()
     absent = [name for name, value in (("orientations", found.rotation), ("CTF", found.ctf)) if value is None]
     console.table(

@@ -59,7 +59,9 @@ def main(
     snr: str = _option(
         "0.003:0.2", help="Signal to noise ratio of simulated images, from:to, at 128 pixels.", panel=SIMULATE
     ),
-    boxes: str = _option("32,48,64,96,128", help="Box sizes that simulated images come from.", panel=SIMULATE),
+    boxes: str = _option(
+        "32,48,64,96,128", help="Box sizes in pixels that simulated images come from.", panel=SIMULATE
+    ),
     positives: str = _option(
         None,
         help="What two simulated views share: augment (one image), same-view (molecule and pose), "
@@ -71,10 +73,12 @@ def main(
         help="Weight of a second loss: features must tell the shape of the clean picture; 0: none.",
         panel=SIMULATE,
     ),
-    size: str = _option(None, help="vit_tiny, vit_small or vit_base.", panel=MODEL),
-    norm2: str = _option(None, help="bn (as the released files) or ln (for small batches).", panel=MODEL),
+    size: str = _option(None, help="Size of the encoder: vit_tiny, vit_small or vit_base.", panel=MODEL),
+    norm2: str = _option(
+        None, help="Second norm of a block: bn (as the released files) or ln (for small batches).", panel=MODEL
+    ),
     prep: str = _option(None, help="Grey values: standard or robust (ours), ief (as published).", panel=MODEL),
-    hidden: int = _option(None, help="Width of projector and predictor.", panel=MODEL),
+    hidden: int = _option(None, help="Neurons of projector and predictor.", panel=MODEL),
     patch_start: str = _option(
         None, help="Start of the patch projection: random (as published), or smooth (low-pass patterns).", panel=MODEL
     ),
@@ -87,7 +91,7 @@ def main(
     keep: float = _option(
         None, help="Share of the patches shown in all but the last tenth of the training.", panel=TRAINING
     ),
-    tau: float = _option(None, help="Temperature of the contrast.", panel=TRAINING),
+    tau: float = _option(None, help="Temperature of the contrastive loss.", panel=TRAINING),
     momentum: float = _option(None, help="How slowly the momentum copy follows.", panel=TRAINING),
     m_cos: bool = _option(None, "--m-cos/--m-constant", help="Let the momentum rise to 1.", panel=TRAINING),
     aug: str = _option(
@@ -107,12 +111,12 @@ def main(
         None, "-b", "--batch-size", help="Images per step over all GPUs; each is told from all others.", panel=TRAINING
     ),
     lr: float = _option(None, help="Learning rate for this batch size; default: grows with the batch.", panel=TRAINING),
-    warmup: float = _option(None, help="Fraction of the training in which it rises.", panel=TRAINING),
+    warmup: float = _option(None, help="Fraction of the training in which the learning rate rises.", panel=TRAINING),
     wd: float = _option(None, help="Weight decay of matrices.", panel=TRAINING),
     max_minutes: float = _option(None, help="Stop after so many minutes with a checkpoint.", panel=TRAINING),
-    checkpoint_minutes: float = _option(10.0, help="Save what --resume needs this often.", panel=TRAINING),
+    checkpoint_minutes: float = _option(10.0, help="Minutes between two saves of what --resume needs.", panel=TRAINING),
     log_interval: int = _option(20, help="Steps between two lines of metrics.jsonl.", panel=TRAINING),
-    seed: int = _option(0, help="Same seed, same result (on one machine).", panel=TRAINING),
+    seed: int = _option(0, help="Random seed: the same seed gives the same result (on one machine).", panel=TRAINING),
     encode: bool = _option(
         False,
         "--encode",
@@ -123,12 +127,14 @@ def main(
         None, help="iev-tiny (comes with cryosuite), or a .safetensors file: Cryo-IEF's or ours.", panel=ENCODE
     ),
     low_memory: bool = _option(
-        None, "--low-memory/--keep-activations", help="Less memory, a third more time.", panel=SPEED
+        None, "--low-memory/--keep-activations", help="Need less memory and a third more time.", panel=SPEED
     ),
-    precision: str = _option("auto", help="32 or bf16; auto: bf16 where the machine is fast at it.", panel=SPEED),
-    accelerator: str = _option("auto", help="auto, cpu or gpu.", panel=SPEED),
-    devices: int = _option(1, help="GPUs per machine.", panel=SPEED),
-    num_nodes: int = _option(1, help="Machines.", panel=SPEED),
+    precision: str = _option(
+        "auto", help="Precision of numbers: 32 or bf16; auto: bf16 where the machine is fast at it.", panel=SPEED
+    ),
+    accelerator: str = _option("auto", help="Where to compute: auto, cpu or gpu.", panel=SPEED),
+    devices: int = _option(1, help="GPUs on each machine (processes without GPUs).", panel=SPEED),
+    num_nodes: int = _option(1, help="Machines that train together.", panel=SPEED),
     requeue: bool = _option(False, "--requeue", help="SLURM: put the job back into the queue.", panel=SPEED),
 ) -> None:
     """Train an encoder of particle images without labels (MoCo v3), for deco-classify and a first look at a set.

@@ -29,7 +29,7 @@ def main(
     ),
     outdir: Path = typer.Option(..., "-o", "--outdir", help="Folder of the run, made by this command."),
     preset: str = typer.Option(
-        "default", help="default, or paper: random masks and grey values as CryoLVM describes them."
+        "default", help="Choice of options: default, or paper (random masks and grey values as CryoLVM describes them)."
     ),
     resume: bool = typer.Option(False, "--resume", help="Go on where the run in this folder stopped."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace the run that is in the folder."),
@@ -41,8 +41,8 @@ def main(
     ),
     hold_out: str = _option(None, help="Structures kept out to test on: how many, or names.", panel=DATA),
     crop: int = _option(None, help="Edge of the crops in voxels of 1 A; default: 48 on a GPU, else 32.", panel=DATA),
-    volume: int = _option(None, help="Edge of what is simulated at once, voxels.", panel=DATA),
-    crops_per_volume: int = _option(None, help="Crops cut from it.", panel=DATA),
+    volume: int = _option(None, help="Edge of what is simulated at once, in voxels.", panel=DATA),
+    crops_per_volume: int = _option(None, help="Crops cut from each simulated volume.", panel=DATA),
     mix: int = _option(None, help="Simulated volumes that are shuffled together.", panel=DATA),
     norm: str = _option(None, help="Grey values: robust (ours), paper or emready.", panel=DATA),
     resolution: str = _option(None, help="Resolution of the maps in A, from:to, such as 2.5:8.", panel=DATA),
@@ -52,8 +52,10 @@ def main(
         "small.",
         panel=LEARNT,
     ),
-    net: str = _option("scunet", help="scunet, or vit to compare with.", panel=LEARNT),
-    drop_path: float = _option(None, help="Stochastic depth; default 0 up to small, else 0.1.", panel=LEARNT),
+    net: str = _option("scunet", help="Network: scunet, or vit to compare with.", panel=LEARNT),
+    drop_path: float = _option(
+        None, help="Stochastic depth, a share of blocks left out; default 0 up to small, else 0.1.", panel=LEARNT
+    ),
     objective: str = _option(
         None, help="jepa: predict embeddings of hidden blocks (default). mae: predict their voxels.", panel=LEARNT
     ),
@@ -62,7 +64,7 @@ def main(
         help="input: hidden voxels cannot be read (default). embedding: hidden after the encoder, which leaks.",
         panel=LEARNT,
     ),
-    mask_mode: str = _option(None, help="multiblock (default) or random.", panel=LEARNT),
+    mask_mode: str = _option(None, help="Which blocks are hidden: multiblock (default) or random.", panel=LEARNT),
     mask_ratio: float = _option(None, help="Share of hidden tokens with random masks.", panel=LEARNT),
     weight_decay: str = _option(None, help="From:to along a cosine; default 0.04:0.4.", panel=LEARNT),
     images: str = _option(None, help="Crops seen in all, such as 100k or 2M.", panel=TRAINING),
@@ -76,20 +78,22 @@ def main(
     ),
     schedule: str = _option(
         None,
-        help="cosine, or flat: falls in the last fifth only, so that --resume --images may move the end.",
+        help="Learning rate over time: cosine, or flat (until the last fifth: --resume --images may move the end).",
         panel=TRAINING,
     ),  # fmt: skip
     warmup: float = _option(None, help="Fraction of the training in which the learning rate rises.", panel=TRAINING),
     max_minutes: float = _option(None, help="Stop after so many minutes; --resume goes on.", panel=TRAINING),
-    max_hours: float = _option(None, help="The same in hours.", panel=TRAINING),
-    checkpoint_minutes: float = _option(5.0, help="Save what --resume needs this often.", panel=TRAINING),
+    max_hours: float = _option(None, help="Stop after so many hours; --resume goes on.", panel=TRAINING),
+    checkpoint_minutes: float = _option(5.0, help="Minutes between two saves of what --resume needs.", panel=TRAINING),
     log_interval: int = _option(20, help="Steps between two lines of metrics.jsonl.", panel=TRAINING),
-    seed: int = _option(0, help="Same seed, same result (on one machine).", panel=TRAINING),
-    precision: str = _option("auto", help="32 or bf16; auto: bf16 where the machine is fast at it.", panel=SPEED),
-    accelerator: str = _option("auto", help="auto, cpu or gpu.", panel=SPEED),
-    devices: int = _option(1, help="GPUs per machine.", panel=SPEED),
-    num_nodes: int = _option(1, help="Machines.", panel=SPEED),
-    compile: bool = _option(False, "--compile", help="torch.compile; for long trainings on a GPU.", panel=SPEED),
+    seed: int = _option(0, help="Random seed: the same seed gives the same result (on one machine).", panel=TRAINING),
+    precision: str = _option(
+        "auto", help="Precision of numbers: 32 or bf16; auto: bf16 where the machine is fast at it.", panel=SPEED
+    ),
+    accelerator: str = _option("auto", help="Where to compute: auto, cpu or gpu.", panel=SPEED),
+    devices: int = _option(1, help="GPUs on each machine (processes without GPUs).", panel=SPEED),
+    num_nodes: int = _option(1, help="Machines that train together.", panel=SPEED),
+    compile: bool = _option(False, "--compile", help="Use torch.compile, for long trainings on a GPU.", panel=SPEED),
     requeue: bool = _option(False, "--requeue", help="SLURM: put the job back into the queue.", panel=SPEED),
 ) -> None:
     """Pre-train an encoder of density maps: from what is shown of a map, predict what is hidden (CryoLVM).

@@ -82,11 +82,11 @@ def main(
     ] = None,
     random: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option("--random", help="Of what is left, this many at random.", rich_help_panel=OTHERS),
+        typer.Option("--random", help="Keep this many of those chosen, at random.", rich_help_panel=OTHERS),
     ] = None,
     seed: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option("--seed", help="Of --random; nothing: 0.", rich_help_panel=OTHERS),
+        typer.Option("--seed", help="Random seed of --random; nothing: 0.", rich_help_panel=OTHERS),
     ] = None,
     labels: opt.Labels = None,
     analysis: opt.Analysis = None,

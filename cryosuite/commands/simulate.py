@@ -31,14 +31,17 @@ def main(
     ),
     n: int = typer.Option(4800, "-n", help="Number of particle images.", rich_help_panel=WHAT),
     states: int = typer.Option(
-        None, help="Number of states of assembly (16) and loop (10).", rich_help_panel=WHAT, show_default=False
+        None,
+        help="Number of states; default: 16 of an assembly, 10 of a loop.",
+        rich_help_panel=WHAT,
+        show_default=False,
     ),
     occupancies: str = typer.Option(
         "equal",
         help="How often each state occurs: equal, random, ribosembly, or numbers separated by commas (3,1,1).",
         rich_help_panel=WHAT,
     ),
-    min_images: int = typer.Option(0, help="Fewest images of a state.", rich_help_panel=WHAT),
+    min_images: int = typer.Option(0, help="Fewest images that a state gets.", rich_help_panel=WHAT),
     blocks: str = typer.Option(
         None,
         help="Parts of an assembly: domain, chain, a number of equal runs, residue ranges (1-200,201-450), or "
@@ -60,13 +63,15 @@ def main(
     ),
     render_box: int = typer.Option(
         None,
-        help="Box in which images are made and noise is added, before the crop to D. Default: 2 D.",
+        help="Box in pixels in which images are made and noise is added, before the crop to D. Default: 2 D.",
         rich_help_panel=IMAGING,
         show_default=False,
     ),
-    voltage: float = typer.Option(300.0, help="Kilovolts.", rich_help_panel=IMAGING),
+    voltage: float = typer.Option(300.0, help="Voltage of the microscope in kV.", rich_help_panel=IMAGING),
     cs: float = typer.Option(2.7, help="Spherical aberration in mm.", rich_help_panel=IMAGING),
-    amplitude_contrast: float = typer.Option(0.1, help="Amplitude contrast.", rich_help_panel=IMAGING),
+    amplitude_contrast: float = typer.Option(
+        0.1, help="Amplitude contrast, a fraction from 0 to 1.", rich_help_panel=IMAGING
+    ),
     defocus: tuple[float, float] = typer.Option(
         (0.8, 2.5), help="Smallest and largest defocus in micrometres.", rich_help_panel=IMAGING
     ),
@@ -98,11 +103,15 @@ def main(
         None,
         help="cryobench: D 128 at 3 A, SNR 0.01, B-factor 100, sorted by state (their CTF table is not included).",
     ),
-    sorted_by_state: bool = typer.Option(False, "--sorted", help="Do not shuffle the particles."),
+    sorted_by_state: bool = typer.Option(
+        False, "--sorted", help="Leave the particles sorted by state instead of shuffling them."
+    ),
     keep_clean: bool = typer.Option(False, "--keep-clean", help="Keep clean.mrcs, the images before noise."),
     float16: bool = typer.Option(False, "--float16", help="Write half-precision images."),
-    seed: int = typer.Option(0, help="The same seed gives the same set; the noise level changes nothing else."),
-    device: str = typer.Option("cpu", help="cpu or cuda."),
+    seed: int = typer.Option(
+        0, help="Random seed: the same seed gives the same set; the noise level changes nothing else."
+    ),
+    device: str = typer.Option("cpu", help="Where to compute: cpu or cuda."),
 ) -> None:
     """Make a particle set whose truth is known: images from atoms, with poses, CTF, labels and true maps.
 

@@ -52,7 +52,7 @@ def main(
         None, "--map", help="Tune on this one molecule: an .mrc map, low-passed as fastar-infer does.", panel=DATA
     ),
     full_map: bool = _option(
-        None, "--full-map", help="Do not low-pass it; the map's own details then bias poses.", panel=DATA
+        None, "--full-map", help="Do not low-pass the map of --map; its own details then bias poses.", panel=DATA
     ),
     finetune: Path = _option(
         None,
@@ -64,7 +64,7 @@ def main(
     snr: str = _option(None, help="Signal to noise ratio, from:to over the curriculum, such as 10:0.1.", panel=DATA),
     curriculum: str = _option(None, help="Images over which the noise rises, such as 200k.", panel=DATA),
     ctf: float = _option(None, help="Share of the steps with a CTF, once it is switched on.", panel=DATA),
-    shift: float = _option(None, help="Largest shift, fraction of the box.", panel=DATA),
+    shift: float = _option(None, help="Largest shift, as a fraction of the box.", panel=DATA),
     junk: float = _option(None, help="Share of images without particle (ab-initio).", panel=DATA),
     start: Path = _option(
         None, "--weights", help="Go on from these weights (of the same preset); for --map and --finetune.", panel=LOSS
@@ -73,7 +73,9 @@ def main(
     map_weight: float = _option(
         None, help="Weight of predicting the planar map against templates too; 0: only matching.", panel=LOSS
     ),
-    templates: int = _option(None, help="Template views, where the planar map is predicted.", panel=LOSS),
+    templates: int = _option(
+        None, help="Views of the reference that are shown where the planar map is predicted.", panel=LOSS
+    ),
     hand_loss: str = _option(
         None, help="ab-initio: which hand of a set is right: min (the nearer), anchor or none.", panel=LOSS
     ),
@@ -82,18 +84,20 @@ def main(
         None, help="Test and write the weights every so many images; default: 10 times.", panel=TRAINING
     ),
     batch_size: int = _option(None, "-b", "--batch-size", help="Images per step over all GPUs.", panel=TRAINING),
-    lr: float = _option(None, help="Learning rate.", panel=TRAINING),
-    warmup: int = _option(500, help="Steps in which it rises.", panel=TRAINING),
+    lr: float = _option(None, help="Learning rate of the network.", panel=TRAINING),
+    warmup: int = _option(500, help="Steps in which the learning rate rises.", panel=TRAINING),
     max_minutes: float = _option(None, help="Stop after so many minutes; --resume goes on.", panel=TRAINING),
-    max_hours: float = _option(None, help="The same in hours.", panel=TRAINING),
-    checkpoint_minutes: float = _option(1.0, help="Save what --resume needs this often.", panel=TRAINING),
+    max_hours: float = _option(None, help="Stop after so many hours; --resume goes on.", panel=TRAINING),
+    checkpoint_minutes: float = _option(1.0, help="Minutes between two saves of what --resume needs.", panel=TRAINING),
     log_interval: int = _option(20, help="Steps between two lines of metrics.jsonl.", panel=TRAINING),
-    seed: int = _option(0, help="Same seed, same result (on one machine).", panel=TRAINING),
-    precision: str = _option("auto", help="32 or bf16; auto: bf16 where the machine is fast at it.", panel=SPEED),
-    accelerator: str = _option("auto", help="auto, cpu or gpu.", panel=SPEED),
-    devices: int = _option(1, help="GPUs per machine.", panel=SPEED),
-    num_nodes: int = _option(1, help="Machines.", panel=SPEED),
-    compile: bool = _option(False, "--compile", help="torch.compile; for long trainings on a GPU.", panel=SPEED),
+    seed: int = _option(0, help="Random seed: the same seed gives the same result (on one machine).", panel=TRAINING),
+    precision: str = _option(
+        "auto", help="Precision of numbers: 32 or bf16; auto: bf16 where the machine is fast at it.", panel=SPEED
+    ),
+    accelerator: str = _option("auto", help="Where to compute: auto, cpu or gpu.", panel=SPEED),
+    devices: int = _option(1, help="GPUs on each machine (processes without GPUs).", panel=SPEED),
+    num_nodes: int = _option(1, help="Machines that train together.", panel=SPEED),
+    compile: bool = _option(False, "--compile", help="Use torch.compile, for long trainings on a GPU.", panel=SPEED),
     requeue: bool = _option(False, "--requeue", help="SLURM: put the job back into the queue.", panel=SPEED),
 ) -> None:
     """Train a network that finds the poses of particle images, on simulated particles (CryoFastAR).

@@ -53,11 +53,13 @@ def main(
     datadir: Path = _option(None, help="Folder in which the image stacks lie.", panel=INPUT),
     pixel_size: float = _option(None, "--Apix", help="Pixel size in Angstrom, where no file says it.", panel=INPUT),
     invert_data: bool = _option(False, "--invert-data", help="Particles are dark in the images.", panel=INPUT),
-    num_epochs: int = _option(None, "-n", "--num-epochs", help="Times all images are seen.", panel=TRAINING),
+    num_epochs: int = _option(
+        None, "-n", "--num-epochs", help="Epochs: how often all images are seen.", panel=TRAINING
+    ),
     batch_size: int = _option(None, "-b", "--batch-size", help="Images per step, over all GPUs.", panel=TRAINING),
-    lr: float = _option(None, help="Learning rate.", panel=TRAINING),
-    warmup: float = _option(None, help="Fraction of the training in which it rises.", panel=TRAINING),
-    wd: float = _option(None, help="Weight decay.", panel=TRAINING),
+    lr: float = _option(None, help="Learning rate of the network.", panel=TRAINING),
+    warmup: float = _option(None, help="Fraction of the training in which the learning rate rises.", panel=TRAINING),
+    wd: float = _option(None, help="Weight decay of the matrices.", panel=TRAINING),
     ema: float = _option(None, help="Decay of the running average of the weights; 0: none.", panel=TRAINING),
     max_minutes: float = _option(
         None, help="Stop after so many minutes with a checkpoint; go on with --resume.", panel=TRAINING
@@ -65,41 +67,55 @@ def main(
     checkpoint: int = _option(
         None, help="Write latents and weights every so many epochs; default: four times in all.", panel=TRAINING
     ),
-    checkpoint_minutes: float = _option(10.0, help="Save what --resume needs this often.", panel=TRAINING),
+    checkpoint_minutes: float = _option(10.0, help="Minutes between two saves of what --resume needs.", panel=TRAINING),
     log_interval: int = _option(50, help="Steps between two lines of metrics.jsonl.", panel=TRAINING),
-    seed: int = _option(0, help="Same seed, same result (on one machine).", panel=TRAINING),
+    seed: int = _option(0, help="Random seed: the same seed gives the same result (on one machine).", panel=TRAINING),
     conditioning: str = _option(
         None,
         help="hyper: the image writes weights. concat: the image's code is appended to the coordinates.",
         panel=MODEL,
     ),  # fmt: skip
-    hyper: str = _option(None, help="groups (as published) or lowrank.", panel=MODEL),
-    inr: str = _option(None, help="mlp (as published) or triplane, which is smaller and faster.", panel=MODEL),
-    inr_dim: int = _option(None, help="Width of the volume network.", panel=MODEL),
-    inr_layers: int = _option(None, help="Its hidden layers.", panel=MODEL),
-    groups: int = _option(None, help="Weight tokens per hidden layer.", panel=MODEL),
+    hyper: str = _option(None, help="How weights are written: groups (as published) or lowrank.", panel=MODEL),
+    inr: str = _option(
+        None, help="Volume network: mlp (as published) or triplane, which is smaller and faster.", panel=MODEL
+    ),
+    inr_dim: int = _option(None, help="Neurons in each layer of the volume network.", panel=MODEL),
+    inr_layers: int = _option(None, help="Hidden layers of the volume network.", panel=MODEL),
+    groups: int = _option(None, help="Weight tokens for each hidden layer of the volume network.", panel=MODEL),
     features: int = _option(None, help="Random frequencies that coordinates are given as.", panel=MODEL),
     feat_sigma: float = _option(None, help="Spread of the random frequencies, in box sizes.", panel=MODEL),
-    dim: int = _option(None, help="Width of the transformer.", panel=MODEL),
-    depth: int = _option(None, help="Blocks of the transformer.", panel=MODEL),
+    dim: int = _option(None, help="Numbers in each token of the transformer.", panel=MODEL),
+    depth: int = _option(None, help="Blocks (layers) of the transformer.", panel=MODEL),
     heads: int = _option(None, help="Attention heads of the transformer.", panel=MODEL),
     pos_embed: str = _option(None, help="Position of a patch: learned, sincos or none.", panel=MODEL),
-    field: str = _option(None, help="complex (half the work) or hartley (as published).", panel=MODEL),
-    loss: str = _option(None, help="whitened (weighs by the noise) or mse (as published).", panel=MODEL),
+    field: str = _option(
+        None, help="Values of the Fourier field: complex (half the work) or hartley (as published).", panel=MODEL
+    ),
+    loss: str = _option(None, help="Loss: whitened (weighs by the noise) or mse (as published).", panel=MODEL),
     march: float = _option(
         None, help="Begin with this part of the Fourier disc and let it grow; 1: all from the start.", panel=MODEL
     ),
-    march_over: float = _option(None, help="Fraction of the training in which it grows.", panel=MODEL),
-    latent: str = _option(None, help="pca64: 64 numbers per particle. tokens: all weight tokens.", panel=MODEL),
+    march_over: float = _option(
+        None, help="Fraction of the training in which that part of the disc grows.", panel=MODEL
+    ),
+    latent: str = _option(
+        None, help="Latent of a particle: pca64 (64 numbers) or tokens (all weight tokens).", panel=MODEL
+    ),
     volume_from: str = _option(
         None, help="Volumes from the knn nearest particles, their cluster, or one image.", panel=MODEL
     ),
-    knn: int = _option(None, help="How many nearest particles.", panel=MODEL),
+    knn: int = _option(None, help="Nearest particles averaged with --volume-from knn.", panel=MODEL),
     patch: int = _option(None, help="Side of the encoder's patches in pixels.", panel=ENCODER),
-    encoder_input: str = _option(None, help="hartley (as published) or real: the kind of image.", panel=ENCODER),
-    encoder_scale: str = _option(None, help="noise, total or wiener: how shells are weighed.", panel=ENCODER),
-    encoder_rmax: int = _option(None, help="Crop to this radius in Fourier pixels; 0: no.", panel=ENCODER),
-    encoder_lowpass: float = _option(None, help="Gaussian low-pass radius in Fourier pixels; 0: no.", panel=ENCODER),
+    encoder_input: str = _option(
+        None, help="Images shown to the encoder: hartley (as published) or real.", panel=ENCODER
+    ),
+    encoder_scale: str = _option(None, help="How Fourier shells are weighed: noise, total or wiener.", panel=ENCODER),
+    encoder_rmax: int = _option(
+        None, help="Crop the encoder's images to this radius in Fourier pixels; 0: no.", panel=ENCODER
+    ),
+    encoder_lowpass: float = _option(
+        None, help="Low-pass the encoder's images: Gaussian radius in Fourier pixels; 0: no.", panel=ENCODER
+    ),
     encoder_align: bool = _option(
         None, "--encoder-align/--no-encoder-align", help="Turn images upright by their known angle.", panel=ENCODER
     ),
@@ -109,8 +125,15 @@ def main(
     pose_context: bool = _option(
         None, "--pose-context/--no-pose-context", help="Tell the encoder the viewing direction.", panel=ENCODER
     ),
-    window: bool = _option(None, "--window/--no-window", help="Mask the corners of the images.", panel=ENCODER),
-    precision: str = _option("auto", help="32 or bf16; auto: bf16 where the machine is fast at it.", panel=SPEED),
+    window: bool = _option(
+        None,
+        "--window/--no-window",
+        help="Mask the corners of the images, outside the particle's circle.",
+        panel=ENCODER,
+    ),
+    precision: str = _option(
+        "auto", help="Precision of numbers: 32 or bf16; auto: bf16 where the machine is fast at it.", panel=SPEED
+    ),
     sample_coefficients: bool = _option(
         None,
         "--sample-coefficients/--all-coefficients",
@@ -118,11 +141,11 @@ def main(
         panel=SPEED,
     ),  # fmt: skip
     low_memory: bool = _option(
-        None, "--low-memory/--keep-activations", help="Less memory, a third more time.", panel=SPEED
+        None, "--low-memory/--keep-activations", help="Need less memory and a third more time.", panel=SPEED
     ),
-    accelerator: str = _option("auto", help="auto, cpu or gpu.", panel=SPEED),
-    devices: int = _option(1, help="GPUs per machine.", panel=SPEED),
-    num_nodes: int = _option(1, help="Machines.", panel=SPEED),
+    accelerator: str = _option("auto", help="Where to compute: auto, cpu or gpu.", panel=SPEED),
+    devices: int = _option(1, help="GPUs on each machine (processes without GPUs).", panel=SPEED),
+    num_nodes: int = _option(1, help="Machines that train together.", panel=SPEED),
     requeue: bool = _option(False, "--requeue", help="Under SLURM: put the job back into the queue.", panel=SPEED),
 ) -> None:
     """Learn one volume per particle (CryoHype): which molecules or states are in the set, and what each looks like.

@@ -63,15 +63,19 @@ def main(
         panel=CODES,
     ),
     field: str = _option(
-        None, help="voxel: maps, solved directly. triplane (as published) or fourier: a network.", panel=CODES
+        None,
+        help="Form of the maps. voxel: solved directly. triplane (as published) or fourier: a network.",
+        panel=CODES,
     ),
-    assign: str = _option(None, help="likelihood, zcos (scale-free) or kernel (as published).", panel=ASSIGN),
-    kernel: str = _option(None, help="With --assign kernel: epanechnikov, gaussian or none.", panel=ASSIGN),
+    assign: str = _option(
+        None, help="How particles are compared: likelihood, zcos (scale-free) or kernel (as published).", panel=ASSIGN
+    ),
+    kernel: str = _option(None, help="Kernel of --assign kernel: epanechnikov, gaussian or none.", panel=ASSIGN),
     t_max: float = _option(
         None, help="First temperature; 1 is the one that the noise asks for, more blurs.", panel=ASSIGN
     ),
-    t_min: float = _option(None, help="Last temperature.", panel=ASSIGN),
-    anneal: str = _option(None, help="geometric or paper: how the temperature falls.", panel=ASSIGN),
+    t_min: float = _option(None, help="Last temperature of the assignment.", panel=ASSIGN),
+    anneal: str = _option(None, help="How the temperature falls: geometric or paper.", panel=ASSIGN),
     balance: float = _option(None, help="How much busy codes are held back at first; 0: not.", panel=ASSIGN),
     iterations: int = _option(None, "-i", "--iterations", help="Rounds of sorting and map making.", panel=VOXEL),
     m_step: str = _option(
@@ -87,43 +91,57 @@ def main(
         help="Box in pixels in which codes are told apart; nothing: at most 32, then 64. Maps have the full box.",
         panel=VOXEL,
     ),  # fmt: skip
-    march: float = _option(None, help="Begin with this part of the Fourier disc; 1: all.", panel=VOXEL),
-    march_over: float = _option(None, help="Part of the run in which it grows.", panel=VOXEL),
-    rank: int = _option(None, help="Basis volumes; nothing: as many as codes, at most 64.", panel=NETWORK),
-    channels: int = _option(None, help="Channels of each plane.", panel=NETWORK),
-    plane_size: int = _option(None, help="Side of the planes; nothing: the box + 1.", panel=NETWORK),
-    levels: int = _option(None, help="1: planes of one size. 2: also a quarter of it.", panel=NETWORK),
+    march: float = _option(
+        None, help="Begin with this part of the Fourier disc and let it grow; 1: all from the start.", panel=VOXEL
+    ),
+    march_over: float = _option(None, help="Fraction of the run in which that part of the disc grows.", panel=VOXEL),
+    rank: int = _option(
+        None, help="Basis volumes that codes mix; nothing: as many as codes, at most 64.", panel=NETWORK
+    ),
+    channels: int = _option(None, help="Channels of each plane of the tri-plane.", panel=NETWORK),
+    plane_size: int = _option(None, help="Side of the planes in pixels; nothing: the box + 1.", panel=NETWORK),
+    levels: int = _option(None, help="Sizes of planes. 1: one. 2: a quarter of it too.", panel=NETWORK),
     features: int = _option(None, help="Random Fourier features beside the planes.", panel=NETWORK),
-    feat_sigma: float = _option(None, help="Their spread, in box sizes.", panel=NETWORK),
-    width: int = _option(None, help="Width of the network.", panel=NETWORK),
-    layers: int = _option(None, help="Its layers.", panel=NETWORK),
-    init: str = _option(None, help="random codes, or kmeans of the particles' own codes.", panel=NETWORK),
-    loss: str = _option(None, help="l2, l1 (as published) or huber.", panel=NETWORK),
-    blend: str = _option(None, help="blended (as published) or em: what is compared with an image.", panel=NETWORK),
-    em_last: float = _option(None, help="Last part of the training with em.", panel=NETWORK),
+    feat_sigma: float = _option(None, help="Spread of the random features, in box sizes.", panel=NETWORK),
+    width: int = _option(None, help="Neurons in each layer of the network.", panel=NETWORK),
+    layers: int = _option(None, help="Hidden layers of the network.", panel=NETWORK),
+    init: str = _option(
+        None, help="Codes to start from: random, or kmeans of the particles' own codes.", panel=NETWORK
+    ),
+    loss: str = _option(None, help="Loss of the images: l2, l1 (as published) or huber.", panel=NETWORK),
+    blend: str = _option(
+        None,
+        help="What is compared with an image: blended codes (as published) or each code by itself (em).",
+        panel=NETWORK,
+    ),
+    em_last: float = _option(None, help="Last fraction of the training in which --blend em holds.", panel=NETWORK),
     beta: float = _option(None, help="Weight of the triplet loss (paper: .05); 0: none.", panel=NETWORK),
-    margin: float = _option(None, help="Its margin, in mean squared distances of the codes.", panel=NETWORK),
-    alignment: float = _option(None, help="Weight of its alignment term.", panel=NETWORK),
+    margin: float = _option(
+        None, help="Margin of the triplet loss, in mean squared distances of the codes.", panel=NETWORK
+    ),
+    alignment: float = _option(None, help="Weight of the triplet loss's alignment term.", panel=NETWORK),
     jitter: float = _option(None, help="Noise on the codes, falling to none.", panel=NETWORK),
     straight_through: bool = _option(
         None, "--straight-through/--no-straight-through", help="Let gradients reach the assignment.", panel=NETWORK
     ),
     fast: float = _option(None, help="Learning rate of planes and codes, times the network's.", panel=NETWORK),
     em_finish: int = _option(None, help="Rounds of direct map making after the network.", panel=NETWORK),
-    num_epochs: int = _option(None, "-n", "--num-epochs", help="Times all images are seen.", panel=TRAINING),
+    num_epochs: int = _option(
+        None, "-n", "--num-epochs", help="Epochs: how often all images are seen.", panel=TRAINING
+    ),
     batch_size: int = _option(None, "-b", "--batch-size", help="Images per step, over all GPUs.", panel=TRAINING),
     lr: float = _option(None, help="Learning rate of the network.", panel=TRAINING),
     max_minutes: float = _option(
         None, help="Stop after so many minutes with a checkpoint; go on with --resume.", panel=MACHINE
     ),
-    checkpoint_minutes: float = _option(10.0, help="Save what --resume needs this often.", panel=TRAINING),
+    checkpoint_minutes: float = _option(10.0, help="Minutes between two saves of what --resume needs.", panel=TRAINING),
     precision: str = _option(None, help="32 or bf16 of the network; nothing: bf16 on a GPU.", panel=MACHINE),
-    accelerator: str = _option("auto", help="auto, cpu or gpu.", panel=MACHINE),
+    accelerator: str = _option("auto", help="Where to compute: auto, cpu or gpu.", panel=MACHINE),
     devices: int = _option(1, help="GPUs per machine (network fields).", panel=MACHINE),
     num_nodes: int = _option(1, help="Machines (network fields).", panel=MACHINE),
     requeue: bool = _option(False, "--requeue", help="Under SLURM: put the job back into the queue.", panel=MACHINE),
-    threads: int = _option(0, "--threads", help="Processor threads; 0: all.", panel=MACHINE),
-    seed: int = _option(0, help="Same seed, same result (on one machine).", panel=MACHINE),
+    threads: int = _option(0, "--threads", help="Processor threads to use; 0: all.", panel=MACHINE),
+    seed: int = _option(0, help="Random seed: the same seed gives the same result (on one machine).", panel=MACHINE),
 ) -> None:
     """Sort a mixture into codes and make a map of each (CryoKRAQEN).
 

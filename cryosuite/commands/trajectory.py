@@ -53,7 +53,11 @@ def main(
     loop: Annotated[bool, typer.Option("--loop", help="Come back to the beginning.", rich_help_panel=WAY)] = False,
     neighbours: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option("--neighbours", help="Of each particle, for --how graph; nothing: 10.", rich_help_panel=WAY),
+        typer.Option(
+            "--neighbours",
+            help="Neighbours of each particle that --how graph looks at; nothing: 10.",
+            rich_help_panel=WAY,
+        ),
     ] = None,
     count: Annotated[
         Optional[int],  # noqa: UP045
@@ -71,11 +75,20 @@ def main(
     ] = False,
     downsample: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option("-d", "--downsample", help="Crop the volumes to this box size.", rich_help_panel=VOLUMES),
+        typer.Option(
+            "-d",
+            "--downsample",
+            help="Crop the volumes to this box size in pixels; nothing: the run's box.",
+            rich_help_panel=VOLUMES,
+        ),
     ] = None,
     low_pass: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option("--low-pass", help="Filter the volumes to this resolution in Angstrom.", rich_help_panel=VOLUMES),
+        typer.Option(
+            "--low-pass",
+            help="Filter the volumes to this resolution in Angstrom; nothing: not filtered.",
+            rich_help_panel=VOLUMES,
+        ),
     ] = None,
     vol_start_index: Annotated[
         int, typer.Option("--vol-start-index", help="Number of the first volume file.", rich_help_panel=VOLUMES)
@@ -103,7 +116,9 @@ def main(
     ] = None,
     seed: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option("--seed", help="Of the particles of a large graph; nothing: 0.", rich_help_panel=PLACE),
+        typer.Option(
+            "--seed", help="Random seed of the particles of a large graph; nothing: 0.", rich_help_panel=PLACE
+        ),
     ] = None,
 ) -> None:
     """Walk through the latents of a trained run: volumes, a film and ChimeraX scripts along a path.
