@@ -58,16 +58,21 @@ def weights_of(task: str, folder: Path | None) -> MapWeights | None:
 
 
 def answer(weights: MapWeights, case: Case, **options: object) -> np.ndarray:
-    """The network's map, grey values 0 .. 1."""
-    return enhance(case.grid, weights, EnhanceOptions(**options)).map.data
+    """The network's map, grey values 0 .. 1; the resolution is known, as it is of deposited maps."""
+    return enhance(case.grid, weights, EnhanceOptions(**{"resolution": case.resolution} | options)).map.data
 
 
 def described(weights: MapWeights) -> dict:
     """What is worth saying of a network beside its scores."""
-    notes = {name: value for name, value in weights.notes.items() if name in ("seed", "images_seen", "command", "norm")}
+    notes = {name: value for name, value in weights.notes.items() if name in ("seed", "images_seen", "command")}
     if "command" in notes:
         notes["command"] = re.sub(r"\S*__main__\.py", "cryosuite", notes["command"])
-    return {"parameters": sum(p.numel() for p in weights.net.parameters()), "norm": weights.norm, **notes}
+    return {
+        "parameters": sum(p.numel() for p in weights.net.parameters()),
+        "norm": weights.norm,
+        "spectrum": weights.spectrum,
+        **notes,
+    }
 
 
 def sharpen_rows(case: Case, weights: MapWeights, kept: Path | None) -> dict[str, dict[str, float]]:
@@ -75,6 +80,8 @@ def sharpen_rows(case: Case, weights: MapWeights, kept: Path | None) -> dict[str
     judge = Judge(case)
     ours = answer(weights, case)
     maps = {"ours": ours, "ours_cut": cut_at(ours, case.grid.voxel[0], case.resolution)}
+    if weights.spectrum == "matched":
+        maps["ours_estimated"] = answer(weights, case, resolution=None)
     return baselines(judge, kept) | {name: judge.scores(one) for name, one in maps.items()}
 
 

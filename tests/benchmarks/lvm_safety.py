@@ -13,7 +13,8 @@ from cryosuite.data.map_weights import MapWeights
 from cryosuite.errors import InputError
 from cryosuite.kernels.atom_grid import squared_frequency
 from cryosuite.kernels.degrade import coloured_noise, soft_lowpass
-from cryosuite.kernels.map_norm import grey_range, to_unit
+from cryosuite.kernels.map_norm import auto_mask, to_unit
+from cryosuite.kernels.map_spectrum import match_spectrum
 from cryosuite.kernels.tiles import turned, turned_back
 from cryosuite.methods.lvm_sharpen import EnhanceOptions, enhance
 from cryosuite.metrics.model_cc import correlation
@@ -44,8 +45,11 @@ def noise_energy(structures: list[Structure], weights: MapWeights, seeds: int = 
         coloured = soft_lowpass(coloured_noise(like, 1.0, 4.0, generator), 1.0, 4.0)
         for kind, noise in (("white", white), ("of a map", coloured)):
             grid = as_grid(noise[0], 1.0)
-            seen = to_unit(torch.from_numpy(grid.data), *grey_range(torch.from_numpy(grid.data), 1.0, weights.norm))
-            made = enhance(grid, weights, EnhanceOptions(skip=False)).map.data.astype(np.float64)
+            seen, found = noise[0], enhance(grid, weights, EnhanceOptions(skip=False, resolution=4.0))
+            if weights.spectrum == "matched":
+                mask = auto_mask(seen, 1.0)
+                seen = match_spectrum(seen, 1.0, mask if bool(mask.any()) else torch.ones_like(mask), 4.0)
+            seen, made = to_unit(seen, *found.span), found.map.data.astype(np.float64)
             energy = float((seen - seen.mean()).square().sum())
             share = round(made.var() * made.size / energy, 5)
             found.append({"kind": kind, "seed": seed, "share": share, "refused": refused(grid, weights)})
@@ -56,7 +60,7 @@ def noise_energy(structures: list[Structure], weights: MapWeights, seeds: int = 
 def refused(grid: MapGrid, weights: MapWeights) -> bool:
     """Whether a map is not enhanced at all since nothing stands out of its noise."""
     try:
-        enhance(grid, weights, EnhanceOptions())
+        enhance(grid, weights, EnhanceOptions(resolution=4.0))
     except InputError:
         return True
     return False
@@ -79,7 +83,7 @@ def invented(structure: Structure, weights: MapWeights, seed: int) -> dict[str, 
     out = {}
     for name, values in (("true", case.grid.data), ("random", random_phases(case.grid.data, BEYOND, seed))):
         grid = as_grid(values, 1.0)
-        made = enhance(grid, weights, EnhanceOptions()).map.data
+        made = enhance(grid, weights, EnhanceOptions(resolution=case.resolution)).map.data
         for kind, one in (("input", values), ("ours", made)):
             frequency, fsc = judge.shells(one)
             chosen = (frequency > 1.1 / BEYOND) & (frequency < 1 / 3.5)
@@ -94,14 +98,14 @@ def frames(structure: Structure, weights: MapWeights) -> dict[str, float]:
     middle = case.grid.data.shape[0] // 2
     part = slice(middle - PART // 2, middle + PART // 2)
     inner = torch.from_numpy(np.ascontiguousarray(case.grid.data[part, part, part]))
-    first, found = None, []
+    first, found, d = None, [], case.resolution
     for turn in range(TURNS):
-        made = enhance(as_grid(turned(inner, turn), 1.0), weights, EnhanceOptions(skip=False)).map.data
+        made = enhance(as_grid(turned(inner, turn), 1.0), weights, EnhanceOptions(skip=False, resolution=d)).map.data
         back = turned_back(torch.from_numpy(made), turn).numpy()
         first = back if first is None else first
         if turn:
             found.append(correlation(first, back))
-    plain, moved = (enhance(case.grid, weights, EnhanceOptions(offset=o)).map.data for o in (0, 12))
+    plain, moved = (enhance(case.grid, weights, EnhanceOptions(offset=o, resolution=d)).map.data for o in (0, 12))
     out = {"turns_mean": float(np.mean(found)), "turns_least": min(found), "tiles": correlation(plain, moved)}
     print("frames", structure.name, out, flush=True)
     return {name: round(value, 5) for name, value in out.items()}

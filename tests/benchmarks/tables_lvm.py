@@ -14,6 +14,7 @@ ROWS = {
     "sharpen": "`--task sharpen` on the same map",
     "ours": "**network**",
     "ours_cut": "**network, cut at d**",
+    "ours_estimated": "**network**, d estimated from the map",
     "target": "what it is trained to give (oracle)",
     "target_cut": "the same, cut at d (oracle)",
 }
