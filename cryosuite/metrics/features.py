@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 ROWS = 512  # images whose distances to all are held at once
+PIECE = 1 << 16  # features of a million images are looked at so many at a time
 
 
 def knn_accuracy(z: np.ndarray, labels: np.ndarray, k: int = 10, cosine: bool = True) -> float:
@@ -44,12 +45,14 @@ def feature_spread(z: Tensor) -> tuple[Tensor, Tensor]:
     directions, near 0 when all images get the same one (below 0.3: collapse). Effective rank: participation ratio of
     the covariance's eigenvalues, (sum)^2 / sum of squares, from 1 to c.
     """
-    x = torch.nn.functional.normalize(z.float(), dim=1)
-    spread = x.std(0).square().mean().sqrt() * x.shape[1] ** 0.5
-    x = x - x.mean(0)
-    covariance = x.T @ x
-    rank = covariance.diagonal().sum().square() / covariance.square().sum().clamp(min=1e-20)
-    return spread, rank
+    count, first = len(z), torch.nn.functional.normalize(z[:PIECE].float(), dim=1).mean(0)
+    total, products = torch.zeros_like(first), torch.zeros(z.shape[1], z.shape[1], device=z.device)
+    for start in range(0, count, PIECE):  # relative to a mean that is nearly right: alike features would cancel
+        x = torch.nn.functional.normalize(z[start : start + PIECE].float(), dim=1) - first
+        total, products = total + x.sum(0), products + x.T @ x
+    covariance = products - torch.outer(total, total) / count
+    trace = covariance.diagonal().sum()
+    return (trace.clamp(min=0) / (count - 1)).sqrt(), trace.square() / covariance.square().sum().clamp(min=1e-20)
 
 
 def pixel_components(images: np.ndarray, count: int = 64) -> np.ndarray:
