@@ -66,3 +66,9 @@ def toy_map(
 
 def correlation(a, b) -> float:
     return float(np.corrcoef(np.asarray(a).ravel(), np.asarray(b).ravel())[0, 1])
+
+
+def apply_wedge(volumes: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Volumes (..., z, y, x) with their coefficients multiplied by a mask of the half grid."""
+    dims = (-3, -2, -1)
+    return torch.fft.irfftn(torch.fft.rfftn(volumes, dim=dims) * mask, s=volumes.shape[-3:], dim=dims)

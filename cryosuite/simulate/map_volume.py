@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cryosuite.formats.form_factors import electron_factors
 from cryosuite.kernels.atom_grid import splat_correction, splat_many, squared_frequency, two_factors
-from cryosuite.kernels.degrade import anisotropy_gain, frequencies, hill, model_fsc, random_spd, smooth_field
+from cryosuite.kernels.degrade import anisotropy_gain, coloured_noise, frequencies, random_spd, smooth_field
 from cryosuite.kernels.density import MOLMAP_SIGMA
 from cryosuite.kernels.rotations import random_rotations
 from cryosuite.simulate.map_options import PairOptions, Range
@@ -29,7 +29,6 @@ MASK_LEVEL = 0.08  # atomic numbers per A^3; the inside of a protein has .4
 SOFT_LEVEL = 0.3  # where the soft mask reaches 1
 LIPID_OUT = 12.0  # A: how far a lipid-like belt reaches from the molecule
 EDGE = 5  # shells of the low-pass filter's edge
-FSC_FLOOR = 0.02
 FINEST = 2.7  # voxels: resolution of the finest molmap whose atoms are still sampled well enough
 ABUNDANT = {6: 0.63, 7: 0.17, 8: 0.19, 16: 0.02, 15: 0.02}  # heavy atoms of proteins and nucleic acids
 NODES = 256  # of a table of form factors
@@ -101,12 +100,6 @@ def _factor_grids(size: int, voxel: float, device: torch.device | str) -> tuple[
         values = torch.as_tensor(table, dtype=torch.float32, device=device)
         grids.append((values[low] * (1 - share) + values[low + 1] * share) * correction)
     return grids[0], grids[1]
-
-
-@functools.lru_cache(maxsize=4)
-@torch.inference_mode(False)
-def _shells(size: int, voxel: float, device: torch.device | str) -> Tensor:
-    return (squared_frequency(size, voxel, device).sqrt() * (size * voxel)).round().long()
 
 
 def place_atoms(
@@ -302,16 +295,5 @@ def _surroundings(
 
 def _noise(signal: Tensor, drawn: dict[str, float], voxel: float, generator: torch.Generator) -> Tensor:
     """Noise of the mean of two half maps at the resolution, sigma^2(s) = |F|^2 (1 - FSC) / (2 FSC), F the signal."""
-    size = signal.shape[0]
-    shells = _shells(size, voxel, signal.device)
-    power = torch.view_as_real(torch.fft.rfftn(signal)).square().sum(-1)
-    count = torch.bincount(shells.flatten())
-    total = torch.bincount(shells.flatten(), power.flatten().double()) / count.clamp(min=1)
-    s = torch.arange(len(total), device=signal.device) / (size * voxel)
-    resolution = torch.tensor(drawn["resolution"], device=signal.device)
-    fsc = model_fsc(s, resolution).clamp(min=FSC_FLOOR)
-    sigma = (total * (1 - fsc) / (2 * fsc) / size**3).sqrt().float() * drawn["noise"]
-    sigma[0] = 0
-    white = torch.randn(signal.shape, generator=generator, device=generator.device).to(signal.device)
-    noise = _real(torch.fft.rfftn(white) * sigma[shells], size)
-    return noise * hill(noise[None], drawn["centre"])[0] if drawn["centre"] > 1 else noise
+    like = signal[None]
+    return coloured_noise(like, voxel, drawn["resolution"], generator, drawn["centre"])[0] * drawn["noise"]
