@@ -7,42 +7,60 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
+from cryosuite.errors import one_line
+
 if TYPE_CHECKING:
     from rich.console import Console
 
 T = TypeVar("T")
 
 PLAIN_SECONDS = 15.0  # without a terminal a progress line is written this often
+_hushed = False
+
+
+def hush() -> None:
+    """Print nothing in this process from now on, errors apart: of several processes only the first one speaks."""
+    global _hushed
+    _hushed = True
 
 
 def messages() -> Console:
     """The rich console for messages and progress (stderr)."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, quiet=_hushed)
 
 
 def output() -> Console:
     """The rich console for results (stdout); not narrower than a table needs when piped to a file."""
     from rich.console import Console
 
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 140, quiet=_hushed)
 
 
 def say(message: str) -> None:
-    """Print one message line to stderr."""
-    messages().print(message, markup=False, soft_wrap=True)
+    """Print one message to stderr, its control characters taken out."""
+    lines = "\n".join(one_line(line) for line in message.split("\n"))
+    messages().print(lines, markup=False, soft_wrap=True)
+
+
+def complain(message: str) -> None:
+    """Print an error to stderr, in any process."""
+    from rich.console import Console
+
+    Console(stderr=True, highlight=False).print(message, markup=False, soft_wrap=True)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table to stdout; every cell is turned into text."""
+    """Print a table to stdout; every cell is turned into printable text, without meaning to the terminal."""
     from rich.table import Table
+    from rich.text import Text
 
     grid = Table(title=title, title_justify="left")
     for column in columns:
         grid.add_column(column, overflow="fold")  # a long path is broken, never cut off
     for row in rows:
-        grid.add_row(*[str(cell) for cell in row])
+        grid.add_row(*[Text(one_line(cell)) for cell in row])
     output().print(grid)
 
 

@@ -65,6 +65,12 @@ class NoiseEstimator:
 
     def add(self, images: np.ndarray, group: np.ndarray, radius: float | None = None) -> None:
         """Take in images (b, D, D) of optics groups (b,); ``radius`` of the particle in pixels (default 0.375 D)."""
+        self.take(self.measured(images, group, radius))
+
+    def measured(
+        self, images: np.ndarray, group: np.ndarray, radius: float | None = None
+    ) -> list[tuple[int, np.ndarray, int]]:
+        """What ``add`` would take in: of each optics group here (its number, power (D//2 + 1,), images)."""
         import scipy.fft
 
         mask, share = self._mask(DEFAULT_RADIUS * self.box_size if radius is None else float(radius))
@@ -72,12 +78,19 @@ class NoiseEstimator:
         outside -= mask * (outside.sum(axis=(1, 2)) / mask.sum())[:, None, None]  # the mean is no noise
         coefficients = scipy.fft.rfft2(outside, axes=(1, 2))
         power = np.square(coefficients.real) + np.square(coefficients.imag)
-        for number in np.unique(group):
+        found = []
+        for number in np.unique(group).tolist():
             rows = group == number
             total = power[rows].sum(axis=0, dtype=np.float64).ravel() * self._weight
             shells = np.bincount(self._shell, total, minlength=self.box_size // 2 + 2)[: self.box_size // 2 + 1]
-            self._power[number] += shells / share
-            self._count[number] += int(rows.sum())
+            found.append((number, shells / share, int(rows.sum())))
+        return found
+
+    def take(self, measured: list[tuple[int, np.ndarray, int]]) -> None:
+        """Take in what ``measured`` found, here or in another process."""
+        for number, power, count in measured:
+            self._power[number] += power
+            self._count[number] += count
 
     def spectrum(self) -> np.ndarray:
         """(G, D//2 + 1) float32. Each group counts ``POOLED`` images of the whole set's mean as its own, so that one of

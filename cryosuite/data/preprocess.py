@@ -7,11 +7,13 @@ bookkeeping each), and torch is not loaded.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +22,12 @@ from cryosuite import console
 from cryosuite.data.contrast import SURE, box_of, contrast_score, read_boxes
 from cryosuite.data.noise import DEFAULT_RADIUS, NoiseEstimator, radius_map
 from cryosuite.data.particles import ParticleSet
+from cryosuite.data.processes import ALONE, Processes
 from cryosuite.data.work_files import write_work_files
 from cryosuite.data.workdir import WorkDir
 from cryosuite.errors import InputError, notice
-from cryosuite.formats.mrc import StackWriter
+from cryosuite.formats.mrc import StackPart, StackWriter
+from cryosuite.ranks import local_count
 
 CHUNK_BYTES = 16 << 20  # of float32 images before the crop
 NOISE_IMAGES = 20000  # enough for 0.1 % per shell; more would only cost time
@@ -56,12 +60,26 @@ class Prepared:
     sign_from: str
 
 
-def preprocess(particles: ParticleSet, out: Path, options: PreprocessOptions, command: str = "") -> Prepared:
+@dataclass
+class _Found:
+    """What was met on the way: rows that were left out or are constant, and the noise of some, in their order."""
+
+    excluded: list[np.ndarray] = field(default_factory=list)
+    constant: list[np.ndarray] = field(default_factory=list)
+    noise: list[list] = field(default_factory=list)
+    part: StackPart | None = None
+
+
+def preprocess(
+    particles: ParticleSet, out: Path, options: PreprocessOptions, command: str = "", processes: Processes = ALONE
+) -> Prepared | None:
     """Write a work directory: images of one box, mean 0 and sd 1 outside the particle, particles white.
 
     Images that hold NaN or infinity are left out, with a notice that lists them; constant images stay, with a notice.
-    dataset.yaml is written last: a folder without it is not a particle set. Raises InputError for boxes that cannot be
-    brought to one, an odd or larger box, a particle that fills the box, or a full disk.
+    dataset.yaml is written last: a folder without it is not a particle set. ``processes`` share the images, each
+    writes its own into the one stack; the files are those of one process, and all but the first return None. Raises
+    InputError for boxes that cannot be brought to one, an odd or larger box, a particle that fills the box, or a full
+    disk.
     """
     work = WorkDir(out)
     size, pixel_size = target(particles, options.box_size)
@@ -71,30 +89,18 @@ def preprocess(particles: ParticleSet, out: Path, options: PreprocessOptions, co
     flip = sign * particles.sign < 0
     work.path.mkdir(parents=True, exist_ok=True)
     noise = NoiseEstimator(size, particles.n_groups)
-    every = max(1, len(particles) // NOISE_IMAGES)
-    excluded, constant = [], []
-    with (
-        StackWriter(work.particles, len(particles), size, float(np.median(pixel_size)), _dtype(options)) as writer,
-        console.Progress(len(particles), "preprocess") as progress,
-    ):
-        for rows, images, flat in _stream(particles, size, radius, flip, options.threads):
-            good = np.isfinite(images).all(axis=(1, 2))
-            excluded.append(rows[~good])
-            constant.append(rows[flat & good])
-            sampled = good & ~flat & (rows % every == 0)
-            if sampled.any():
-                noise.add(images[sampled], particles.optics_group[rows[sampled]], radius)
-            writer.write(images if good.all() else images[good])
-            progress.advance(len(rows))
-        bad = np.concatenate(excluded)
-        _report(particles, bad, np.concatenate(constant))
-        if writer.written == 0:
-            raise InputError(f"{particles.path}: no image without NaN or infinity: nothing to write")
-        writer.count = writer.written  # the images left out are not in the header
-        work.dataset.unlink(missing_ok=True)  # only now: until here a set that was in the folder is whole
+    stack = partial(StackWriter, work.particles, len(particles), size, float(np.median(pixel_size)), _dtype(options))
+    prepare = partial(_prepare, particles, size, radius, flip, options, noise)
+    found = _alone(work, particles, stack(), prepare) if processes.count == 1 else _shared(
+        work, particles, stack, prepare, processes
+    )  # fmt: skip
+    if not processes.first:
+        return None
+    bad, constant = (np.concatenate([np.zeros(0, np.int64), *parts]) for parts in (found.excluded, found.constant))
+    for measured in found.noise:
+        noise.take(measured)
     kept = np.setdiff1d(np.arange(len(particles)), bad)
-    spectrum = noise.spectrum() if kept.size > np.concatenate(constant).size else None
-    left_out = particles.index[bad].tolist()
+    spectrum = noise.spectrum() if kept.size > constant.size else None
     record = {
         "command": command,
         "sign": sign,
@@ -103,11 +109,85 @@ def preprocess(particles: ParticleSet, out: Path, options: PreprocessOptions, co
         "dtype": options.dtype,
         "background_radius_pixels": float(radius),
         "particle_diameter": options.diameter,
-        "excluded": left_out,
+        "excluded": particles.index[bad].tolist(),
     }
     particles = particles if len(bad) == 0 else particles.subset(kept)
     write_work_files(work, particles, size, pixel_size[kept], spectrum, record)
-    return Prepared(work, len(kept), bad, np.concatenate(constant), sign, sign_from)
+    return Prepared(work, len(kept), bad, constant, sign, sign_from)
+
+
+def _alone(
+    work: WorkDir, particles: ParticleSet, writer: StackWriter, prepare: Callable[[StackWriter, np.ndarray], _Found]
+) -> _Found:
+    """The stack, written by this process."""
+    with writer:
+        found = prepare(writer, np.arange(len(particles)))
+        _finish(work, particles, found, writer)
+    return found
+
+
+def _shared(
+    work: WorkDir,
+    particles: ParticleSet,
+    stack: Callable[[], StackWriter],
+    prepare: Callable[[StackWriter, np.ndarray], _Found],
+    processes: Processes,
+) -> _Found:
+    """The stack, written by several processes, each from the place of its first image on; the first tidies up."""
+    rows = processes.mine(np.arange(len(particles)), _chunk(particles))
+    with contextlib.ExitStack() as opened:
+        writer = stack()
+
+        def make() -> str:
+            opened.enter_context(writer)
+            writer.allocate()
+            return str(writer.temporary)
+
+        temporary = processes.first_does(make)
+
+        def fill() -> _Found:
+            first = int(rows[0]) if len(rows) else 0
+            part = StackPart(work.particles, temporary, first, len(rows), writer.box_size, writer.dtype)
+            with part:
+                found = prepare(part, rows)
+            found.part = part
+            return found
+
+        parts = processes.everyone(fill)
+        found = _Found(*(sum((getattr(one, name) for one in parts), []) for name in ("excluded", "constant", "noise")))
+        if processes.first:
+            writer.put_together([one.part for one in parts])
+            _finish(work, particles, found, writer)
+    return found
+
+
+def _prepare(
+    particles: ParticleSet, size: int, radius: float, flip: bool, options: PreprocessOptions, noise: NoiseEstimator,
+    writer: StackWriter, rows: np.ndarray,
+) -> _Found:  # fmt: skip
+    """Write the images of some neighbouring rows."""
+    every = max(1, len(particles) // NOISE_IMAGES)
+    found = _Found()
+    with console.Progress(len(rows), "preprocess") as progress:
+        for part, images, flat in _stream(particles, rows, size, radius, flip, options.threads):
+            good = np.isfinite(images).all(axis=(1, 2))
+            found.excluded.append(part[~good])
+            found.constant.append(part[flat & good])
+            sampled = good & ~flat & (part % every == 0)
+            if sampled.any():
+                found.noise.append(noise.measured(images[sampled], particles.optics_group[part[sampled]], radius))
+            writer.write(images if good.all() else images[good])
+            progress.advance(len(part))
+    return found
+
+
+def _finish(work: WorkDir, particles: ParticleSet, found: _Found, writer: StackWriter) -> None:
+    """Say what was wrong with images, before the stack takes its place."""
+    _report(particles, np.concatenate(found.excluded), np.concatenate(found.constant))
+    if writer.written == 0:
+        raise InputError(f"{particles.path}: no image without NaN or infinity: nothing to write")
+    writer.count = writer.written  # the images left out are not in the header
+    work.dataset.unlink(missing_ok=True)  # only now: until here a set that was in the folder is whole
 
 
 def target(particles: ParticleSet, wanted: int | None) -> tuple[int, np.ndarray]:
@@ -195,24 +275,29 @@ def normalise(images: np.ndarray, outside: np.ndarray, flip: bool = False) -> np
     return flat
 
 
+def _chunk(particles: ParticleSet) -> int:
+    """Images handled at a time."""
+    return max(1, CHUNK_BYTES // (4 * particles.box_size**2))
+
+
 def _stream(
-    particles: ParticleSet, size: int, radius: float, flip: bool, threads: int
+    particles: ParticleSet, rows: np.ndarray, size: int, radius: float, flip: bool, threads: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Chunks in order: rows (b,), prepared images (b, size, size), which are constant (b,); made by several threads."""
     from threadpoolctl import threadpool_limits
 
     outside = radius_map(size) > radius
-    step = max(1, CHUNK_BYTES // (4 * particles.box_size**2))
+    step = _chunk(particles)
 
     def prepare(begin: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        rows = np.arange(begin, min(begin + step, len(particles)))
-        images = read_boxes(particles, rows, size)
-        return rows, images, normalise(images, outside, flip)
+        part = rows[begin : begin + step]
+        images = read_boxes(particles, part, size)
+        return part, images, normalise(images, outside, flip)
 
-    workers = threads or _processors()
+    workers = threads or max(1, _processors() // local_count())
     with threadpool_limits(1), ThreadPoolExecutor(workers) as pool:
         ahead: deque[Future] = deque()
-        for begin in range(0, len(particles), step):
+        for begin in range(0, len(rows), step):
             ahead.append(pool.submit(prepare, begin))
             if len(ahead) > workers + 1:
                 yield ahead.popleft().result()

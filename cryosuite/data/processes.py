@@ -1,16 +1,24 @@
 """Work on particles shared out over processes: each takes a run of neighbouring rows, the first adds up what all found.
 
 A function that can share its work takes ``processes`` and shares nothing by default: inside a training of several
-processes the first one alone makes maps, and must not wait for the others.
+processes the first one alone makes maps, and must not wait for the others. torch is loaded only for several.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
+
+from cryosuite.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+PIECE_BYTES = 1 << 28  # of an array sent in one message
 
 
 @dataclass(frozen=True)
@@ -25,19 +33,86 @@ class Processes:
         """Whether this process is the one that writes and prints."""
         return self.rank == 0
 
-    def mine(self, rows: np.ndarray) -> np.ndarray:
-        """This process's part of the rows, neighbours of one another."""
-        return rows[len(rows) * self.rank // self.count : len(rows) * (self.rank + 1) // self.count]
+    def mine(self, rows: np.ndarray, step: int = 1) -> np.ndarray:
+        """This process's part of the rows, neighbours of one another; parts begin at multiples of ``step``.
+
+        With the step of a loop over batches every process makes the very batches that one process would make.
+        """
+        pieces = -(-len(rows) // step)
+        begin, end = (step * (pieces * rank // self.count) for rank in (self.rank, self.rank + 1))
+        return rows[begin:end]
 
     def add_up(self, values: Tensor) -> None:
         """Make the first process's ``values`` the sum over all, in place; the others' are worth nothing afterwards."""
         if self.count > 1:
-            torch.distributed.reduce(values, 0)
+            _distributed().reduce(values, 0)
 
     def together(self) -> None:
         """Wait for all of them."""
         if self.count > 1:
-            torch.distributed.barrier()
+            _distributed().barrier()
+
+    def everyone(self, work: Callable[[], T]) -> list[T]:
+        """What ``work()`` gives in each process, in their order, in all of them.
+
+        Raises InputError in all processes when it, or an OSError, is raised in one of them.
+        """
+        if self.count == 1:
+            return [work()]
+        said: list[Any] = [None] * self.count
+        try:
+            own = (work(), None)
+        except (InputError, OSError) as error:
+            own = (None, str(error))
+        _distributed().all_gather_object(said, own)
+        for _, trouble in said:
+            if trouble is not None:
+                raise InputError(trouble)
+        return [result for result, _ in said]
+
+    def first_does(self, work: Callable[[], T]) -> T:
+        """What ``work()`` gives in the first process, in all of them; the others only wait.
+
+        Raises InputError in all processes when it, or an OSError, is raised in the first.
+        """
+        return self.everyone(lambda: work() if self.first else None)[0]  # type: ignore[return-value]
+
+    def joined(self, part: np.ndarray, to_all: bool = True) -> np.ndarray:
+        """The arrays of all processes below each other, in their order; the parts differ in length only.
+
+        Sent piece by piece, so that memory holds the whole once. ``to_all=False``: in the first process alone, the
+        others get their own part back.
+        """
+        if self.count == 1:
+            return part
+        import torch
+
+        part = np.ascontiguousarray(part)
+        lengths = self.everyone(lambda: len(part))
+        edges = np.cumsum([0, *lengths])
+        whole = np.empty((edges[-1], *part.shape[1:]), part.dtype) if self.first or to_all else part
+        if self.first or to_all:
+            whole[edges[self.rank] : edges[self.rank + 1]] = part
+        for rank in range(self.count):
+            if not (self.first or to_all or rank == self.rank):
+                continue
+            rows = whole[edges[rank] : edges[rank + 1]] if self.first or to_all else whole
+            for piece in torch.from_numpy(rows.reshape(-1).view(np.uint8)).split(PIECE_BYTES):
+                if not len(piece):
+                    continue
+                if to_all:
+                    torch.distributed.broadcast(piece, rank)
+                elif rank and self.first:
+                    torch.distributed.recv(piece, rank)
+                elif rank:
+                    torch.distributed.send(piece, 0)
+        return whole
+
+
+def _distributed() -> Any:
+    import torch
+
+    return torch.distributed
 
 
 ALONE = Processes()

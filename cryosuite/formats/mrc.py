@@ -18,9 +18,9 @@ from cryosuite.errors import InputError, notice
 from cryosuite.formats.atomic import atomic_path
 from cryosuite.formats.checks import existing_file
 from cryosuite.formats.mrc_header import MrcHeader, open_mrc, parse_header, read_header
-from cryosuite.formats.stacks import StackReader, StackWriter
+from cryosuite.formats.stacks import StackPart, StackReader, StackWriter
 
-__all__ = ["Map", "MrcHeader", "StackReader", "StackWriter", "read_header", "read_map", "write_map"]
+__all__ = ["Map", "MrcHeader", "StackPart", "StackReader", "StackWriter", "read_header", "read_map", "write_map"]
 
 _CHUNK = 1 << 20  # taken whole before it is filled: not more than a small file may cost
 _ORDER, _START = ("mapc", "mapr", "maps"), ("nxstart", "nystart", "nzstart")

@@ -15,11 +15,13 @@ from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning_fabric.strategies import DDPStrategy
 
+from cryosuite import ranks
 from cryosuite.data.processes import ALONE, Processes
 from cryosuite.errors import InputError
 from cryosuite.training.options import TrainOptions
 
-TIMEOUT = timedelta(minutes=30)  # of messages between processes
+TIMEOUT = timedelta(minutes=30)  # of messages between processes that train
+PATIENCE = timedelta(days=1)  # of processes that share work out: one may be much slower, a dead one is noticed at once
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,7 @@ def process_rank(environ: Mapping[str, str] = os.environ) -> int:
     """The rank of this process as its launcher says, before any process group exists."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank()
-    if "TORCHELASTIC_RUN_ID" in environ:
-        return int(environ["RANK"])
-    if int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        return int(environ.get("SLURM_PROCID", "0"))
-    return int(environ.get("LOCAL_RANK", "0")) + 1000 * int(environ.get("NODE_RANK", "0"))
+    return ranks.process_rank(environ)
 
 
 def was_restarted(environ: Mapping[str, str] = os.environ) -> bool:
@@ -83,12 +81,14 @@ def world() -> tuple[int, int]:
 def join_processes() -> Processes:
     """The processes that torchrun or srun started to do this command's work together; one where nobody did.
 
-    They speak by gloo, on processors, whatever the command computes on.
+    They speak by gloo, on processors, whatever the command computes on; on a machine with GPUs each takes its own.
     """
     options = TrainOptions(accelerator="cpu")
     if launch_shape(options).world_size == 1:
         return ALONE
-    fabric = start_fabric(options)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(ranks.local_rank() % torch.cuda.device_count())
+    fabric = start_fabric(options, timeout=PATIENCE)
     return Processes(fabric.global_rank, fabric.world_size)
 
 
@@ -114,7 +114,7 @@ def resolve_precision(name: str, accelerator: str) -> str:
     return "bf16-mixed" if name == "bf16" else "32-true"
 
 
-def start_fabric(options: TrainOptions, unused_parameters: bool = False) -> Fabric:
+def start_fabric(options: TrainOptions, unused_parameters: bool = False, timeout: timedelta = TIMEOUT) -> Fabric:
     """Lightning Fabric for these options, its processes started and joined."""
     shape = launch_shape(options)
     accelerator = resolve_accelerator(options.accelerator)
@@ -122,7 +122,7 @@ def start_fabric(options: TrainOptions, unused_parameters: bool = False) -> Fabr
         raise InputError(f"--devices {shape.devices}: this machine has {torch.cuda.device_count()} GPUs")
     strategy: DDPStrategy | str = "auto"
     if shape.world_size > 1:
-        strategy = DDPStrategy(find_unused_parameters=unused_parameters, timeout=TIMEOUT)
+        strategy = DDPStrategy(find_unused_parameters=unused_parameters, timeout=timeout)
     # its remarks on precision and rank are in run.log in our own words
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     plugins = {"self": [LightningEnvironment()], "srun": [SLURMEnvironment()], "torchrun": None}[shape.launcher]
@@ -135,14 +135,14 @@ def start_fabric(options: TrainOptions, unused_parameters: bool = False) -> Fabr
         plugins=plugins,
     )
     if shape.launcher == "torchrun" and shape.world_size > 1 and was_restarted():
-        _join_anew(accelerator)
+        _join_anew(accelerator, timeout)
     fabric.launch()
     if accelerator == "cuda":
         torch.set_float32_matmul_precision("high")
     return fabric
 
 
-def _join_anew(accelerator: str) -> None:
+def _join_anew(accelerator: str, timeout: timedelta) -> None:
     """Join the processes of a torchrun that restarted them, under keys of this attempt.
 
     With a fixed --master-port the agent's store outlives a restart and still holds the addresses of the dead; a
@@ -150,10 +150,10 @@ def _join_anew(accelerator: str) -> None:
     """
     if accelerator == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    store, rank, size = next(torch.distributed.rendezvous("env://", timeout=TIMEOUT))
+    store, rank, size = next(torch.distributed.rendezvous("env://", timeout=timeout))
     store = torch.distributed.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "nccl" if accelerator == "cuda" else "gloo"
-    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 def seed_all(seed: int) -> None:
