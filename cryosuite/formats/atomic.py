@@ -1,10 +1,16 @@
-"""Files appear whole or not at all: written under a temporary name in the same folder, flushed, then renamed."""
+"""Files appear whole or not at all: written under a temporary name in the same folder, flushed, then renamed.
+
+A temporary file is locked for as long as its writer lives, so that the next writer of the same file knows which of
+them a killed process left behind, and removes those.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +18,11 @@ from pathlib import Path
 
 from cryosuite.errors import InputError
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up (the disk is full for you)",
+    errno.EFBIG: "the file is larger than this system or `ulimit -f` allows",
+}
 
 
 def _created_mode() -> int:
@@ -25,15 +35,32 @@ def _created_mode() -> int:
 _CREATED_MODE = _created_mode()  # asked once: reading the mask sets it for all threads for a moment
 
 
-def write_error(path: str | os.PathLike, error: OSError, needed: int | None = None) -> InputError:
-    """An OSError while writing ``path`` as a message for the user, with the space needed when it is known (bytes)."""
+def write_error(path: str | os.PathLike, error: OSError, needed: int | None = None, least: int = 0) -> InputError:
+    """An OSError while writing ``path`` as a message for the user: for a full disk what is needed and what is free.
+
+    ``needed`` bytes in all where that is known; else ``least``, what had been written when it failed.
+    """
     if error.errno in _FULL:
-        space = f"; it needs {readable_bytes(needed)}" if needed else ""
-        return InputError(f"{path}: the disk is full{space}: free some space or write elsewhere. Nothing was changed.")
+        need = readable_bytes(needed) if needed else f"more than {readable_bytes(least)}" if least else ""
+        free = _free(path)
+        have = "" if free is None else f"{readable_bytes(free)} are free"
+        space = ", ".join(filter(None, [f"it needs {need}" if need else "", have]))
+        return InputError(
+            f"{path}: {_FULL[error.errno]}{f'; {space}' if space else ''}: free some space or write elsewhere. "
+            "Nothing was changed."
+        )
     folder = Path(path).absolute().parent
     if error.errno == errno.ENOENT and not folder.is_dir():
         return InputError(f"{path}: cannot write: the folder {folder} does not exist")
     return InputError(f"{path}: cannot write: {error.strerror or error}")
+
+
+def _free(path: str | os.PathLike) -> int | None:
+    """Bytes free on the disk that holds, or will hold, ``path``; None where that cannot be asked."""
+    try:
+        return shutil.disk_usage(Path(path).absolute().parent).free
+    except OSError:
+        return None
 
 
 def readable_bytes(count: int) -> str:
@@ -48,15 +75,25 @@ def readable_bytes(count: int) -> str:
 
 def require_space(path: str | os.PathLike, needed: int) -> None:
     """Raise InputError when the disk that will hold ``path`` has fewer than ``needed`` bytes free."""
-    try:
-        free = shutil.disk_usage(Path(path).absolute().parent).free
-    except OSError:
-        return  # the folder's absence is reported by the write itself
-    if free < needed:
+    free = _free(path)
+    if free is not None and free < needed:  # None: the folder's absence is reported by the write itself
         raise InputError(
             f"{path}: not enough disk space: needs {readable_bytes(needed)}, {readable_bytes(free)} are free. "
             "Nothing was written."
         )
+
+
+def reserve(path: str | os.PathLike, size: int) -> None:
+    """Make ``path`` a file of ``size`` bytes that have their place on the disk, so that a mapped view can be written.
+
+    In a file with holes a full disk shows when a page is touched, by a signal that ends the process. Raises InputError
+    for a full disk.
+    """
+    try:
+        with open(path, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, max(size, 1))
+    except OSError as error:
+        raise write_error(path, error, size) from None
 
 
 @contextlib.contextmanager
@@ -72,8 +109,8 @@ def atomic_path(path: str | os.PathLike, suffix: str | None = None, needed: int 
         require_space(path, needed)
     suffix = "".join(path.suffixes[-2:]) if suffix is None else suffix
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:80]}.", suffix=suffix)
-        os.close(handle)
+        remove_leftovers(path, suffix)
+        handle, name = _claimed(path, suffix)
     except (OSError, ValueError) as error:
         if isinstance(error, OSError):
             raise write_error(path, error, needed) from None
@@ -88,11 +125,51 @@ def atomic_path(path: str | os.PathLike, suffix: str | None = None, needed: int 
     except OSError as error:
         if error.errno not in _FULL and error.filename not in (None, str(temporary)):
             raise  # about another file that was in use meanwhile
-        raise write_error(path, error, needed) from error
+        raise write_error(path, error, needed, _size(temporary)) from error
     finally:
+        os.close(handle)
         with contextlib.suppress(OSError):
             temporary.unlink()
     _sync_folder(path.parent)
+
+
+def _prefix(path: Path) -> str:
+    return f".{path.name[:80]}."
+
+
+def _claimed(path: Path, suffix: str) -> tuple[int, str]:
+    """(descriptor, name) of a new temporary file for ``path``, locked where the file system can."""
+    while True:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path), suffix=suffix)
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:  # 0: taken for a leftover in the moment before it was locked
+            return handle, name
+        os.close(handle)
+
+
+def remove_leftovers(path: str | os.PathLike, suffix: str | None = None) -> None:
+    """Delete the temporary files of ``path`` whose writers are dead: those that nobody holds a lock on."""
+    path = Path(path)
+    suffix = "".join(path.suffixes[-2:]) if suffix is None else suffix
+    ours = re.compile(re.escape(_prefix(path)) + "[a-z0-9_]{8}" + re.escape(suffix))
+    with contextlib.suppress(OSError), os.scandir(path.parent) as entries:
+        for name in [entry.name for entry in entries if ours.fullmatch(entry.name)]:
+            with contextlib.suppress(OSError):  # BlockingIOError: its writer lives; others: no locks on this disk
+                handle = os.open(path.parent / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.unlink(path.parent / name)
+                finally:
+                    os.close(handle)
+
+
+def _size(path: Path) -> int:
+    """Bytes in a file; 0 where it is gone."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _sync_folder(folder: Path) -> None:
@@ -114,3 +191,20 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write ``text`` (UTF-8) to ``path`` atomically."""
     write_bytes(path, text.encode("utf-8"))
+
+
+def append_text(path: str | os.PathLike, text: str) -> None:
+    """Append ``text`` (UTF-8) to a log, all of it or nothing; raises InputError, for a full disk with what is free."""
+    data = memoryview(text.encode("utf-8"))
+    try:
+        with open(path, "ab", buffering=0) as file:
+            before = os.fstat(file.fileno()).st_size
+            try:
+                left = data
+                while len(left):
+                    left = left[file.write(left) :]
+            except OSError:
+                os.ftruncate(file.fileno(), before)
+                raise
+    except OSError as error:
+        raise write_error(path, error, len(data)) from None

@@ -14,6 +14,7 @@ from cryosuite import __version__
 from cryosuite.console import Progress
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.workdir import RunDir
+from cryosuite.formats.atomic import remove_leftovers
 from cryosuite.methods.deco_hand import settle_hands
 from cryosuite.methods.deco_options import DecoOptions
 from cryosuite.reconstruct.abinitio import AbInitio, AbInitioOptions
@@ -55,7 +56,7 @@ def voxel_start(
     if path.exists():
         stored = checkpoint.load_state(path, "a start of deco-classify")
         checkpoint.refuse_differences(path, stored, identity)
-        checkpoint.remove_leftovers(path)
+        remove_leftovers(path)
         engine.load_state_dict(stored["state"])
 
     def save() -> None:

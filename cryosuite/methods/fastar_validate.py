@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,7 @@ from cryosuite.kernels.so3_grid import grid_rotations
 from cryosuite.methods.fastar_loss import equivalent
 from cryosuite.simulate.view_sets import ViewOptions, ViewSets
 from cryosuite.training.launch import process_rank
-from cryosuite.training.logs import keep_until, read_metrics
+from cryosuite.training.logs import write_scores
 
 if TYPE_CHECKING:
     from cryosuite.data.workdir import RunDir
@@ -170,12 +169,7 @@ class Examiner:
         if process_rank() != 0:
             return {}
         scores = self.score(model)
-        records = read_metrics(self.run.metrics)
-        step = records[-1]["step"] if records else 0
-        keep_until(self.run.metrics, step)
-        with open(self.run.metrics, "a", encoding="utf-8") as file:
-            rounded = {name: round(value, 3) for name, value in scores.items()}
-            file.write(json.dumps({"step": step, "epoch": float(epoch), **rounded}) + "\n")
+        write_scores(self.run.metrics, epoch, scores, 3)
         return scores
 
 

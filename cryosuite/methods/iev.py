@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from cryosuite.data.encoder_images import circle_mask, features, normalise
 from cryosuite.data.encoder_weights import load_encoder, save_encoder, shipped_encoder
+from cryosuite.data.processes import ALONE, Processes
 from cryosuite.errors import notice
 from cryosuite.methods.iev_augment import AFTER_SIMULATION, augment, circled
 from cryosuite.methods.iev_data import Corpus, CorpusLoader, PairBatch
@@ -23,7 +23,7 @@ from cryosuite.nets.ief import IefEncoder, make_spec
 from cryosuite.nets.moco import MoCo, momentum_at, sample_patches, smooth_patches
 from cryosuite.simulate.pool import RINGS, TURNS
 from cryosuite.training.launch import process_rank
-from cryosuite.training.logs import keep_until, read_metrics
+from cryosuite.training.logs import write_scores
 
 if TYPE_CHECKING:
     from cryosuite.data.particles import ParticleSet
@@ -206,12 +206,7 @@ class Guard:
         if process_rank() != 0:
             return
         scores = self.score(model) | self.baselines(model)
-        records = read_metrics(self.run.metrics)
-        step = records[-1]["step"] if records else 0
-        keep_until(self.run.metrics, step)
-        with open(self.run.metrics, "a", encoding="utf-8") as file:
-            rounded = {name: round(value, 5) for name, value in scores.items()}
-            file.write(json.dumps({"step": step, "epoch": float(epoch), **rounded}) + "\n")
+        write_scores(self.run.metrics, epoch, scores, 5)
         if scores["heldout_spread"] < COLLAPSED:
             notice(
                 f"epoch {epoch}: the features of all images are nearly alike (spread {scores['heldout_spread']:.2f}): "
@@ -257,6 +252,7 @@ def encode(
     device: str | torch.device | None = None,
     circle: bool = True,
     progress: bool = True,
+    processes: Processes = ALONE,
 ) -> np.ndarray:
     """Features of all particles, (N, C) float32 in their order, not normalised.
 
@@ -264,9 +260,10 @@ def encode(
         particles: any set (``cryosuite.data.open.open_particles``); neither poses nor CTF are needed.
         weights: a name, a file or folder (the released Cryo-IEF weights unmodified, or ours), or a loaded encoder.
         batch: images at once. device: None is the GPU where there is one. circle: hide the corners, as in training.
+        processes: that share the particles; only the first gets them all.
 
     Raises InputError for weights that are missing or do not fit.
     """
     loaded = open_encoder(weights) if isinstance(weights, str | os.PathLike) else weights
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
-    return features(particles, loaded, batch, device, progress, circle=circle)
+    return features(particles, loaded, batch, device, progress, circle=circle, processes=processes)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from cryosuite.methods.lvm_loader import CropBatch
 from cryosuite.nets.jepa_guards import collapsed, effective_rank, feature_std, linear_probe, mean_ratio
 from cryosuite.nets.scunet import TOKEN
 from cryosuite.training.launch import process_rank
-from cryosuite.training.logs import keep_until, read_metrics
+from cryosuite.training.logs import write_scores
 
 if TYPE_CHECKING:
     from torch import nn
@@ -142,10 +141,5 @@ def fired(scores: dict[str, float], objective: str) -> list[str]:
 
 def log_scores(run: RunDir, epoch: int, scores: dict[str, float]) -> dict[str, float]:
     """Add a line to metrics.jsonl."""
-    records = read_metrics(run.metrics)
-    step = records[-1]["step"] if records else 0
-    keep_until(run.metrics, step)
-    rounded: dict[str, Any] = {name: round(value, 6) for name, value in scores.items()}
-    with open(run.metrics, "a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step, "epoch": float(epoch), **rounded}) + "\n")
+    write_scores(run.metrics, epoch, scores, 6)
     return scores

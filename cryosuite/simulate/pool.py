@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cryosuite.console import Progress
-from cryosuite.formats.atomic import atomic_path, write_text
+from cryosuite.formats.atomic import atomic_path, reserve, write_text
 from cryosuite.kernels.ctf import CtfParams, ctf
 from cryosuite.kernels.rotations import random_rotations
 from cryosuite.simulate.images import Optics, Renderer
@@ -91,7 +91,8 @@ class ProjectionPool:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             shape = (len(names) * options.views, options.box_size, options.box_size)
             with atomic_path(self.path, needed=2 * int(np.prod(shape))) as temporary:
-                _project(np.memmap(temporary, np.float16, "w+", shape=shape), states, options, device)
+                reserve(temporary, 2 * int(np.prod(shape)))
+                _project(np.memmap(temporary, np.float16, "r+", shape=shape), states, options, device)
             write_text(self._record, json.dumps(said | {"names": names}))
         self.names = names
         self.labels = np.repeat(np.arange(len(names)), options.views)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cryosuite import __version__
 from cryosuite.data.workdir import RunDir
-from cryosuite.formats.atomic import atomic_path
+from cryosuite.formats.atomic import append_text, write_text
 
 
 class MetricsLog:
@@ -29,8 +29,7 @@ class MetricsLog:
         """Append one line; floats are shortened to 7 significant digits."""
         if self.enabled:
             short = {key: float(f"{value:.7g}") if isinstance(value, float) else value for key, value in record.items()}
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(short) + "\n")
+            append_text(self.path, json.dumps(short) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -52,8 +51,21 @@ def keep_until(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = [record for record in read_metrics(path) if record["step"] <= step]
-    with atomic_path(path) as temporary:
-        Path(temporary).write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def write_scores(path: Path, epoch: int, scores: dict[str, float], digits: int) -> None:
+    """Add the scores after an epoch to a metrics.jsonl, at the step of its last line, rounded to so many digits.
+
+    Scores of that epoch that are there already are replaced: a run that was killed between them and the end of the
+    epoch's work does that work again.
+    """
+    records = read_metrics(path)
+    step = records[-1]["step"] if records else 0
+    rounded = {name: round(value, digits) for name, value in scores.items()}
+    line = {"step": step, "epoch": float(epoch), **rounded}
+    kept = [record for record in records if not (record["step"] == step and record.keys() == line.keys())]
+    write_text(path, "".join(json.dumps(record) + "\n" for record in [*kept, line]))
 
 
 class RunLog:
@@ -65,8 +77,7 @@ class RunLog:
     def write(self, line: str) -> None:
         """Append one line."""
         if self.enabled:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
+            append_text(self.path, f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
 
 
 def write_header(log: RunLog, run: RunDir, device: str, precision: str, processes: int, seed: int) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from cryosuite.console import Progress
 from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError
-from cryosuite.training.checkpoint import remove_leftovers
+from cryosuite.formats.atomic import remove_leftovers
 from cryosuite.training.guard import TrainingDiverged
 from cryosuite.training.launch import was_restarted
 from cryosuite.training.logs import MetricsLog
