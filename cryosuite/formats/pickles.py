@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cryosuite.errors import InputError, notice
-from cryosuite.formats.atomic import write_bytes
+from cryosuite.formats.atomic import atomic_path
 from cryosuite.formats.checks import (
     check_ctf,
     check_rotations,
@@ -21,6 +21,7 @@ from cryosuite.formats.checks import (
     printable,
     require_finite,
 )
+from cryosuite.formats.pickle_pieces import array_pieces
 from cryosuite.formats.unpickler import safe_load
 
 __all__ = [
@@ -196,10 +197,17 @@ def read_labels(path: str | os.PathLike, n: int | None = None, unlabelled: bool 
 
 
 def write_pickle(path: str | os.PathLike, *objects: Any) -> None:
-    """Write each object as one pickle after the other, atomically: what ``safe_load`` reads, and nothing else."""
+    """Write each object as one pickle after the other, atomically: what ``safe_load`` reads, and nothing else.
+
+    An array is written in pieces: memory does not grow with it.
+    """
     for value in objects:
         _require_plain(value)
-    write_bytes(path, b"".join(pickle.dumps(value, protocol=4) for value in objects))
+    needed = sum(value.nbytes for value in objects if isinstance(value, np.ndarray))
+    with atomic_path(path, needed=needed) as temporary, open(temporary, "wb") as file:
+        for value in objects:
+            pieces = isinstance(value, np.ndarray) and value.ndim > 0 and value.nbytes > 0
+            file.writelines(array_pieces(value) if pieces else [pickle.dumps(value, protocol=4)])
 
 
 def _require_plain(value: Any) -> None:
