@@ -13,7 +13,7 @@ import torch
 from cryosuite.data.results import MapsDir, PolishDir
 from cryosuite.errors import InputError, notice
 from cryosuite.formats.mrc import read_map
-from cryosuite.formats.pickles import read_labels, safe_load
+from cryosuite.formats.pickles import read_array, read_labels
 from cryosuite.kernels import shells
 
 SAME = 0.8  # shared particles over all particles of either (Jaccard): from here on a class is called this cluster
@@ -95,7 +95,7 @@ def _of_run(folder: PolishDir | MapsDir, index: np.ndarray) -> np.ndarray:
         if len(classes) != len(index):
             raise InputError(f"{folder.labels}: {len(classes)} classes for {len(index)} particles")
         return classes
-    rows = np.asarray(safe_load(folder.index)[0])
+    rows = read_array(folder.index, (None,), "original indices", "iu")
     if len(rows) != len(classes):
         raise InputError(f"{folder.labels}: {len(classes)} classes for {len(rows)} particles of {folder.index.name}")
     if np.array_equal(rows, index):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,11 @@ import numpy as np
 from cryosuite.analysis import latents
 from cryosuite.analysis.palette import palette
 from cryosuite.data.particles import ParticleSet
+from cryosuite.data.typed import typed
 from cryosuite.data.workdir import AnalysisDir, VolumeDir
 from cryosuite.errors import InputError
 from cryosuite.formats.config import read_yaml
-from cryosuite.formats.pickles import read_labels, safe_load
+from cryosuite.formats.pickles import read_array, read_labels
 
 COLOUR = re.compile(r"#[0-9a-fA-F]{6}")
 
@@ -82,10 +82,10 @@ def read_analysis(out: AnalysisDir, z: np.ndarray) -> Found:
     levels = list(known.get("levels") or [])
     folder = VolumeDir(out.path / Path(str(known.get("folder") or f"kmeans{count}")).name)
     scores, ratio = latents.all_scores(z)
-    umap = _array(out.umap, (len(z), 2)) if out.umap.is_file() else None
+    umap = read_array(out.umap, (len(z), 2), "UMAP coordinates") if out.umap.is_file() else None
     mixture = summary.get("gmm") or {}
     groups = _groups(out.gmm(int(mixture["groups"])), len(z)) if mixture.get("groups") else None
-    confidence = _array(folder.confidence, (len(z),)) if folder.confidence.is_file() else None
+    confidence = read_array(folder.confidence, (len(z),), "confidences") if folder.confidence.is_file() else None
     volumes = summary.get("volumes") or {}
     return Found(
         out, summary, labels, colours if len(colours) == count else palette(count), folder,
@@ -94,20 +94,13 @@ def read_analysis(out: AnalysisDir, z: np.ndarray) -> Found:
     )  # fmt: skip
 
 
-def _array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    values = np.asarray(safe_load(path)[0])
-    if values.shape != shape or values.dtype.kind not in "fiu":
-        raise InputError(f"{path}: expected numbers of shape {shape}, found {values.dtype} of shape {values.shape}")
-    return values
-
-
 def _groups(folder: VolumeDir, count: int) -> tuple[np.ndarray, np.ndarray] | None:
     if not (folder.labels.is_file() and folder.confidence.is_file()):
         return None
-    return read_labels(folder.labels, count, unlabelled=True), _array(folder.confidence, (count,))
+    return read_labels(folder.labels, count, unlabelled=True), read_array(folder.confidence, (count,), "confidences")
 
 
 def shown_path(path: Path) -> str:
     """A path as one types it: relative where it lies below the present folder, quoted where a shell needs it."""
     relative = os.path.relpath(path)
-    return shlex.quote(str(path) if relative.startswith("..") else relative)
+    return typed(path if relative.startswith("..") else relative)

@@ -9,7 +9,7 @@ import numpy as np
 from cryosuite.data.workdir import AnalysisDir, RunDir
 from cryosuite.errors import InputError, notice
 from cryosuite.formats.config import read_yaml
-from cryosuite.formats.pickles import read_latent, safe_load
+from cryosuite.formats.pickles import read_array, read_latent
 
 
 def last_latents(run: RunDir, epoch: int | None = None) -> tuple[int, np.ndarray]:
@@ -52,5 +52,5 @@ def read_umap(analysis: AnalysisDir, count: int, z: np.ndarray | None = None) ->
     if noted is not None and noted != fingerprint(z):
         notice(f"{analysis.umap}: of other latents than the run has now (trained anew?): left out; run analyze again")
         return None
-    found = np.asarray(safe_load(analysis.umap)[0])
-    return found.astype(np.float32) if found.shape == (count, 2) and found.dtype.kind == "f" else None
+    found = read_array(analysis.umap, (None, 2), "UMAP coordinates", "f")
+    return found.astype(np.float32) if len(found) == count else None

@@ -17,10 +17,12 @@ from cryosuite.data.rows import Given, Rows
 from cryosuite.data.star_rows import star_rows
 from cryosuite.data.workdir import DATASET, RunDir, WorkDir, resolve_link
 from cryosuite.errors import InputError
+from cryosuite.formats.checks import printable
 from cryosuite.formats.mrc import read_header
-from cryosuite.formats.pickles import safe_load
+from cryosuite.formats.pickles import read_array, read_poses, safe_load
 
 KINDS = "a work directory, a .star, .cs, .mrcs, .mrc or .txt file"
+LARGEST = {"index": 2**53, "optics_group": 99_999, "half": 1}  # columns of rows.pkl that are whole numbers from 0
 
 
 def open_particles(
@@ -110,8 +112,10 @@ def open_run_particles(run: RunDir, epoch: int | None = None, **options: Any) ->
 def _with_found_poses(particles: ParticleSet, run: RunDir, epoch: int) -> ParticleSet:
     """The particles with the poses that the run itself found up to an epoch; joined by original index."""
     path = run.poses(epoch)
-    rotation, shift = safe_load(path)[0]
-    known = np.asarray(safe_load(run.index)[0])
+    rotation, shift = read_poses(path, checked=False)
+    known = read_array(run.index, (None,), "original indices", "iu")
+    if not len(known):
+        raise InputError(f"{run.index}: holds no indices: the run is damaged")
     order = np.argsort(known)
     place = order[np.searchsorted(known, particles.index, sorter=order).clip(max=len(known) - 1)]
     if len(rotation) != len(known) or not np.array_equal(known[place], particles.index):
@@ -174,25 +178,55 @@ def _open_work(work: WorkDir, sources: Sources) -> ParticleSet:
         raise InputError(f"{work.particles}: the stack is missing; was the folder copied completely?")
     if work.rows.is_file() or not work.star.is_file():
         rows = _stack_rows(work.particles, [work.particles], sources)
-        table = safe_load(work.rows)[0] if work.rows.is_file() else {}
-        _apply_table(work, rows, table)
+        table = _apply_table(work, rows) if work.rows.is_file() else {}
     else:
         rows = star_rows(work.star, sources.given, False, False)
         table = {}
     if rows.pixel_size is None and dataset.get("pixel_size"):
-        rows.pixel_size = np.full(rows.n, float(dataset["pixel_size"]))
+        rows.pixel_size = np.full(rows.n, _positive(work, dataset, "pixel_size"))
+    if dataset.get("source_particles"):
+        _positive(work, dataset, "source_particles")
     rows.ctf_premultiplied = rows.ctf_premultiplied or bool(dataset.get("ctf_premultiplied"))
-    noise = np.asarray(safe_load(work.noise)[0], np.float32) if work.noise.is_file() else None
-    return assemble(rows, sources, index=table.get("index"), noise=noise, source=work.star)
+    noise = read_array(work.noise, (None, None), "noise power (groups, shells)") if work.noise.is_file() else None
+    noise = None if noise is None else noise.astype(np.float32)
+    found = assemble(rows, sources, index=table.get("index"), noise=noise, source=work.star)
+    if noise is not None and noise.shape[1] != found.box_size // 2 + 1:
+        raise InputError(
+            f"{work.noise}: {noise.shape[1]} shells for images of {found.box_size} pixels; run preprocess again"
+        )
+    return found
 
 
-def _apply_table(work: WorkDir, rows: Rows, table: Any) -> None:
-    """Fill in what rows.pkl of a work directory says; InputError when it does not belong to the stack."""
-    if not isinstance(table, dict) or any(len(np.atleast_1d(value)) != rows.n for value in table.values()):
-        raise InputError(f"{work.rows}: does not fit {work.particles} with {rows.n} images; run preprocess again")
+def _positive(work: WorkDir, dataset: dict[str, Any], name: str) -> float:
+    """A number above 0 of dataset.yaml."""
+    value = dataset[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e15:
+        raise InputError(f"{work.dataset}: {name} is {printable(value)}, expected a positive number")
+    return float(value)
+
+
+def _apply_table(work: WorkDir, rows: Rows) -> dict[str, np.ndarray]:
+    """Fill in what rows.pkl of a work directory says; InputError when it is damaged or does not belong to the stack."""
+    table = safe_load(work.rows, only_first=True)[0]
+    if not isinstance(table, dict):
+        raise InputError(f"{work.rows}: is no table of columns; run preprocess again")
+    for name, value in table.items():
+        fits = isinstance(value, np.ndarray) and value.ndim > 0 and len(value) == rows.n
+        if not isinstance(name, str) or not fits or value.dtype.kind not in "biuf":
+            raise InputError(f"{work.rows}: does not fit {work.particles} with {rows.n} images; run preprocess again")
+        if name in LARGEST and not _whole_numbers(value, LARGEST[name]):
+            raise InputError(f"{work.rows}: {name} is damaged: whole numbers from 0 are expected; run preprocess again")
     rows.optics_group = table.get("optics_group")
     rows.half = table.get("half")
     if rows.pixel_size is None and "pixel_size" in table:
         rows.pixel_size = np.asarray(table["pixel_size"], np.float64)
-    known = {"index", "optics_group", "half", "pixel_size"}
+        if rows.pixel_size.ndim != 1 or not ((rows.pixel_size > 0) & np.isfinite(rows.pixel_size)).all():
+            raise InputError(f"{work.rows}: pixel_size is damaged: positive numbers (A) are expected")
+    known = {*LARGEST, "pixel_size"}
     rows.extras = {name: np.asarray(value, np.float32) for name, value in table.items() if name not in known}
+    return table
+
+
+def _whole_numbers(values: np.ndarray, largest: int) -> bool:
+    """Is it a column of whole numbers from 0 to ``largest``?"""
+    return values.ndim == 1 and values.dtype.kind in "iu" and values.min() >= 0 and values.max() <= largest

@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from cryosuite.errors import InputError
 
@@ -83,17 +84,18 @@ def require_space(path: str | os.PathLike, needed: int) -> None:
         )
 
 
-def reserve(path: str | os.PathLike, size: int) -> None:
-    """Make ``path`` a file of ``size`` bytes that have their place on the disk, so that a mapped view can be written.
+def reserve(file: str | os.PathLike | BinaryIO, size: int) -> None:
+    """Give a new file (by its name, or open for writing) its place on the disk, so that a mapped view can be written.
 
     In a file with holes a full disk shows when a page is touched, by a signal that ends the process. Raises InputError
     for a full disk.
     """
     try:
-        with open(path, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(size, 1))
+        with contextlib.ExitStack() as opened:
+            stream = file if hasattr(file, "fileno") else opened.enter_context(open(file, "wb"))
+            os.posix_fallocate(stream.fileno(), 0, max(size, 1))
     except OSError as error:
-        raise write_error(path, error, size) from None
+        raise write_error(getattr(file, "name", file), error, size) from None
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,28 @@ from cryosuite.errors import InputError
 from cryosuite.formats.atomic import write_text
 from cryosuite.formats.checks import printable, read_bytes
 
+MAX_BYTES = 4 << 20
+MAX_DEPTH = 50
+MAX_VALUES = 100_000
+MAX_PLAIN = 100_000  # characters
+
 
 def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
     """Read a YAML file that holds one mapping.
 
     Only plain values are built (strings, numbers, lists, mappings): a tag that asks for a Python object is refused by
-    name. Raises InputError for a missing, empty or broken file and for one that is not a mapping.
+    name. Raises InputError for a missing, empty or broken file, for one that is not a mapping, and for one made to
+    exhaust its reader: too long, too deep, or of aliases that repeat each other.
     """
     import yaml
 
     data = read_bytes(path, "YAML file")
+    if len(data) > MAX_BYTES:
+        raise InputError(f"{path}: {len(data)} bytes of YAML: more than the {MAX_BYTES} that a list or config may have")
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster where PyYAML was built with libyaml
     try:
-        loaded = yaml.safe_load(data)
+        _require_modest(path, yaml.parse(data, Loader=loader))
+        loaded = yaml.load(data, Loader=loader)
     except yaml.constructor.ConstructorError as error:
         where = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
         raise InputError(f"{path}: refused{where}: {printable(error.problem)}; only plain values are allowed") from None
@@ -35,6 +45,40 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise InputError(f"{path}: expected a mapping (name: value lines), found {type(loaded).__name__}")
     return loaded
+
+
+def _require_modest(path: str | os.PathLike, events: Iterable[Any]) -> None:
+    """Look through the events of a YAML file, before anything is built of them.
+
+    Deep nesting overruns the stack of libyaml and takes PyYAML minutes; a few lines of aliases of aliases (also behind
+    ``<<``) stand for billions of values; a number a:b:c:... of base 60 takes the square of its length.
+    """
+    import yaml
+
+    sizes: dict[str | None, int] = {}  # values that an anchor stands for
+    open_nodes: list[tuple[str | None, int]] = []  # anchor, values before it
+    count = 0
+    for event in events:
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor not in sizes:
+                raise InputError(f"{path}: not valid YAML: the alias {event.anchor} stands for itself or for nothing")
+            count += sizes[event.anchor]
+        elif isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((event.anchor, count))
+            count += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_nodes.pop()
+            if anchor is not None:
+                sizes[anchor] = count - before
+        elif isinstance(event, yaml.ScalarEvent):
+            count += 1
+            sizes[event.anchor] = 1
+            if event.implicit[0] and len(event.value) > MAX_PLAIN:
+                raise InputError(f"{path}: not valid YAML: a value of {len(event.value)} characters without quotes")
+        if len(open_nodes) > MAX_DEPTH:
+            raise InputError(f"{path}: not valid YAML: values are nested more than {MAX_DEPTH} deep")
+        if count > MAX_VALUES:
+            raise InputError(f"{path}: holds, or repeats by aliases, more than {MAX_VALUES} values: too many")
 
 
 def write_yaml(path: str | os.PathLike, mapping: Mapping[str, Any]) -> None:

@@ -26,6 +26,7 @@ from cryosuite.formats.unpickler import safe_load
 
 __all__ = [
     "checked_indices",
+    "read_array",
     "read_ctf",
     "read_indices",
     "read_labels",
@@ -59,12 +60,30 @@ def _numbers(value: Any, path: str | os.PathLike, what: str) -> np.ndarray:
     return value
 
 
-def read_poses(path: str | os.PathLike, n: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def read_array(path: str | os.PathLike, shape: tuple[int | None, ...], what: str, kinds: str = "fiu") -> np.ndarray:
+    """The first array of numbers in a pickle, of this shape (None: any length) and of these kinds of numpy type.
+
+    What follows the first object is not looked at. Raises InputError for anything else.
+    """
+    values = _numbers(safe_load(path, only_first=True)[0], path, what)
+    fits = values.ndim == len(shape) and all(
+        want in (None, have) for want, have in zip(shape, values.shape, strict=True)
+    )
+    if not fits or values.dtype.kind not in kinds:
+        wanted = " x ".join("any" if n is None else str(n) for n in shape)
+        raise InputError(
+            f"{path}: expected {what} as numbers of shape {wanted}, found {values.dtype} of shape {values.shape}"
+        )
+    return values
+
+
+def read_poses(path: str | os.PathLike, n: int | None = None, checked: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """Poses in cryoDRGN's form: the pickled tuple (R, t), (R,) or R alone.
 
     Returns rotations float32 (N, 3, 3) and shifts float32 (N, 2) as a fraction of the box (zeros where the file has
     none). ``n`` is the number of images expected. Raises InputError naming rows (0-based) for NaN, matrices that are no
-    rotations, shifts that are no fractions of the box, and for lengths that disagree.
+    rotations, shifts that are no fractions of the box, and for lengths that disagree. Without ``checked`` the values
+    are taken as they are: poses that a run wrote itself, of which some may be unknown.
     """
     value = _one(path, "the tuple (R, t)")
     parts = list(value) if isinstance(value, (tuple, list)) else [value]
@@ -83,8 +102,9 @@ def read_poses(path: str | os.PathLike, n: int | None = None) -> tuple[np.ndarra
             f"{path}: {len(rotation)} rotations but {len(shift)} shifts: one of each per image is expected"
         )
     _require_count(path, len(rotation), n, "poses")
-    check_rotations(rotation, path)
-    check_shifts(shift, path)
+    if checked:
+        check_rotations(rotation, path)
+        check_shifts(shift, path)
     return _float32(rotation), _float32(shift)
 
 

@@ -229,7 +229,7 @@ class _Resolver:
     """
 
     def __init__(self, file_bytes: int) -> None:
-        self.limit = 8 * file_bytes + 1_000_000
+        self.limit = 2 * file_bytes + 100_000
         self.seen: dict[
             int, tuple[Any, Any, int]
         ] = {}  # id -> stand-in (kept, so that the id stays its own), made, size

@@ -18,7 +18,7 @@ from cryosuite.data.spectra import Spectra, measure_spectra
 from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError, notice
 from cryosuite.formats.atomic import atomic_path
-from cryosuite.formats.pickles import read_latent, safe_load, write_pickle
+from cryosuite.formats.pickles import read_latent, read_poses, write_pickle
 from cryosuite.kernels.rotations import six_d_to_matrix
 from cryosuite.methods import LoadedRun
 from cryosuite.methods.deco import Deco
@@ -235,11 +235,7 @@ def poses_of(
 
 def with_poses(particles: ParticleSet, run: RunDir, epoch: int) -> ParticleSet:
     """The particles with the poses of an epoch of the run."""
-    rotation, shift = safe_load(run.poses(epoch))[0]
-    if len(rotation) != len(particles):
-        raise InputError(
-            f"{run.poses(epoch)}: {len(rotation)} poses for {len(particles)} particles: did the set change?"
-        )
+    rotation, shift = read_poses(run.poses(epoch), len(particles), checked=False)
     return replace(particles, rotation=rotation, shift=shift, poses_from=run.poses(epoch))
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from scipy import sparse
 
 from cryosuite.errors import InputError
+from cryosuite.formats.checks import printable
 
 CUT = 1e-3  # shares below are dropped and the rest of the row scaled up
 
@@ -122,6 +123,10 @@ class ClassWeights:
         if len(parts) != 4 or not all(isinstance(part, np.ndarray) for part in parts) or parts[3].shape != (2,):
             raise InputError(f"{source}: not a table of class shares (p.N.pkl of train-kraqen)")
         data, indices, indptr, shape = parts
+        if any(part.ndim != 1 or part.dtype.kind not in "iuf" for part in (data, indices, indptr)):
+            raise InputError(f"{source}: not a table of class shares: expected three rows of numbers and a shape")
+        if shape.dtype.kind not in "iu" or not (0 <= shape[0] < 2**53 and 0 <= shape[1] < 2**31):
+            raise InputError(f"{source}: not a table of class shares: its shape is {printable(shape)}")
         if len(indptr) != int(shape[0]) + 1:
             raise InputError(f"{source}: {len(indptr) - 1} rows where {int(shape[0])} are said")
         return cls(data.astype(np.float32), indices.astype(np.int32), indptr.astype(np.int64), int(shape[1]))

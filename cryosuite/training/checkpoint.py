@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cryosuite import __version__
 from cryosuite.errors import InputError
 from cryosuite.formats.atomic import atomic_path, readable_bytes, require_space
+from cryosuite.formats.checks import printable
 from cryosuite.training.options import FREE_ON_RESUME
 
 if TYPE_CHECKING:
@@ -53,8 +54,8 @@ def load_state(path: Path, what: str) -> dict[str, Any]:
     except PermissionError:
         raise InputError(f"{path}: no permission to read this file; expected {what}") from None
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path}: damaged, or not {what} of cryosuite ({reason[:200]})") from None
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"{path}: damaged, or not {what} of cryosuite ({printable(lines[0])})") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"{path}: not {what} of this cryosuite ({__version__})")
     return state
