@@ -9,7 +9,7 @@ import torch
 
 from cryosuite.kernels.density import MOLMAP_SIGMA
 from cryosuite.kernels.map_norm import auto_mask
-from cryosuite.kernels.map_spectrum import estimate_resolution, match_spectrum
+from cryosuite.kernels.map_spectrum import estimate_resolution, flattened, match_spectrum
 from cryosuite.kernels.shells import fsc
 
 SIZE = 72
@@ -91,6 +91,16 @@ def test_boxes_and_voxels_of_any_shape():
     found = match_spectrum(seen, voxel, auto_mask(truth, 1.0), RESOLUTION)
     ratio = amplitudes(found, voxel) / amplitudes(truth, voxel)
     assert ((ratio / ratio.mean() - 1).abs() < 0.15).all()
+
+
+def test_a_flattened_molmap_is_its_atoms_up_to_the_resolution_and_nothing_beyond():
+    truth = molmap()
+    gain = torch.fft.rfftn(flattened(truth, 1.0, RESOLUTION)) / torch.fft.rfftn(truth)
+    s = half_squares(truth.shape, (1.0,) * 3).sqrt()
+    inside = s < 1 / RESOLUTION
+    expected = torch.exp(2 * math.pi**2 * (MOLMAP_SIGMA * RESOLUTION) ** 2 * s[inside] ** 2)
+    torch.testing.assert_close(gain.real[inside], expected, rtol=1e-3, atol=1e-3)
+    assert gain.abs()[(s > 1.25 / RESOLUTION) & (s < 0.4)].max() < 1e-3
 
 
 def test_the_resolution_where_noise_takes_over():

@@ -49,6 +49,19 @@ def test_a_network_that_knows_one_fall_of_amplitudes_is_shown_that_whatever_the_
     assert 2.4 < guess < 9.0
 
 
+def test_the_blur_that_a_network_was_taught_is_taken_off_unless_asked_for():
+    grid = toy_map(noise=0.0)
+    sharp, smooth = (
+        enhance(grid, weights(Same(), spectrum="matched"), replace(ALL, resolution=4.0, flat=flat)).map.data
+        for flat in (True, False)
+    )
+    assert smooth.min() == 0 and smooth.max() == 1 and sharp.min() < 0
+    ratio = np.abs(np.fft.rfftn(sharp)) / np.abs(np.fft.rfftn(smooth))
+    s = np.sqrt(np.fft.fftfreq(60)[:, None, None] ** 2 + np.fft.fftfreq(52)[:, None] ** 2 + np.fft.rfftfreq(66) ** 2)
+    low, high, beyond = (np.median(ratio[(s > a) & (s < b)]) for a, b in ((0.01, 0.06), (0.22, 0.25), (0.33, 0.4)))
+    assert 2 < high / low < 3 and beyond < 1e-3  # e at 1 / d
+
+
 def test_plain_solvent_is_not_run_and_becomes_zero():
     grid = toy_map((150, 140, 130))
     found = enhance(grid, weights(Same()), EnhanceOptions())

@@ -69,6 +69,13 @@ def main(
     norm: str = _option(
         None, "--norm", help="Scale of grey values: robust, paper, emready; nothing: as trained.", panel=GREY
     ),
+    smooth: bool = _option(
+        False,
+        "--smooth",
+        help="Sharpening: leave the blur that the network was taught (that of ChimeraX's molmap) on its map; else it "
+        "is taken off, and the map ends at its resolution.",
+        panel=GREY,
+    ),
     match_scale: bool = _option(
         False, "--match-scale", help="Grey values as in the input instead of 0 to 1.", panel=GREY
     ),
@@ -138,7 +145,7 @@ def main(
         raise InputError(f"--uncertainty: needs at least 2 rotations: --tta {several}")
     options = EnhanceOptions(
         stride=stride, turns=turns, norm=norm, contour=contour, skip=not no_skip, match_scale=match_scale,
-        resolution=resolution, local_cc=local_cc is not None,
+        resolution=resolution, flat=not smooth, local_cc=local_cc is not None,
         tilt_range=tilt_range, tilt_axis=tilt_axis, consistent=not no_consistency,
         batch=_batch(batch), precision=precision,
     )  # fmt: skip

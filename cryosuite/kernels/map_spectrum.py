@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from cryosuite.kernels.density import MOLMAP_SIGMA
 from cryosuite.kernels.map_norm import FEW, quantile
 
-__all__ = ["SPECTRA", "estimate_resolution", "match_spectrum"]
+__all__ = ["SPECTRA", "estimate_resolution", "flattened", "match_spectrum"]
 
 SPECTRA = ("matched", "as-is")  # how a network sees maps
 
@@ -32,6 +32,7 @@ INNER = 2  # shells before the resolution where the fit ends: filters may have b
 DROP = 6.0  # fall of ln |F|^2 over three shells that only a filter or padding makes
 SQUARE = 6  # shells that a parabola needs; a line is fitted to fewer
 FINEST = 2.2  # voxels: no resolution is finer
+ROLL_OFF = 0.05  # of the resolution's frequency
 STANDS_OUT = 4.0  # power inside the mask over that outside, at the resolution
 SOFT = 3  # passes of the blur that makes a mask soft
 SLAB = 32  # planes of Fourier space at a time
@@ -63,6 +64,26 @@ def match_spectrum(
         beyond = (square.sqrt() - 1 / (BEYOND * resolution)) * (size / EDGE)
         log = _log_gain(square, fit, resolution)
         spectrum[part] *= log.exp_() * (0.5 - 0.5 * torch.cos(math.pi * (0.5 - beyond).clamp_(0, 1)))
+    return torch.fft.irfftn(spectrum, s=volume.shape)
+
+
+def flattened(
+    volume: Tensor,  # (z, y, x)
+    voxel_size: Voxel,  # A
+    resolution: float,  # A
+    roll_off: float = ROLL_OFF,
+) -> Tensor:  # (z, y, x)
+    """A molmap of this resolution without its blur: divided by exp(-2 pi^2 (.225 d)^2 s^2) up to s = 1/d.
+
+    That is a B-factor of -4 d^2 (44 A^2 at 3.3 A). Beyond, the map ends as a Gaussian of ``roll_off`` / d, so that
+    little is left that the data did not hold. Applied to what a network makes, which was taught molmaps.
+    """
+    voxel = _triple(voxel_size)
+    spectrum = torch.fft.rfftn(volume)
+    for part, square in _squares(volume.shape, voxel, volume.device):
+        log = 2 * math.pi**2 * (MOLMAP_SIGMA * resolution) ** 2 * square.clamp(max=1 / resolution**2)
+        log -= ((square.sqrt() * resolution - 1).clamp_(min=0) / roll_off).square_() / 2
+        spectrum[part] *= log.exp_()
     return torch.fft.irfftn(spectrum, s=volume.shape)
 
 

@@ -20,8 +20,8 @@ from cryosuite.data.map_grid import MapGrid, back_to, resampled
 from cryosuite.data.map_weights import MapWeights
 from cryosuite.errors import InputError, notice
 from cryosuite.kernels.local_cc import local_correlation
-from cryosuite.kernels.map_norm import NORMS, auto_mask, grey_range, occupied
-from cryosuite.kernels.map_spectrum import estimate_resolution, match_spectrum
+from cryosuite.kernels.map_norm import NORMS, auto_mask, grey_range, occupied, quantile
+from cryosuite.kernels.map_spectrum import estimate_resolution, flattened, match_spectrum
 from cryosuite.kernels.tiles import TURNS, Tiling, turned, turned_back
 from cryosuite.kernels.wedge import data_consistency, wedge_mask
 from cryosuite.methods.lvm_sharpen_tiles import Runner
@@ -47,6 +47,8 @@ class EnhanceOptions:
             from 2 on their standard deviation is kept.
         norm: scale of the grey values; None: the one of the weights. contour: level of the mask that it needs.
         resolution: A, of the map, where the network wants its amplitudes matched; None: estimated from the map.
+        flat: take the blur of the molmaps that the network was taught off its map, and end it at the resolution
+            (task sharpen, amplitudes matched); else its map is given as it is, between 0 and 1.
         skip: leave out tiles of plain solvent; not of tomograms (wedge task), which are full.
         match_scale: grey values as in the input, not 0 .. 1.
         local_cc: also the local correlation of input and output.
@@ -60,6 +62,7 @@ class EnhanceOptions:
     norm: str | None = None
     contour: float | None = None
     resolution: float | None = None
+    flat: bool = True
     skip: bool = True
     match_scale: bool = False
     local_cc: bool = False
@@ -164,9 +167,13 @@ def enhance(
     del volume
     made, deviation = runner.run(seen, span, tiling, corners, scratch)
     del seen
+    flat = options.flat and resolution is not None and weights.task == "sharpen"
+    if flat:
+        made = _flattened(made, work.voxel[::-1], resolution)
     if tipped:
         made, deviation = (None if one is None else turned_back(one, TILT_X) for one in (made, deviation))
-    values = _finished(back_to(replace(work, data=made.numpy()), grid).data, grid, weights.task, options, span, mask)
+    made = back_to(replace(work, data=made.numpy()), grid).data
+    values = _finished(made, grid, weights.task, options, span, mask, clip=not flat)
     if deviation is not None:
         deviation = np.maximum(back_to(replace(work, data=deviation.numpy()), grid).data, 0.0)
         if weights.task == "wedge" or options.match_scale:
@@ -190,6 +197,13 @@ def _matched(
     if resolution is None:
         resolution = estimate_resolution(volume, voxel, inside)
     return match_spectrum(volume, voxel, inside, resolution), inside, resolution
+
+
+def _flattened(made: Tensor, voxel: tuple[float, float, float], resolution: float) -> Tensor:
+    """The network's map without the blur that it was taught; its brightest per mille as bright as before."""
+    out = flattened(made, voxel, resolution)
+    before, after = (quantile(one, 0.999) for one in (made, out))
+    return out * (before / after) if after > 0 else out
 
 
 def _span(
@@ -243,11 +257,13 @@ def _finished(
     options: EnhanceOptions,
     span: tuple[float, float],
     mask: MapGrid | None,
+    clip: bool,
 ) -> np.ndarray:
     """The network's map (grey values 0 .. 1, on the input's grid) as it is written."""
     low, high = span
     if task != "wedge":
-        np.clip(values, 0.0, 1.0, out=values)
+        if clip:
+            np.clip(values, 0.0, 1.0, out=values)
         if mask is not None:
             values *= np.clip(mask.data, 0.0, 1.0)
     if task == "wedge" or options.match_scale:
