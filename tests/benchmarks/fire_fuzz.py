@@ -27,7 +27,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent), str(HERE)]
 CORPUS = HERE.parent / "corpus"
-SLICE = 60.0  # processor seconds of a turn
+SLICE = 12.0  # processor seconds of a turn
 STUCK = 120.0  # wall seconds without a word after which a process is ended
 LONGEST = 1 << 20  # bytes of an input
 
