@@ -7,6 +7,8 @@ from typing import Any
 
 import typer
 
+from cryosuite.data.typed import typed
+
 GROUPS, VOLUMES, PLOTS = "Clusters and paths", "Volumes", "Where and how"
 
 
@@ -138,7 +140,7 @@ def main(
     make_report(out, loaded.particles, loaded.z, loaded.epoch, folder, page=not no_report)
     _report(result, folder, not no_report)
     if polish and folder.shares(loaded.epoch).is_file():
-        say(f"These are clusters of the latents. This run's own codes: cryosuite polish {run}")
+        say(f"These are clusters of the latents. This run's own codes: cryosuite polish {typed(run)}")
 
 
 def _number(k: str | None) -> int | str:
@@ -209,4 +211,4 @@ def _report(result: Any, run: Any, page: bool) -> None:
     if result.files:
         say(f"look:  chimerax {out.chimerax}")
     largest = int(result.clusters.sizes.argmax())
-    say(f"next:  cryosuite export {out.path} --cluster {largest} -o cluster{largest}.star")
+    say(f"next:  cryosuite export {typed(out.path)} --cluster {largest} -o cluster{largest}.star")

@@ -7,6 +7,8 @@ from typing import Any
 
 import typer
 
+from cryosuite.data.typed import typed
+
 INPUT, POSES, CLASSES, TRAINING, MODEL, MACHINE = (
     "Particles", "Poses", "Classes", "Training", "Model (the preset decides unless given)", "Machine",
 )  # fmt: skip
@@ -276,7 +278,8 @@ def _report(run: Any, particles: Path, result: Any) -> None:
     from cryosuite.data.results import run_clusters, run_polish
 
     if result.stopped:
-        say(f"stopped by {result.stopped}; go on with: cryosuite deco-classify {particles} -o {run.path} --resume")
+        again = f"cryosuite deco-classify {typed(particles)} -o {typed(run.path)} --resume"
+        say(f"stopped by {result.stopped}; go on with: {again}")
         return
     folder = run_clusters(run.path, result.epoch)
     rows = [
@@ -290,4 +293,4 @@ def _report(run: Any, particles: Path, result: Any) -> None:
     table(f"{len(result.classes)} classes after epoch {result.epoch}", columns, rows)
     say(f"labels {run.labels(result.epoch)}, latents {run.z(result.epoch)}, poses {run.poses(result.epoch)}")
     say(f"star and cs files per class in {folder.path}; polished maps in {run_polish(run.path, result.epoch).path}")
-    say(f"next: cryosuite analyze {run.path}")
+    say(f"next: cryosuite analyze {typed(run.path)}")

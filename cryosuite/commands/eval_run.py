@@ -15,6 +15,7 @@ from cryosuite.console import say, table
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.results import PolishDir, ScoresDir, oracle_cache, run_polish, run_scores
 from cryosuite.data.truth import Truth, find_truth
+from cryosuite.data.typed import typed
 from cryosuite.data.workdir import RunDir, WorkDir
 from cryosuite.errors import InputError, notice
 from cryosuite.formats.atomic import atomic_path, write_text
@@ -135,7 +136,7 @@ def evaluate_run(run: Path, options: RunOptions) -> None:
         if len(shares) != len(loaded.z):
             raise InputError(
                 f"{folder.path}: maps of {len(shares)} particles, the run has {len(loaded.z)}: made of an earlier run? "
-                f"Run cryosuite polish {run} --overwrite."
+                f"Run cryosuite polish {typed(run)} --overwrite."
             )
         if folder.summary.stat().st_mtime_ns < _stamp(RunDir(run).z(loaded.epoch)):
             notice(f"{folder.path} is older than the latents of the run: if it was trained anew, polish it again")

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from cryosuite.data.typed import typed
+
 VOLUMES, PLACE = "Volumes", "Where and how"
 
 
@@ -124,4 +126,4 @@ def _report(found: Any, out: Any, run: Path) -> None:
         f"{len(rows)} states of {total:,} particles", ["state", "particles", "95 % interval", "share", "volume"], rows
     )
     say(f"look:  {out.plot('landscape_volume_pca')}, {out.plot('volumes')}, chimerax {out.overlay}")
-    say(f"next:  cryosuite polish {run} --labels {out.labels} -o {out.path / 'polish'}")
+    say(f"next:  cryosuite polish {typed(run)} --labels {typed(out.labels)} -o {typed(out.path / 'polish')}")

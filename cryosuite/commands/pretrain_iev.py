@@ -7,6 +7,8 @@ from typing import Any
 
 import typer
 
+from cryosuite.data.typed import typed
+
 DATA, SIMULATE, MODEL, TRAINING, ENCODE, SPEED = (
     "Particles", "Simulated particles", "Model (the preset decides unless given)", "Training",
     "Features instead of training", "Machine",
@@ -307,6 +309,6 @@ def _report(run: Any, result: Any) -> None:
         ]
         table(f"{result.epochs_done} rounds done", ["what", "where"], rows)
     if result.stopped:
-        say(f"stopped by {result.stopped}; go on with: cryosuite pretrain-iev -o {run.path} --resume")
+        say(f"stopped by {result.stopped}; go on with: cryosuite pretrain-iev -o {typed(run.path)} --resume")
     if path.is_file():
-        say(f"next: cryosuite pretrain-iev particles.star --encode --weights {path} -o features/")
+        say(f"next: cryosuite pretrain-iev particles.star --encode --weights {typed(path)} -o features/")

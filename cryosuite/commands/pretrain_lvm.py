@@ -7,6 +7,8 @@ from typing import Any
 
 import typer
 
+from cryosuite.data.typed import typed
+
 DATA, LEARNT, TRAINING, SPEED = "Maps", "What is learnt", "Training", "Machine"
 METHOD = ("structures", "hold_out", "crop", "volume", "crops_per_volume", "mix", "norm", "schedule", "warmup")
 OWN = ("objective", "mask_at", "mask_mode", "mask_ratio")
@@ -277,6 +279,6 @@ def _report(run: Any, options: Any, result: Any) -> None:
             say(f"WARNING: not usable as it is ({', '.join(found)}): see the notes above and {run.card}")
         say(f"encoder: {run.encoder}; card: {run.card}")
     if result.stopped:
-        say(f"stopped by {result.stopped}; go on with: cryosuite pretrain-lvm -o {run.path} --resume")
+        say(f"stopped by {result.stopped}; go on with: cryosuite pretrain-lvm -o {typed(run.path)} --resume")
     if run.encoder.is_file():
-        say(f"next: cryosuite train-lvm --task sharpen --init {run.path} -o sharpen/")
+        say(f"next: cryosuite train-lvm --task sharpen --init {typed(run.path)} -o sharpen/")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from cryosuite.commands import options as opt
+from cryosuite.data.typed import typed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,7 +45,7 @@ def main(
 
     source = open_source(where, epoch=epoch, datadir=datadir)
     if source.analysis is None or source.run is None:
-        raise InputError(f"{where}: has no analysis yet: run `cryosuite analyze {where}`")
+        raise InputError(f"{where}: has no analysis yet: run `cryosuite analyze {typed(where)}`")
     absent = [folder for folder in maps or () if not folder.is_dir()]
     if absent:
         raise InputError(f"--maps {absent[0]}: there is no such folder")

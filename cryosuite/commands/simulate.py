@@ -8,6 +8,8 @@ from typing import Any
 
 import typer
 
+from cryosuite.data.typed import typed
+
 WHAT, IMAGING, NOISE, ROBUST = "What is imaged", "Microscope", "Noise", "Imperfections (for tests of robustness)"
 
 
@@ -196,4 +198,4 @@ def _table(record: dict[str, Any], states: Any, out: Path) -> None:
         ["state", "name", "kDa", "atoms", "size (A)", "images", "SNR at D"],
         rows,
     )
-    say(f"next: cryosuite train-hype {out} -o run    (or first: cryosuite check {out})")
+    say(f"next: cryosuite train-hype {typed(out)} -o run    (or first: cryosuite check {typed(out)})")

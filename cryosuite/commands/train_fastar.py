@@ -7,6 +7,8 @@ from typing import Any
 
 import typer
 
+from cryosuite.data.typed import typed
+
 DATA, LOSS, TRAINING, SPEED = "Simulated particles", "What is learnt", "Training", "Machine"
 METHOD = {
     "mode": "mode", "structures": "structures", "hold_out": "hold_out", "map": "map", "full_map": "full_map",
@@ -230,7 +232,7 @@ def _report(run: Any, options: Any, result: Any) -> None:
         say(f"verdict: {verdict(scores, options.mode)}")
         say(f"weights: {path}; card: {card_file(run)}")
     if result.stopped:
-        say(f"stopped by {result.stopped}; go on with: cryosuite train-fastar -o {run.path} --resume")
+        say(f"stopped by {result.stopped}; go on with: cryosuite train-fastar -o {typed(run.path)} --resume")
     if path.is_file():
         extra = "--map ref.mrc" if options.mode == "target" else "--experimental"
-        say(f"next: cryosuite fastar-infer particles.star {extra} --weights {path} -o poses/")
+        say(f"next: cryosuite fastar-infer particles.star {extra} --weights {typed(path)} -o poses/")

@@ -7,6 +7,8 @@ from typing import Any
 
 import typer
 
+from cryosuite.data.typed import typed
+
 INPUT, TRAINING, MODEL, ENCODER, SPEED = (
     "Particles", "Training", "Model (the preset decides unless given)", "What the encoder sees", "Machine",
 )  # fmt: skip
@@ -274,6 +276,6 @@ def _report(run: Any, result: Any) -> None:
         ]
         table(f"{result.epochs_done} epochs done; the last ones kept are of epoch {n}", ["what", "where"], rows)
     if result.stopped:
-        say(f"stopped by {result.stopped}; go on with: cryosuite train-hype {run.path} ... --resume")
+        say(f"stopped by {result.stopped}; go on with: cryosuite train-hype {typed(run.path)} ... --resume")
     if epochs:
-        say(f"next: cryosuite analyze {run.path}")
+        say(f"next: cryosuite analyze {typed(run.path)}")

@@ -7,6 +7,8 @@ from typing import Any
 
 import typer
 
+from cryosuite.data.typed import typed
+
 INPUT, CODES, ASSIGN, VOXEL, NETWORK, TRAINING, MACHINE = (
     "Particles", "Codes", "Assignment of particles to codes", "Voxel field", "Network fields (triplane, fourier)",
     "Training of a network field", "Machine",
@@ -234,7 +236,8 @@ def _report(run: Any, particles: Path, result: Any) -> None:
     from cryosuite.errors import notice
 
     if result.stopped:
-        say(f"stopped by {result.stopped}; go on with: cryosuite train-kraqen {particles} -o {run.path} --resume")
+        again = f"cryosuite train-kraqen {typed(particles)} -o {typed(run.path)} --resume"
+        say(f"stopped by {result.stopped}; go on with: {again}")
         return
     rows = [
         [code.number, f"{code.particles:.1f}", code.labelled, f"{100 * code.share:.1f} %",
@@ -249,4 +252,4 @@ def _report(run: Any, particles: Path, result: Any) -> None:
     if result.warning:
         notice(result.warning)
     say(f"shares {run.shares(result.epoch)}, labels {run.labels(result.epoch)}, latents {run.z(result.epoch)}")
-    say(f"next: cryosuite polish {run.path}    and: cryosuite analyze {run.path}")
+    say(f"next: cryosuite polish {typed(run.path)}    and: cryosuite analyze {typed(run.path)}")

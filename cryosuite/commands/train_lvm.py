@@ -19,6 +19,7 @@ from cryosuite.commands.pretrain_lvm import (
     lengths,
     train_values,
 )
+from cryosuite.data.typed import typed
 
 OWN = (
     "spectrum",
@@ -275,7 +276,7 @@ def _report(run: Any, options: Any, result: Any) -> None:
     if result.stopped == EARLY:
         say(f"ended early: no better CC for {options.patience} tests; the weights are those of the best")
     elif result.stopped:
-        say(f"stopped by {result.stopped}; go on with: cryosuite train-lvm -o {run.path} --resume")
+        say(f"stopped by {result.stopped}; go on with: cryosuite train-lvm -o {typed(run.path)} --resume")
     if run.network.is_file():
         extra = " --task wedge" if options.task == "wedge" else ""
-        say(f"next: cryosuite lvm-sharpen map.mrc --weights {run.network}{extra} -o out.mrc")
+        say(f"next: cryosuite lvm-sharpen map.mrc --weights {typed(run.network)}{extra} -o out.mrc")

@@ -15,6 +15,7 @@ from cryosuite.data.cryodrgn_run import is_cryodrgn_run, open_cryodrgn_run
 from cryosuite.data.latents import fingerprint, last_latents
 from cryosuite.data.open import open_particles, open_run_particles
 from cryosuite.data.particles import ParticleSet
+from cryosuite.data.typed import typed
 from cryosuite.data.workdir import AnalysisDir, RunDir, VolumeDir, WorkDir
 from cryosuite.errors import InputError, notice
 from cryosuite.formats.checks import read_bytes
@@ -54,7 +55,8 @@ class Source:
             raise self.labels_problem
         if self.labels is None:
             where = (
-                f"{self.run.path} has no analysis yet: run `cryosuite analyze {self.run.path}`, or" if self.run else ""
+                f"{self.run.path} has no analysis yet: run `cryosuite analyze {typed(self.run.path)}`, or"
+                if self.run else ""
             )
             raise InputError(
                 f"{where or self.particles.path}{'' if where else ':'} give the clusters: --labels labels.pkl"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from cryosuite.data.map_weights import VOXELS, save_map_encoder, save_map_weights
+from cryosuite.data.typed import typed
 from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError, notice
 from cryosuite.formats.atomic import write_text
@@ -213,7 +214,7 @@ def load(run: RunDir, config: dict[str, Any], epoch: int) -> None:
     """A training of a map network has no latents to open: raises InputError that says what to do with it."""
     if config["method"] == "lvm-pretrain":
         raise InputError(
-            f"{run.path}: holds a map encoder: go on with `cryosuite train-lvm --init {run.path} -o run2/`"
+            f"{run.path}: holds a map encoder: go on with `cryosuite train-lvm --init {typed(run.path)} -o run2/`"
         )
     raise InputError(
         f"{run.path}: holds a map network, not latents of particles: use it by `cryosuite lvm-sharpen map.mrc "
