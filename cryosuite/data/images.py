@@ -16,7 +16,7 @@ KNOWN_STACKS = 4096  # readers kept, 1.5 KB each: their headers need not be read
 
 
 class Images(Protocol):
-    """What a particle set needs of its images."""
+    """What a particle set needs of its images; sources that can fill a caller's array have ``read_into`` as well."""
 
     def __len__(self) -> int: ...
 

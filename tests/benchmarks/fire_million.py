@@ -66,7 +66,7 @@ def watched(command: list[str], cwd: Path, cpu_limit: float | None = None) -> Wa
     and its children when looked at.
     """
     began, course, stopped = time.monotonic(), [], False
-    log = cwd / "output.log"
+    log = cwd / f"output-{os.getpid()}.log"
     with open(log, "w") as output:
         process = subprocess.Popen(command, cwd=cwd, stdout=output, stderr=subprocess.STDOUT)
         while True:
@@ -136,7 +136,7 @@ class Million:
 
     def backproject(self) -> tuple[str, Watched, str]:
         found = self.run("backproject", self.folder, "-o", self.work / "map", "--overwrite")
-        row = re.search(r"│ all +│ +(\d+) +│.*?│ +([\d.]+) │", found.output)
+        row = re.search(r"│ all +│ +(\d+) +│[^│]*│ +([\d.]+) +│", found.output)
         if row is None or int(row[1]) != self.particles:
             raise SystemExit(f"not all particles are in the map:\n{found.output}")
         return "backproject with half maps", found, f"half maps agree to {row[2]} A (Nyquist 12)"
@@ -151,7 +151,8 @@ class Million:
         size = (self.work / "features" / "z.1.pkl").stat().st_size
         if size < self.particles * 192 * 4:
             raise SystemExit("not all features were written")
-        return "one pass of encoding, 192 features each (encoder of one block, 28 pixels)", found, ""
+        detail = f"{size / 2**30:.1f} GiB of it are the features themselves"
+        return "one pass of encoding, 192 features each (encoder of one block, 28 pixels)", found, detail
 
     def encode_tiny(self) -> tuple[str, Watched, str]:
         found = self.run(
@@ -171,6 +172,9 @@ class Million:
     def check(self) -> tuple[str, Watched, str]:
         return "check of the work folder", self.run("check", self.folder, "--no-probe"), ""
 
+    def check_star(self) -> tuple[str, Watched, str]:
+        return "check of the star file", self.run("check", self.star, "--no-probe"), ""
+
     def select(self) -> tuple[str, Watched, str]:
         found = self.run("select", self.star, "--random", self.particles // 100, "-o", self.work / "some.star")
         return "select --random, to a star file", found, ""
@@ -187,6 +191,7 @@ STEPS: dict[str, Callable[[Million], tuple[str, Watched, str]]] = {
     "encode-tiny": Million.encode_tiny,
     "backproject": Million.backproject,
     "check": Million.check,
+    "check-star": Million.check_star,
     "select": Million.select,
     "export": Million.export,
 }
@@ -221,7 +226,7 @@ def main() -> None:
         values = asdict(found) | {"what": what, "detail": detail}
         values["course"] = [found.course[i] for i in range(0, len(found.course), len(found.course) // 20 + 1)]
         del values["output"]
-        measured[name] = values
+        measured = (json.loads(kept.read_text()) if kept.is_file() else {}) | {name: values}  # another may run too
         kept.write_text(json.dumps(measured, indent=1))
         print(row(name, given.particles, values), flush=True)
     rows = [row(name, given.particles, measured[name]) for name in STEPS if name in measured]
