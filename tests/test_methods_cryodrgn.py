@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from cryosuite.cli import app
 from cryosuite.data.cryodrgn_run import is_cryodrgn_run, open_cryodrgn_run, read_cryodrgn_config
+from cryosuite.data.orientations import from_euler
 from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError
 from cryosuite.formats.mrc import StackWriter, read_map
@@ -118,6 +119,38 @@ def test_a_toy_of_its_layout_gives_the_volume_of_its_formula(tmp_path: Path) -> 
     with pytest.warns(UserWarning, match="elsewhere"):
         odd = load_run(toy_run(tmp_path / "odd", (0.0, 1.0))).decode(np.array([[1.0, 0.0]]))[0]
     assert abs(odd).max() > 0.1 and abs(odd[8, 8, 8]) < 0.01 * abs(odd).max()
+
+
+@pytest.mark.parametrize("program", ["abinit", "abinit_homo_old", "damaged"])
+def test_poses_that_ab_initio_programs_found(tmp_path: Path, program: str) -> None:
+    """abinit writes shifts in pixels, the older programs pixels / (D + 1); rotations are as ours in all of them.
+
+    Checked against cryoDRGN 4.3: its search (pose_search_ai.opt_trans) gives t = (-3, 2) for an image displaced by
+    (3, -2) pixels, with R and not with R transposed.
+    """
+    run, box = toy_run(tmp_path, (1.0, 0.0)), 16
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    del config["dataset_args"]["poses"]
+    if program != "abinit_homo_old":
+        config |= {"data_norm_mean": 0.0, "data_norm_std": 7.0}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    pixels = np.random.default_rng(1).uniform(-0.4, 0.4, (12, 2))  # below one: taken for fractions by mistake
+    pixels[0] = -3, 2
+    rotation = from_euler(np.random.default_rng(2).uniform(0, 170, (12, 3)))
+    if program == "damaged":
+        rotation[3] = np.nan
+    write_pickle(run / "pose.2.pkl", (rotation, pixels / (box + 1) if program == "abinit_homo_old" else pixels))
+    with pytest.warns(UserWarning) as told:
+        opened = open_cryodrgn_run(run, need_poses=False)
+    if program == "damaged":
+        assert any("pose.2.pkl" in str(one.message) and "left out" in str(one.message) for one in told)
+        assert not opened.poses_found
+        with pytest.raises(InputError, match="pose.2.pkl"):
+            open_cryodrgn_run(run)
+        return
+    np.testing.assert_allclose(opened.particles.shift * box, pixels, atol=1e-5)
+    np.testing.assert_allclose(opened.particles.rotation, rotation, atol=1e-6)
+    assert opened.poses_found and opened.particles.poses_from == run / "pose.2.pkl"
 
 
 def test_the_network_of_abinit_is_asked_on_the_ball_without_its_mean(golden: Path) -> None:

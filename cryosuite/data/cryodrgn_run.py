@@ -15,7 +15,7 @@ from cryosuite.data.open import open_particles
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError, notice
-from cryosuite.formats.checks import printable
+from cryosuite.formats.checks import check_rotations, check_shifts, printable
 from cryosuite.formats.config import read_yaml
 from cryosuite.formats.pickles import read_poses, safe_load
 
@@ -110,8 +110,8 @@ def open_cryodrgn_run(
         raise InputError(f"{run.z(wanted)}: {len(z)} latents for {len(particles)} particles of {named['particles']}")
     if found is not None:
         try:
-            particles = _with_poses(particles, found)
-        except InputError as error:  # its ab initio program writes shifts in pixels, of a sign that no file tells
+            particles = _with_poses(particles, found, config)
+        except InputError as error:  # latents are worth looking at without them
             if need_poses:
                 raise
             notice(f"the poses that the run found are left out: {error}")
@@ -160,8 +160,20 @@ def _found_poses(folder: Path, epoch: int, config: Mapping[str, Any]) -> Path | 
     return next((path for path in (folder / f"pose.{epoch}.pkl", folder / "pose.pkl") if path.is_file()), None)
 
 
-def _with_poses(particles: ParticleSet, path: Path) -> ParticleSet:
-    rotation, shift = read_poses(path)
+def _with_poses(particles: ParticleSet, path: Path, config: Mapping[str, Any]) -> ParticleSet:
+    """The particles with the poses the run found, their shifts as a fraction of the box.
+
+    All its programs slice at (kx, ky, 0) R and add t to centre the particle, as we do. ``abinit`` writes t in pixels;
+    the older ab initio programs write pixels over D + 1, the side of their lattice.
+    """
+    rotation, shift = read_poses(path, checked=False)
+    box, given = particles.box_size, config["dataset_args"]
+    if "data_norm_std" in config:  # abinit
+        shift = shift / np.float32(box)
+    elif given.get("poses") is None:
+        shift = shift * np.float32((box + 1) / box)
+    check_rotations(rotation, path)
+    check_shifts(shift, path)
     if len(rotation) == particles.n_source != len(particles):
         rotation, shift = rotation[particles.index], shift[particles.index]
     if len(rotation) != len(particles):

@@ -56,7 +56,8 @@ class Source:
         if self.labels is None:
             where = (
                 f"{self.run.path} has no analysis yet: run `cryosuite analyze {typed(self.run.path)}`, or"
-                if self.run else ""
+                if self.run
+                else ""
             )
             raise InputError(
                 f"{where or self.particles.path}{'' if where else ':'} give the clusters: --labels labels.pkl"
