@@ -52,6 +52,9 @@ SHARED = frozenset(
 PATIENCE = 3.0  # seconds in which the first process may tell an error that all have; a launcher then ends the others
 
 
+NO_MEMORY = "End what else uses it (nvidia-smi shows it), give a smaller batch, or run with --accelerator cpu."
+
+
 class LazyGroup(TyperGroup):
     """Imports a command's module only when it is asked for, so that help and start-up stay fast."""
 
@@ -181,10 +184,20 @@ def main() -> None:
         if debug:
             raise
         _leave(f"error: {_describe_os_error(error)}", 2)
+    except MemoryError:
+        if debug:
+            raise
+        _leave("error: this machine has not enough memory for that: use fewer --threads, or a machine with more", 2)
     except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError" and not debug:  # torch's, which is not imported for its name
+            _leave(f"error: the GPU has not enough memory for this step ({_first_line(error)}). {NO_MEMORY}", 2)
         if debug or not _lost_another(error):
             raise
         _stay_behind()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split(". ")[0].splitlines()[0][:160] if str(error).strip() else type(error).__name__
 
 
 def _stay_behind() -> None:

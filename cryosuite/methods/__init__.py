@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +60,7 @@ def load_run(run: Path | str, epoch: int | None = None, **options: Any) -> Loade
 
     folder = RunDir(Path(run))
     if is_cryodrgn_run(folder.path):
-        return import_module(CRYODRGN).load(folder, epoch, **options)
+        return _within_memory(import_module(CRYODRGN).load(folder, epoch, **options))
     config = read_run_config(folder)
     if config["method"] not in METHODS:
         raise InputError(
@@ -70,4 +70,23 @@ def load_run(run: Path | str, epoch: int | None = None, **options: Any) -> Loade
     if datadir is not None:
         config = {**config, "datadir": str(Path(datadir).absolute())}
     number = folder.epoch(epoch) if epoch not in (None, -1) else last_whole_epoch(folder)
-    return import_module(METHODS[config["method"]]).load(folder, config, number, **options)
+    return _within_memory(import_module(METHODS[config["method"]]).load(folder, config, number, **options))
+
+
+def _within_memory(loaded: LoadedRun) -> LoadedRun:
+    """The run with a ``decode`` that goes on with half as many volumes at a time where memory runs out."""
+    decode = loaded.decode
+    if decode is None:
+        return loaded
+    from cryosuite.kernels.memory import Portions
+
+    portions = Portions("volumes")
+
+    def decode_in_portions(points: np.ndarray) -> np.ndarray:
+        import numpy as np
+
+        points = np.atleast_2d(points)
+        parts = [found for _, found in portions.over(lambda rows: decode(points[rows]), len(points))]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else decode(points)
+
+    return replace(loaded, decode=decode_in_portions)

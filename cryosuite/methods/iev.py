@@ -62,6 +62,7 @@ class Iev:
 
     name = "iev"
     unused_parameters = False
+    compares_images = True  # of a batch with each other: fewer where a batch is computed in pieces
 
     def __init__(self, options: IevOptions) -> None:
         self.options = options

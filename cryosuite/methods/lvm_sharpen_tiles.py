@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from cryosuite.console import Progress
-from cryosuite.errors import InputError, notice
+from cryosuite.errors import InputError
+from cryosuite.formats.atomic import reserve
 from cryosuite.kernels.map_norm import to_unit
+from cryosuite.kernels.memory import halved, out_of_memory
 from cryosuite.kernels.tiles import Tiling, turned, turned_back
 
 CPU_BATCH = 2  # tiles: more only fall out of the processor's caches
@@ -95,11 +97,11 @@ class Runner:
             try:
                 found = self._forward(to_unit(tiling.cut(volume, some), *span))
             except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 found = None  # outside the except clause, whose traceback would keep the tensors
             if found is None:
-                size = self._halved(size)
+                size = halved(len(some), "tiles")
                 continue
             self.sizes.append(len(some))
             yield some, *found
@@ -130,26 +132,11 @@ class Runner:
         per_tile = max(torch.cuda.max_memory_allocated(self.device) - torch.cuda.memory_allocated(self.device), 1 << 20)
         return int(min(GPU_BATCH, max(1, GPU_SHARE * (free + idle) // per_tile)))
 
-    def _halved(self, size: int) -> int:
-        """Half as many tiles, the memory given back; InputError when there is nothing to halve."""
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        if size == 1:
-            raise InputError(
-                f"not enough memory on the {self.device.type} for one tile of this network; free some, or run with "
-                "--accelerator cpu"
-            )
-        notice(f"out of memory with {size} tiles at a time: going on with {size // 2}")
-        return size // 2
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-
 
 def _sum_like(volume: Tensor, scratch: Path | None) -> Tensor:
     """Zeros (z, y, x) float32 where the volume lies; for very large ones in a file that vanishes with the process."""
     if volume.device.type != "cpu" or volume.numel() <= MAPPED:
         return torch.zeros(volume.shape, device=volume.device)
     with tempfile.TemporaryFile(dir=scratch) as file:
-        return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=tuple(volume.shape)))
+        reserve(file, 4 * volume.numel())
+        return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=tuple(volume.shape)))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
+import resource
 import zlib
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from cryosuite import __version__
 from cryosuite.errors import InputError
-from cryosuite.formats.atomic import atomic_path, readable_bytes, require_space
+from cryosuite.formats.atomic import atomic_path, require_space, write_error
 from cryosuite.formats.checks import printable
 from cryosuite.training.options import FREE_ON_RESUME
 
@@ -36,10 +37,14 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
         try:
             torch.save(state, temporary)
         except RuntimeError:  # how torch reports a failed write of its zip file, in various words
-            raise InputError(
-                f"{path}: cannot write (is the disk full?); it needs {readable_bytes(needed)}. "
-                "The file of before is untouched."
-            ) from None
+            full = OSError(errno.EFBIG if _limited(needed) else errno.ENOSPC, "")
+            raise write_error(path, full, needed) from None
+
+
+def _limited(needed: int) -> bool:
+    """Whether `ulimit -f` forbids a file of so many bytes."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return limit != resource.RLIM_INFINITY and needed > limit
 
 
 def load_state(path: Path, what: str) -> dict[str, Any]:
@@ -81,13 +86,6 @@ def load_into(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     except RuntimeError as error:
         first = str(error).strip().splitlines()[1:2] or [str(error)]
         raise InputError(f"{path}: made for another model ({first[0].strip()[:200]})") from None
-
-
-def remove_leftovers(path: Path) -> None:
-    """Delete the temporary files that killed processes left beside ``path``."""
-    for leftover in path.parent.glob(f".{path.name}.*"):
-        with suppress(OSError):
-            leftover.unlink()
 
 
 def fingerprint(particles: ParticleSet) -> dict[str, Any]:

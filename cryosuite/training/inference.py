@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from cryosuite.console import Progress
-from cryosuite.data.loader import BatchLoader
-from cryosuite.formats.atomic import atomic_path
+from cryosuite.data.loader import Batch, BatchLoader
+from cryosuite.formats.atomic import atomic_path, write_error
+from cryosuite.kernels.memory import Portions
 from cryosuite.training.launch import resolve_precision, world
 from cryosuite.training.method import Method
+from cryosuite.training.shard import rows_of
 
 if TYPE_CHECKING:
     from cryosuite.data.particles import ParticleSet
@@ -41,14 +43,18 @@ def encode_batches(
     if len(mine) == 0:
         return
     share = particles if processes == 1 else particles.subset(mine)
-    loader = BatchLoader(share, batch_size, shuffle=False, device=device)
+    loader, portions = BatchLoader(share, batch_size, shuffle=False, device=device), Portions("images")
     shown = Progress(len(mine), "encode") if progress and rank == 0 else nullcontext()
     with shown as bar, evaluating(model):
         for batch in loader.epoch(0):
             rows = mine[0] + batch.index.cpu().numpy()
-            with torch.inference_mode(), autocast(device, precision):
-                z = method.encode(model, batch)
-            yield rows, z.float().cpu().numpy()
+
+            def encoded(some: slice, batch: Batch = batch) -> np.ndarray:
+                with torch.inference_mode(), autocast(device, precision):
+                    return method.encode(model, rows_of(batch, some)).float().cpu().numpy()
+
+            for some, z in portions.over(encoded, len(rows)):
+                yield rows[some], z
             if bar is not None:
                 bar.advance(len(rows))
 
@@ -90,10 +96,14 @@ def encode_to_file(
     rank, processes = world()
     part = path.with_name(f".{path.name}.part{rank}")
     zdim = 0
-    with open(part, "wb") as file:
-        for _, z in encode_batches(method, model, particles, batch_size, precision=precision, progress=progress):
-            zdim = z.shape[1]
-            file.write(np.ascontiguousarray(z, np.float32).tobytes())
+    try:
+        with open(part, "wb") as file:
+            for _, z in encode_batches(method, model, particles, batch_size, precision=precision, progress=progress):
+                zdim = z.shape[1]
+                file.write(np.ascontiguousarray(z, np.float32).tobytes())
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise write_error(path, error, 4 * zdim * len(particles)) from None
     _barrier()
     if rank == 0:
         _join(path, processes, (len(particles), zdim))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -104,7 +104,7 @@ def _train(session: Session, metrics: MetricsLog, on_epoch: OnEpoch | None) -> t
         if place.batch == 0 and _saved_epoch(session) and not session.run.weights(place.epoch).exists():
             _finish_epoch(session, signals, on_epoch)
         while place.epoch < options.epochs:
-            for batch in loader.epoch(place.epoch, start=place.batch):
+            for batch in _batches(session):
                 images = loader.global_size(place.batch)
                 losses, norm = session.descend(batch, Step(place.step, session.total))
                 meter.add(place.step, losses, norm, loader.weight(place.batch), images, batch.index)
@@ -127,6 +127,25 @@ def _train(session: Session, metrics: MetricsLog, on_epoch: OnEpoch | None) -> t
                 if stopped:
                     return stopped, loss
     return "", loss
+
+
+def _batches(session: Session) -> Iterator[Any]:
+    """The batches of the epoch from the session's place on.
+
+    Where images cannot be read any more (a stack that was moved, cut short or replaced) a checkpoint is written before
+    the error is passed on, so that the training goes on from there once the file is back. With several processes the
+    others do not know of it, so there the last regular checkpoint has to do.
+    """
+    place = session.place
+    try:
+        yield from session.loader.epoch(place.epoch, start=place.batch)
+    except (InputError, OSError) as error:
+        if session.processes > 1 or place.step == 0 or not session.save(even_if_not_calm=False):
+            raise
+        reason = str(error).rstrip(".")
+        raise InputError(
+            f"{reason}. A checkpoint of step {place.step} was written: go on with --resume once the images are back"
+        ) from error
 
 
 def _saved_epoch(session: Session) -> bool:

@@ -35,7 +35,8 @@ class Method(Protocol):
     ``unused_parameters`` (True where some parameters get no gradient in some steps), ``loader(particles, batch_size,
     rank, processes, seed=, device=)`` (batches of its own, with the verbs of ``GlobalBatches``), ``lr_factor(step)``
     (factor on the learning rate instead of the usual cosine), ``weight_decay(step)`` (of all groups whose decay is not
-    0, instead of a fixed one).
+    0, instead of a fixed one), ``compares_images`` (True where the loss compares the images of a batch with each other,
+    so that pieces of a batch are not quite the batch).
     """
 
     name: str

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cryosuite import __version__
 from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError, notice
+from cryosuite.kernels.memory import out_of_memory
 from cryosuite.training import checkpoint
 from cryosuite.training.ema import Ema
 from cryosuite.training.guard import Meter, Watch, describe_images
@@ -136,7 +137,9 @@ class Session:
         while True:
             try:
                 return self._gradients(batch, step)
-            except torch.cuda.OutOfMemoryError:
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
                 size = -(-len(batch.index) // self.micro_batches)
                 if self.halved or size < 2 or self.processes > 1:  # one process alone cannot go back: the others wait
                     raise InputError(
@@ -148,9 +151,11 @@ class Session:
     def _halve(self, images: int) -> None:
         """From now on cut every batch into twice as many pieces, and say so."""
         self.micro_batches, self.halved = 2 * self.micro_batches, True
+        compared = getattr(self.method, "compares_images", False)
+        result = "images are then compared within a piece only" if compared else "the result is the same"
         message = (
             f"the GPU ran out of memory: from now on a batch is computed in {self.micro_batches} pieces of "
-            f"{-(-images // self.micro_batches)} images; the result is the same, a little slower"
+            f"{-(-images // self.micro_batches)} images; {result}, a little slower"
         )
         notice(message)
         self.log.write(message)

@@ -47,6 +47,12 @@ def pieces(batch: Batch, count: int) -> list[Batch]:
     return [_cut(batch, slice(start, stop), size) for start, stop in zip(edges[:-1], edges[1:], strict=True)]
 
 
+def rows_of(batch: Batch, rows: slice) -> Batch:
+    """Some neighbouring rows of a batch."""
+    size = len(batch.index)
+    return batch if rows == slice(0, size) else _cut(batch, rows, size)
+
+
 def _cut(value: Any, rows: slice, size: int) -> Any:
     """The rows of every tensor with ``size`` rows inside a (nested) dataclass."""
     if isinstance(value, Tensor):

@@ -65,10 +65,10 @@ def work(arguments: list[str], log: Path, moment: float | None = None) -> Ended 
 
 
 def _become(arguments: list[str], log: Path) -> None:
-    """The child: a session of its own, output to a file, then the command; never returns."""
+    """The child: a process group of its own, output to a file, then the command; never returns."""
     code = 70
     try:
-        os.setsid()
+        os.setpgid(0, 0)
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(out, 1)
         os.dup2(out, 2)
@@ -94,7 +94,7 @@ def start_up(arguments: list[str], log: Path, random: np.random.Generator) -> En
     """The same with a fresh interpreter, killed while it starts up or soon after."""
     with open(log, "wb") as out:
         child = subprocess.Popen(
-            [sys.executable, "-m", "cryosuite", *arguments], stdout=out, stderr=out, start_new_session=True
+            [sys.executable, "-m", "cryosuite", *arguments], stdout=out, stderr=out, preexec_fn=os.setpgrp
         )
     return _watch(child.pid, float(random.uniform(0, 1.2 * START_CPU)))
 
