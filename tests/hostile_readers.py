@@ -47,6 +47,7 @@ from cryosuite.formats.safetensors import read_safetensors, read_safetensors_hea
 from cryosuite.methods.deco_auto import _read as read_trials
 from cryosuite.methods.iev_run import list_sets
 from cryosuite.metrics.oracle import read_cached
+from cryosuite.reconstruct.weights import ClassWeights
 from cryosuite.simulate.map_structures import _cached as read_molecules
 from cryosuite.training.checkpoint import load_state
 from cryosuite.training.logs import read_metrics
@@ -242,6 +243,10 @@ def _records(path: Path) -> None:
     read_cached(path, {"a": 1})
 
 
+def _shares(path: Path) -> None:
+    ClassWeights.from_arrays(safe_load(path)[0], str(path))
+
+
 def _npz(path: Path) -> None:
     read_molecules(path, np.array([1, 2]))
 
@@ -312,6 +317,7 @@ READERS: dict[str, Reader] = {
     "csv": Reader("x.csv", read_pairs, lambda: [seeds.CSV], (b"map", b"model", b"resolution", b"m.mrc", b"m.pdb")),
     "particles.csv": Reader("run/analyze.2/particles.csv", _table_of_particles, lambda: [seeds.particles_csv()]),
     "jsonl": Reader("metrics.jsonl", _records, _jsons, (b'"step"', b"NaN", b"Infinity", b"1e999", b'"scores"')),
+    "p.pkl": Reader("x.pkl", _shares, seeds.shares),
     "npz": Reader("x.npz", _npz, seeds.npz_files),
     "safetensors": Reader("x.safetensors", _safetensors, seeds.weights,
                           (b'"dtype":"F32"', b'"shape":[', b'"data_offsets":[', b'"__metadata__"', b'"spec"')),

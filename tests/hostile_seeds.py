@@ -132,6 +132,12 @@ def pickles() -> list[bytes]:
     return [*found, pickle.dumps(z) + pickle.dumps(z), *hostile]
 
 
+def shares() -> list[bytes]:
+    """A sparse table of classes."""
+    parts = (np.ones(4, np.float32), np.arange(4, dtype=np.int32), np.array([0, 2, 4]), np.array([2, 4]))
+    return [pickle.dumps(parts, protocol=protocol) for protocol in (2, 4)]
+
+
 def torch_files() -> list[bytes]:
     """Checkpoints: zip and the old form, of tensors and of what asks for more."""
     state = {"format": 1, "model": {"a.weight": torch.zeros(3, 4)}, "epoch": 3}

@@ -17,6 +17,7 @@ from cryosuite.data.particles import ParticleSet
 from cryosuite.data.typed import typed
 from cryosuite.data.workdir import AnalysisDir, VolumeDir
 from cryosuite.errors import InputError
+from cryosuite.formats.checks import printable
 from cryosuite.formats.config import read_yaml
 from cryosuite.formats.pickles import read_array, read_labels
 
@@ -76,22 +77,45 @@ def read_analysis(out: AnalysisDir, z: np.ndarray) -> Found:
     labels = read_labels(out.labels, unlabelled=True)
     if len(labels) != len(z):
         raise InputError(f"{out.labels}: {len(labels)} labels, but the run has {len(z)} latents: not its analysis")
-    known = summary.get("kmeans") or {}
-    count = max(int(labels.max(initial=-1)) + 1, int(known.get("clusters") or 0))
-    colours = [c for c in known.get("colours") or [] if isinstance(c, str) and COLOUR.fullmatch(c)]
-    levels = list(known.get("levels") or [])
-    folder = VolumeDir(out.path / Path(str(known.get("folder") or f"kmeans{count}")).name)
+    known = _part(out, summary, "kmeans")
+    count = max(int(labels.max(initial=-1)) + 1, _whole(out, known, "clusters"))
+    if count > max(len(labels), 1):
+        raise InputError(f"{out.path}: {count} clusters of {len(labels)} particles: damaged; run analyze again")
+    colours = [c for c in _several(known, "colours") if isinstance(c, str) and COLOUR.fullmatch(c)]
+    levels = [level if isinstance(level, float | int) else None for level in _several(known, "levels")]
+    folder = VolumeDir(out.path / (Path(str(known.get("folder") or "")).name.strip(".") or f"kmeans{count}"))
     scores, ratio = latents.all_scores(z)
     umap = read_array(out.umap, (len(z), 2), "UMAP coordinates") if out.umap.is_file() else None
-    mixture = summary.get("gmm") or {}
-    groups = _groups(out.gmm(int(mixture["groups"])), len(z)) if mixture.get("groups") else None
+    mixture = _whole(out, _part(out, summary, "gmm"), "groups")
+    groups = _groups(out.gmm(mixture), len(z)) if mixture else None
     confidence = read_array(folder.confidence, (len(z),), "confidences") if folder.confidence.is_file() else None
-    volumes = summary.get("volumes") or {}
+    first = _whole(out, _part(out, summary, "volumes"), "start_index")
     return Found(
         out, summary, labels, colours if len(colours) == count else palette(count), folder,
-        levels if len(levels) == count else [None] * count, int(volumes.get("start_index") or 0), scores, ratio, umap,
+        levels if len(levels) == count else [None] * count, first, scores, ratio, umap,
         confidence, groups,
     )  # fmt: skip
+
+
+def _part(out: AnalysisDir, summary: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A part of analyze.yaml, empty where it is not there; InputError where it is something else."""
+    part = summary.get(name) or {}
+    if not isinstance(part, dict):
+        raise InputError(f"{out.summary}: {name} is {printable(part)}, expected name: value lines; run analyze again")
+    return part
+
+
+def _whole(out: AnalysisDir, part: Mapping[str, Any], name: str) -> int:
+    """A whole number from 0, 0 where it is not there."""
+    value = part.get(name) or 0
+    if type(value) is not int or not 0 <= value < 2**31:
+        raise InputError(f"{out.summary}: {name} is {printable(value)}, expected a whole number; run analyze again")
+    return value
+
+
+def _several(part: Mapping[str, Any], name: str) -> list[Any]:
+    value = part.get(name)
+    return value if isinstance(value, list) else []
 
 
 def _groups(folder: VolumeDir, count: int) -> tuple[np.ndarray, np.ndarray] | None:

@@ -275,7 +275,7 @@ def _reachable(tables: ParticleTables, start: Origin, out: Path) -> Any:
 
 
 def _exists(finder: StackFinder, name: str) -> Path | None:
-    return next((path for path in finder.candidates(name) if path.is_file()), None)
+    return next((path for path in finder.candidates(name) if os.path.isfile(path)), None)
 
 
 def _image_names(particles: ParticleSet, out: Path) -> list[str]:

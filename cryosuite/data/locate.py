@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,10 +47,10 @@ class StackFinder:
     def find(self, name: str) -> Path:
         """The stack; InputError listing every path tried when it is nowhere, or when it stands for another name too."""
         tried = self.candidates(name)
-        path = next((path for path in tried if path.is_file()), None)
+        path = next((path for path in tried if os.path.isfile(path)), None)  # False for names that no file can have
         if path is None:
             swapped = (path.with_suffix(SWAPPED.get(path.suffix, path.suffix)) for path in tried)
-            path = next((path for path in swapped if path.is_file()), None)
+            path = next((path for path in swapped if os.path.isfile(path)), None)
             if path is None:
                 raise InputError(
                     f"{self.table}: cannot find the stack {printable(name)}. Looked for: "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 from cryosuite.data.map_grid import read_grid, resampled
 from cryosuite.errors import InputError
 from cryosuite.formats.atoms import read_atoms
-from cryosuite.formats.checks import read_bytes
+from cryosuite.formats.checks import printable, read_bytes
 from cryosuite.formats.config import read_yaml
 from cryosuite.kernels.map_norm import auto_mask, grey_range, to_unit
 from cryosuite.kernels.map_spectrum import estimate_resolution, match_spectrum
@@ -143,11 +144,17 @@ def _table(path: Path) -> list[dict[str, Any]]:
     if not lines:
         return []
     rows = csv.DictReader(io.StringIO("\n".join(lines)), delimiter="\t" if "\t" in lines[0] else ",")
-    names = [name.strip().lower() for name in rows.fieldnames or []]
+    try:
+        names = [name.strip().lower() for name in rows.fieldnames or []]
+    except csv.Error as error:
+        raise InputError(f"{path}: is no table that can be read: {printable(error)}") from None
     if missing := [name for name in COLUMNS[:2] if name not in names]:
         raise InputError(f"{path}: the first line must name the columns map,model[,resolution]; lacks {missing[0]}")
     rows.fieldnames = names
-    return list(rows)
+    try:
+        return list(rows)
+    except csv.Error as error:
+        raise InputError(f"{path}: is no table that can be read: {printable(error)}") from None
 
 
 def _entry(row: dict[str, Any], where: str, path: Path) -> MapEntry:
@@ -157,8 +164,8 @@ def _entry(row: dict[str, Any], where: str, path: Path) -> MapEntry:
         value = row.get(name)
         if not isinstance(value, str) or not value.strip():
             raise InputError(f"{path}, {where}: no {name} is given")
-        file = path.parent / Path(value.strip()).expanduser()
-        if not file.is_file():
+        file = path.parent / os.path.expanduser(value.strip())
+        if not os.path.isfile(file):
             raise InputError(f"{path}, {where}: the {name} {file} is not there")
         if not _stem(file, endings):
             raise InputError(f"{path}, {where}: the {name} {file} must end in {', '.join(endings)} (also .gz)")
@@ -168,7 +175,7 @@ def _entry(row: dict[str, Any], where: str, path: Path) -> MapEntry:
         return MapEntry(_stem(files[0], MAPS), files[0], files[1])
     try:
         resolution = float(resolution)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         resolution = math.nan
     if not LIMITS[0] <= resolution <= LIMITS[1]:
         raise InputError(f"{path}, {where}: resolution {row['resolution']}: expected a number of A such as 3.4")

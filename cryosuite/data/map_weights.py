@@ -188,10 +188,12 @@ def _spec(header: SafetensorsHeader, encoder: bool) -> tuple[ScunetSpec | MapVit
         values = json.loads(header.metadata["spec"])
         if not isinstance(values, dict) or values.keys() != {field.name for field in fields(kind)}:
             raise ValueError("other fields than a network of this version has")
+        if any(type(value) not in (type(getattr(kind(), name)), int) for name, value in values.items()):
+            raise ValueError("values of other kinds than a network has")
         if any(name in LARGEST and not 0 < value <= LARGEST[name] for name, value in values.items()):
             raise ValueError("sizes that no network has")
         return kind(**values), part if encoder else network
-    except (KeyError, ValueError, TypeError, RecursionError) as error:
+    except (KeyError, ValueError, TypeError, ZeroDivisionError, RecursionError) as error:
         raise InputError(
             f"{header.path}: broken weights file, its metadata describe no network ({printable(error)})"
         ) from None

@@ -171,11 +171,13 @@ def _read_spec(path: Path, text: str) -> MultiviewSpec:
         values = json.loads(text)
         if not isinstance(values, dict) or values.keys() != asdict(released()).keys():
             raise ValueError("other fields than a network of this version has")
+        if any(type(value) is not type(getattr(released(), name)) for name, value in values.items()):
+            raise ValueError("values of other kinds than a network has")
         large = [n for n, v in values.items() if isinstance(v, int) and v > (MAX_DEPTH if "depth" in n else MAX_SIZE)]
         if large:
             raise ValueError("sizes that no network has")
         return MultiviewSpec(**values)
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, ZeroDivisionError, RecursionError) as error:
         raise InputError(
             f"{path}: broken weights file, its metadata describe no network ({printable(error)})"
         ) from None

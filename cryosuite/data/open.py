@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -80,13 +81,13 @@ def open_particles(
     sources.user_poses, sources.user_ctf = sources.poses, sources.ctf
     if path.name == DATASET:
         path = path.parent
-    if path.is_dir():
+    if os.path.isdir(path):
         if not WorkDir(path).exists() and RunDir(path).exists():
             chosen = {"ind": ind, "datadir": datadir, "passthrough": tuple(passthrough) or None}
             chosen = {name: value for name, value in chosen.items() if value is not None}
             return open_run_particles(RunDir(path), need_poses=need_poses, need_ctf=need_ctf, **chosen)
         return _open_work(WorkDir(path), sources)
-    if not path.exists():
+    if not os.path.exists(path):
         raise InputError(f"{path}: no such file or folder. Give {KINDS}.")
     return assemble(_rows_of(path, sources), sources)
 

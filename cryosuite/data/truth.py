@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def find_truth(path: Path | str) -> Truth | None:
         if not link:
             return None
         folder = resolve_link(str(link), folder)
-        if not folder.exists():
+        if not os.path.exists(folder):
             return None
     return None
 
@@ -85,10 +86,15 @@ def _truth(folder: Path, dataset: dict[str, Any]) -> Truth:
     """The Truth described by the ``truth`` mapping of a dataset.yaml."""
     entry = dataset["truth"]
     work = WorkDir(folder)
+    volumes = entry.get("volumes") or []
+    if not isinstance(volumes, list) or not all(
+        isinstance(name, str) for name in (*volumes, entry.get("mask") or "", entry.get("labels") or "")
+    ):
+        raise InputError(f"{work.dataset}: truth: mask and labels must be names of files, volumes a list of them")
     mask = folder / entry["mask"] if entry.get("mask") else work.mask
     return Truth(
         path=folder,
-        volumes=[folder / name for name in entry.get("volumes", [])],
+        volumes=[folder / name for name in volumes],
         labels=folder / entry["labels"] if entry.get("labels") else work.labels,
         mask=mask if mask.is_file() else None,
         dataset=dataset,

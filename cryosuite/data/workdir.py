@@ -8,6 +8,7 @@ Epochs in file names count from 1, labels and volumes from 0.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -256,6 +257,6 @@ class RunDir:
 def resolve_link(link: str, folder: Path) -> Path:
     """A path written into a YAML file of ``folder``: absolute, relative to that folder, or to where we are."""
     path = Path(link)
-    if path.is_absolute() or not (folder / path).exists():
+    if path.is_absolute() or not os.path.exists(folder / path):  # False, too, for names that no file can have
         return path
     return folder / path

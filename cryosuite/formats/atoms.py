@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from cryosuite.formats.checks import existing_file, printable
 if TYPE_CHECKING:
     import gemmi
 
+_MOST_UNPACKED = 100
+_PIECE = 1 << 18  # bytes unpacked at a time
 _SUFFIXES = (".pdb", ".ent", ".cif", ".mmcif")
 
 
@@ -50,15 +53,18 @@ def read_atoms(path: str | os.PathLike, waters: bool = False) -> Atoms:
     author's number. Raises InputError for a missing, unreadable or empty model.
     """
     path = existing_file(path, "atomic model")
+    gz = str(path).lower().endswith(".gz")
     stem = str(path).lower().removesuffix(".gz")
     if not stem.endswith(_SUFFIXES):
         raise InputError(f"{path}: expected an atomic model (.pdb, .ent, .cif or .mmcif, also .gz)")
     import gemmi
 
     try:
-        structure = gemmi.read_structure(str(path))
+        structure = gemmi.read_structure_string(_unpacked(path)) if gz else gemmi.read_structure(str(path))
         structure.setup_entities()
         atoms = _collect(structure, waters)
+    except InputError:
+        raise
     except UnicodeDecodeError:
         raise InputError(f"{path}: cannot read this atomic model: some names are not text") from None
     except Exception as error:  # gemmi raises several types for damaged text
@@ -68,6 +74,22 @@ def read_atoms(path: str | os.PathLike, waters: bool = False) -> Atoms:
     if not np.isfinite(atoms.xyz).all():
         raise InputError(f"{path}: some coordinates are not numbers")
     return atoms if atoms.name else replace(atoms, name=Path(stem).stem)
+
+
+def _unpacked(path: Path) -> bytes:
+    """The text of a .gz model; InputError where it unpacks to more than any model does (a bomb of zeros: 1000 times).
+
+    Not left to gemmi, which takes as much memory as the last four bytes of the file ask for.
+    """
+    limit = _MOST_UNPACKED * path.stat().st_size + _PIECE
+    pieces, total = [], 0
+    with gzip.open(path) as stream:
+        while piece := stream.read(_PIECE):
+            pieces.append(piece)
+            total += len(piece)
+            if total > limit:
+                raise InputError(f"{path}: unpacks to more than {_MOST_UNPACKED} times its size: no atomic model does")
+    return b"".join(pieces)
 
 
 def _collect(structure: gemmi.Structure, waters: bool) -> Atoms:

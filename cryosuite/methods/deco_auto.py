@@ -109,6 +109,6 @@ def _read(path: Path) -> dict[str, list[float]]:
     """What earlier trials left; nothing where the file is absent or damaged."""
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

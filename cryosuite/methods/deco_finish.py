@@ -19,6 +19,7 @@ from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError, notice
 from cryosuite.formats.atomic import atomic_path
 from cryosuite.formats.mrc import write_map
+from cryosuite.formats.npz import read_npz
 from cryosuite.formats.pickles import write_pickle
 from cryosuite.methods import LoadedRun
 from cryosuite.methods.deco_options import DecoOptions
@@ -144,8 +145,7 @@ def _margins(run: RunDir, epoch: int) -> np.ndarray | None:
     path: Path = run.margins(epoch)
     if not path.exists():
         return None
-    with np.load(path) as stored:
-        return stored["margin"]
+    return read_npz(path, ["margin"])["margin"]
 
 
 def _polish(run: RunDir, loaded: LoadedRun, labels: np.ndarray) -> dict[int, float]:

@@ -14,6 +14,7 @@ from cryosuite.data.multiview_weights import save_multiview
 from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError, notice
 from cryosuite.formats.atomic import atomic_path, write_text
+from cryosuite.formats.npz import read_npz
 from cryosuite.methods.fastar import FastarModel
 from cryosuite.methods.fastar_loader import Molecules
 from cryosuite.methods.fastar_options import FastarOptions
@@ -78,11 +79,11 @@ def _library(spec: str, path: Path) -> tuple[Beads, list[str]]:
     key = np.array([zlib.crc32(said.encode()), STRUCTURE_BEADS], np.int64)
     if path.is_file():
         try:
-            with np.load(path, allow_pickle=False) as found:
-                if np.array_equal(found["key"], key):
-                    parts = (torch.from_numpy(found[n]) for n in ("xyz", "weight", "width", "mates"))
-                    return Beads(*parts), found["names"].tolist()
-        except (OSError, ValueError, KeyError, EOFError):
+            found = read_npz(path, ("key", "names", "xyz", "weight", "width", "mates"))
+            if np.array_equal(found["key"], key):
+                parts = (torch.from_numpy(found[n]) for n in ("xyz", "weight", "width", "mates"))
+                return Beads(*parts), found["names"].tolist()
+        except (InputError, TypeError):  # TypeError: numbers of a kind that torch has not
             path.unlink(missing_ok=True)
     notice(f"reading {len(files)} atomic models")
     beads, names = structure_beads(files, STRUCTURE_BEADS)

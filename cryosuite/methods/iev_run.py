@@ -101,7 +101,7 @@ def _from_list(path: Path) -> list[Entry]:
                 for key, kind in (("weight", float), ("pixel_size", float), ("sign", int))
                 if item.get(key) is not None
             }
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise InputError(f"{path}: set {number} (0-based): weight, pixel_size and sign must be numbers") from None
         datadir = None if item.get("datadir") is None else path.parent / str(item["datadir"])
         entries.append(Entry(path.parent / str(item["path"]), datadir=datadir, **numbers))

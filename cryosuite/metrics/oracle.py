@@ -92,7 +92,7 @@ def read_cached(path: Path, settings: dict[str, Any]) -> OracleScores | None:
     """Scores stored under these settings in the JSON file ``path``; None when absent or unreadable."""
     try:
         return OracleScores.from_dict(json.loads(path.read_text())[cache_key(settings)]["scores"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

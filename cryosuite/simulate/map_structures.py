@@ -10,6 +10,7 @@ import numpy as np
 
 from cryosuite.errors import InputError, notice
 from cryosuite.formats.atomic import atomic_path
+from cryosuite.formats.npz import read_npz
 from cryosuite.simulate.phantoms import Phantom, make_phantoms
 from cryosuite.simulate.sources import ATOM_FILES, find_files, has_ending, phantom_count, read_structure
 
@@ -18,6 +19,8 @@ PHANTOMS = 24  # procedural proteins when no number is asked for
 PHANTOM_RESIDUE = 8  # atoms
 HELD_SEED = 3
 PHANTOM = "phantom"  # what the names of procedural proteins begin with
+
+COLUMNS = ("xyz", "number", "residue")  # of the atoms of all molecules together, as the cache keeps them
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,10 +103,7 @@ def _from_files(files: list[Path], cache: Path | None) -> list[Molecule]:
 
 def _keep(cache: Path, key: np.ndarray, molecules: list[Molecule]) -> None:
     cache.parent.mkdir(parents=True, exist_ok=True)
-    columns = {
-        name: np.concatenate([getattr(molecule, name) for molecule in molecules])
-        for name in ("xyz", "number", "residue")
-    }
+    columns = {name: np.concatenate([getattr(molecule, name) for molecule in molecules]) for name in COLUMNS}
     ends = np.cumsum([len(molecule) for molecule in molecules])
     with atomic_path(cache) as temporary, open(temporary, "wb") as stream:
         np.savez(stream, key=key, ends=ends, names=np.array([m.name for m in molecules]), **columns)
@@ -113,14 +113,15 @@ def _cached(cache: Path, key: np.ndarray) -> list[Molecule] | None:
     if not cache.is_file():
         return None
     try:
-        with np.load(cache, allow_pickle=False) as found:
-            if not np.array_equal(found["key"], key):
-                return None
-            starts = np.concatenate([[0], found["ends"]])
-            columns = [found[name] for name in ("xyz", "number", "residue")]
-            return [
-                Molecule(str(name), *(column[a:b] for column in columns))
-                for name, a, b in zip(found["names"], starts[:-1], starts[1:], strict=True)
-            ]
-    except (OSError, ValueError, KeyError, EOFError):
+        found = read_npz(cache, ("key", "ends", "names", *COLUMNS))
+    except InputError:
         return None
+    counts = {len(found[name]) if found[name].ndim else -1 for name in COLUMNS}
+    starts = np.concatenate([[0], found["ends"].reshape(-1)])
+    fits = starts.dtype.kind in "iu" and (np.diff(starts) > 0).all() and counts == {int(starts[-1])}
+    if not fits or not np.array_equal(found["key"], key) or found["names"].shape != found["ends"].shape:
+        return None
+    return [
+        Molecule(str(name), *(found[column][a:b] for column in COLUMNS))
+        for name, a, b in zip(found["names"], starts[:-1], starts[1:], strict=True)
+    ]

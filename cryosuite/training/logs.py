@@ -39,9 +39,9 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
-            if isinstance(record, dict) and "step" in record:
+            if isinstance(record, dict) and isinstance(record.get("step"), int | float):
                 records.append(record)
     return records
 

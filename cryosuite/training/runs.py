@@ -12,6 +12,7 @@ from typing import Any
 from cryosuite import __version__
 from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError
+from cryosuite.formats.checks import printable
 from cryosuite.formats.config import write_yaml
 from cryosuite.training.launch import process_rank, was_restarted
 from cryosuite.training.options import TrainOptions, plain
@@ -113,6 +114,9 @@ def read_run_config(run: RunDir) -> dict[str, Any]:
     for name in ("method", "particles", "options", "training"):
         if name not in config:
             raise InputError(f"{run.config}: has no {name!r}: not the config.yaml of a cryosuite training")
+    for name, kind in (("method", str), ("particles", str), ("options", dict), ("training", dict)):
+        if not isinstance(config[name], kind):
+            raise InputError(f"{run.config}: {name!r} is damaged: found {printable(config[name])}")
     return config
 
 
@@ -129,7 +133,7 @@ def particles_path(config: dict[str, Any], run: RunDir) -> Path:
     Raises InputError where neither exists any more.
     """
     absolute = Path(config["particles"])
-    relative = run.path / config.get("particles_relative", config["particles"])
+    relative = run.path / str(config.get("particles_relative", config["particles"]))
     for path in (absolute, relative):
         if os.path.exists(path):
             return path
