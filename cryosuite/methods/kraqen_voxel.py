@@ -154,8 +154,8 @@ class VoxelEM:
                 state, record = found
                 history.append(record)
                 if run is not None:
+                    metrics.write(record)  # before the checkpoint: a line beyond it is dropped on resume
                     self.save(run, state, history)
-                    metrics.write(record)
                 if on_iteration is not None:
                     on_iteration(state, record)
                 late = max_minutes is not None and time.monotonic() - began > 60 * max_minutes

@@ -143,7 +143,9 @@ def main() -> None:
         row = Trial(command, base / command.name.replace(" ", "_"), arguments.kills, arguments.seed).go()
         print(f"{row['what']}: {row['tried']} kills, {row['result']} ({time.monotonic() - began:.0f} s)", flush=True)
         rows.append(row)
-        save(arguments.name, {"seed": arguments.seed, "rows": rows})
+        typed = f"python tests/benchmarks/fire_kill.py --work WORK --kills {arguments.kills}"
+        every = [*compare.rows_but(arguments.name, rows), *rows]  # of other commands, tried before
+        save(arguments.name, {"command": typed, "seed": arguments.seed, "rows": every})
 
 
 if __name__ == "__main__":

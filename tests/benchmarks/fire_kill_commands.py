@@ -78,11 +78,11 @@ def trainings(base: Path) -> Iterable[Command]:
 
     yield one("train-hype", "train-hype", particles, "-n", "3", "-b", "32", "--checkpoint", "1", "--preset", "small",
               *logged)  # fmt: skip
-    yield one("train-kraqen, voxel maps", "train-kraqen", particles, "--n-codes", "4", "-i", "8", *ONE)
-    yield one("train-kraqen, tri-plane", "train-kraqen", particles, "--field", "triplane", "--n-codes", "4",
+    yield one("train-kraqen (voxel maps)", "train-kraqen", particles, "--n-codes", "4", "-i", "8", *ONE)
+    yield one("train-kraqen (tri-plane)", "train-kraqen", particles, "--field", "triplane", "--n-codes", "4",
               "--rank", "4", "-n", "4", "-b", "40", "--em-finish", "2", *EVERY_STEP, *ONE)  # fmt: skip
     yield one(
-        "deco-classify, known poses", "deco-classify", particles, *NETWORK, *EVERY_STEP, *ONE, "--precision", "32"
+        "deco-classify (known poses)", "deco-classify", particles, *NETWORK, *EVERY_STEP, *ONE, "--precision", "32"
     )
     yield one("deco-classify --ab-initio", "deco-classify", particles, "--ab-initio", "--starts", "1",
               "--classes", "1", *NETWORK, *EVERY_STEP, *ONE, "--precision", "32")  # fmt: skip

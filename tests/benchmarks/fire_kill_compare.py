@@ -8,6 +8,9 @@ import re
 import zipfile
 from pathlib import Path
 
+import yaml
+from common import RESULTS
+
 TIMES = {"seconds", "images_per_s"}  # in metrics.jsonl
 FREE = re.compile(r"(run\.log|timing\.json|.*\.lock)$")  # files that hold times only
 TIMED = re.compile(r"started|command|seconds|date|time|particles_relative|source|run\b|written|outdir|folder")
@@ -41,13 +44,22 @@ def equal(one: Path, other: Path) -> bool:
         return True
     if one.name == "metrics.jsonl":
         return _metrics(one) == _metrics(other)
-    if one.suffix in (".yaml", ".json", ".txt", ".html", ".csv", ".md", ".cxc", ".star"):
+    if one.suffix == ".yaml":
+        return _timeless(yaml.safe_load(one.read_text())) == _timeless(yaml.safe_load(other.read_text()))
+    if one.suffix in (".json", ".txt", ".html", ".csv", ".md", ".cxc", ".star"):
         return _lines(one) == _lines(other)
     if one.suffix == ".safetensors":
         return _tensors(one) == _tensors(other)
     if zipfile.is_zipfile(one) and zipfile.is_zipfile(other):
         return _state(one) == _state(other)
     return False
+
+
+def _timeless(value: object) -> object:
+    """A parsed file without what may differ from run to run."""
+    if isinstance(value, dict):
+        return {key: _timeless(item) for key, item in value.items() if not TIMED.search(str(key))}
+    return [_timeless(item) for item in value] if isinstance(value, list) else value
 
 
 def _metrics(path: Path) -> list[dict]:
@@ -128,8 +140,6 @@ def _readable(path: Path) -> bool:
 
             read_safetensors(path)
         elif path.suffix in (".json", ".yaml"):
-            import yaml
-
             yaml.safe_load(path.read_text())
         elif path.name == "metrics.jsonl":
             [json.loads(line) for line in path.read_text().splitlines()[:-1]]
@@ -137,3 +147,10 @@ def _readable(path: Path) -> bool:
         print(f"  {path}: {type(error).__name__}: {str(error)[:200]}")
         return False
     return True
+
+
+def rows_but(name: str, rows: list[dict]) -> list[dict]:
+    """Rows of an earlier result of this name that are not made anew, so that commands can be tried one by one."""
+    path = RESULTS / f"{name}.json"
+    made = {row["what"] for row in rows}
+    return [row for row in json.loads(path.read_text())["rows"] if row["what"] not in made] if path.is_file() else []
