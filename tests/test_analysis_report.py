@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 from report_toy import CLUSTERS, EVIL, D, make_analysis, particle_set, write_all
 
 from cryosuite.analysis.particle_table import Column, particle_columns, round_confidence, write_particle_table
@@ -20,10 +21,13 @@ from cryosuite.analysis.report_maps import find_maps
 from cryosuite.analysis.report_pack import packed, script_json, thinned
 from cryosuite.analysis.report_page import command, page_file, plotly_script
 from cryosuite.analysis.report_pictures import TILE, for_the_eye, typical_and_odd
-from cryosuite.analysis.report_read import read_analysis
+from cryosuite.analysis.report_read import read_analysis, shown_path
+from cryosuite.data.latents import fingerprint
 from cryosuite.data.orientations import from_euler
 from cryosuite.data.results import MapsDir, PolishDir
-from cryosuite.errors import InputError
+from cryosuite.data.typed import typed
+from cryosuite.data.workdir import VolumeDir
+from cryosuite.errors import InputError, UserNotice
 from cryosuite.formats.config import write_yaml
 from cryosuite.formats.csv_text import unguarded
 from cryosuite.formats.mrc import write_map
@@ -123,7 +127,7 @@ def test_columns_of_cryosparc_get_names_that_can_be_typed() -> None:
     rows = np.zeros(4, [("uid", "<u8"), ("location/micrograph_path", "S20"), ("ctf/exp_group_id", "<u4"),
                         ("alignments3D/class_posterior", "<f4"), ("alignments3D/pose", "<f4", (3,)), ("class", "<i4"),
                         ("blob/path", "S5")])  # fmt: skip
-    rows["location/micrograph_path"] = [b"m2.mrc", b"m1.mrc", b"m2.mrc", b"\xff.mrc"]
+    rows["location/micrograph_path"] = [b"m2.mrc", b">m1.mrc", b">m2.mrc", b"\xff.mrc"]  # > marks an exported path
     rows["alignments3D/class_posterior"] = [0.1, 0.2, 0.3, 0.4]
     particles = particle_set(4)
     particles.tables, particles.source = rows, Path("p.cs")
@@ -132,6 +136,7 @@ def test_columns_of_cryosparc_get_names_that_can_be_typed() -> None:
         "m2.mrc", "m1.mrc", "m2.mrc", "\ufffd.mrc",
     ]  # fmt: skip
     np.testing.assert_allclose(columns["alignments3D_class_posterior"].values, [0.1, 0.2, 0.3, 0.4], rtol=1e-6)
+    assert len(columns["micrograph"].names) == 3
     assert "c_class" in columns, "a word of Python's grammar cannot be a column"
     assert not {"uid", "blob_path", "alignments3D_pose"} & set(columns)
 
@@ -266,6 +271,34 @@ def test_volumes_of_other_clusters_are_not_shown(tmp_path: Path) -> None:
     assert all(c["maps"] for c in Page(write_all(out, z, None).read_text(encoding="utf-8")).meta["clusters"])
     folder.centers.write_text("1 2 4\n")
     assert not any(c["maps"] for c in Page(write_all(out, z, None).read_text(encoding="utf-8")).meta["clusters"])
+
+
+def test_commands_shown_can_be_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path, text in (("-run", "./-run"), ("my run/a", "'my run/a'"), ("-my run", "'./-my run'"), ("run", "run")):
+        assert shown_path(tmp_path / path) == shown_path(Path(path)) == typed(path) == text
+    assert shown_path(tmp_path.parent / "b") == str(tmp_path.parent / "b")
+
+
+def test_pictures_of_other_latents_are_not_shown(tmp_path: Path) -> None:
+    """Trajectories and landscapes stay in the folder when a run is trained anew."""
+    out, z = make_analysis(tmp_path / "a", 24)
+    noted = {"of_these": fingerprint(z), "of_others": fingerprint(2 * z), "of_old": None}
+    for name, latents in noted.items():
+        folder = VolumeDir(out.trajectories / name)
+        folder.path.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder.plot("volumes"))
+        if latents:
+            write_yaml(folder.summary, {"kind": "trajectory", "latents": latents})
+    out.landscape.path.mkdir()
+    Image.new("RGB", (8, 8)).save(out.landscape.plot("states"))
+    write_yaml(out.landscape.summary, {"latents": noted["of_others"]})
+    with pytest.warns(UserNotice, match="other latents") as told:
+        text = write_all(out, z, None).read_text(encoding="utf-8")
+    assert sum("other latents" in str(one.message) for one in told) == 2
+    assert "Trajectory: trajectories/of_these/volumes.png" in text
+    assert "of_others" not in text and "landscape/states.png" not in text
+    assert "Trajectory (of which latents is not noted; perhaps of earlier ones): trajectories/of_old" in text
 
 
 @pytest.mark.parametrize("what", ["no UMAP", "no volumes", "no particles", "one particle", "zdim 1", "all NaN but one"])

@@ -325,6 +325,28 @@ def test_volumes_of_other_latents_or_clusters_do_not_stay(tmp_path: Path) -> Non
     assert not out.pc(1).path.exists() and [path.name for path in out.pc(2).path.iterdir()] == ["mine.txt"]
 
 
+def test_volumes_that_stay_are_told_with_the_options_they_were_made_with(tmp_path: Path) -> None:
+    z, _ = latents(30)
+    out = AnalysisDir(tmp_path)
+    flipped = AnalyzeOptions(ksample=3, components=2, per_component=2, skip_umap=True,
+                             volumes=VolumeOptions(pixel_size=2.5, flip=True, start_index=1))  # fmt: skip
+    analyze(z, decode, out, PIXEL, D, flipped)
+    before = read_yaml(out.summary)
+    analyze(z, decode, out, PIXEL, D, replace(flipped, skip_volumes=True, volumes=VolumeOptions()))
+    after = read_yaml(out.summary)
+    for name in ("volumes", "pixel_size"):
+        assert after[name] == before[name]
+    assert after["kmeans"]["levels"] == before["kmeans"]["levels"] and len(out.pc(2).volumes()) == 2
+    with pytest.warns(UserNotice, match="made with other options and stay"):
+        analyze(z, decode, out, PIXEL, D, replace(flipped, skip_volumes=True, volumes=VolumeOptions(invert=True)))
+    assert read_yaml(out.summary)["volumes"] == before["volumes"]
+    analyze(z, decode, out, PIXEL, D, replace(flipped, components=1))
+    assert len(out.pc(2).volumes()) == 2, "the same latents and options: nothing has changed for it"
+    analyze(z, decode, out, PIXEL, D, replace(flipped, components=1, volumes=VolumeOptions()))
+    assert len(out.pc(1).volumes()) == 2 and not out.pc(2).path.exists()
+    assert read_yaml(out.summary)["volumes"]["flip"] is False
+
+
 def test_fewer_clusters_and_volumes_leave_no_files_of_earlier_ones(tmp_path):
     z, _ = latents()
     for clusters, steps in ((5, 4), (3, 2)):

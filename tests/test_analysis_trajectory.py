@@ -12,8 +12,10 @@ from cryosuite.analysis import trajectory
 from cryosuite.analysis.latents import pca
 from cryosuite.analysis.path_files import loop_colours, make_trajectory, path_table
 from cryosuite.analysis.volumes import VolumeFile, VolumeOptions
+from cryosuite.data.latents import fingerprint
 from cryosuite.data.workdir import VolumeDir
 from cryosuite.errors import InputError, UserNotice
+from cryosuite.formats.config import read_yaml
 from cryosuite.formats.mrc import read_map
 
 D = 16
@@ -189,6 +191,7 @@ def test_files_of_a_trajectory(tmp_path: Path) -> None:
     table = pd.read_csv(folder.path / "trajectory.csv")
     assert list(table["number"]) == [1, 2, 3, 4] and table["colour"][0] == files[0].colour
     assert (folder.path / "trajectory.cxc").read_text().count(f"level {files[0].level:.6g} color") == 4
+    assert read_yaml(folder.summary)["latents"] == fingerprint(z) and read_yaml(folder.summary)["how"] == "graph"
     make_trajectory(folder, path, z, decode, 3.0, D, VolumeOptions(), film=False, pixels=40)
     assert not (folder.path / "movie.gif").exists(), "of an earlier walk"
     with pytest.raises(InputError, match="no volumes"):

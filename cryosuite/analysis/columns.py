@@ -171,7 +171,7 @@ def _file_columns(source: Source) -> dict[str, np.ndarray]:
     if rows is None:
         return {}
     text = {
-        name: np.char.decode(rows[name], "utf-8", "replace")
+        name: np.char.lstrip(np.char.decode(rows[name], "utf-8", "replace"), ">")  # cryoSPARC's mark of exported paths
         for name in rows.dtype.names
         if rows[name].dtype.kind == "S"
     }

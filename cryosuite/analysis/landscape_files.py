@@ -43,6 +43,7 @@ from cryosuite.analysis.volumes import (
 )
 from cryosuite.console import Progress, say
 from cryosuite.data.analysis_dir import AnalysisDir, LandscapeDir
+from cryosuite.data.latents import fingerprint
 from cryosuite.data.particles import ParticleSet
 from cryosuite.errors import InputError, notice
 from cryosuite.formats.config import write_yaml
@@ -146,7 +147,7 @@ def make_landscape(
     sheets.contact_sheet(out.plot("volumes"), pictures, found.colours, heads, sheets.percent(sizes))
     _plots(out, found, None if umap is None else umap[rows])
     _tables(out, found, particles)
-    _summarise(out, found, options, box, size, len(z))
+    _summarise(out, found, options, box, size, z)
     return found
 
 
@@ -339,10 +340,13 @@ def _full(found: Found) -> np.ndarray:
     return values
 
 
-def _summarise(out: LandscapeDir, found: Found, options: LandscapeOptions, box: int, size: float, count: int) -> None:
+def _summarise(
+    out: LandscapeDir, found: Found, options: LandscapeOptions, box: int, size: float, z: np.ndarray
+) -> None:
     """landscape.yaml, written last."""
     write_yaml(out.summary, {
-        "kind": "landscape", "version": __version__, "n_particles": count, "sketch": len(found.sketch.rows),
+        "kind": "landscape", "version": __version__, "n_particles": len(z), "latents": fingerprint(z),
+        "sketch": len(found.sketch.rows),
         "counting": "states, volumes and rows count from 0; volume components from 1",
         "box_size": box, "pixel_size": float(size), "states": len(found.sizes), "linkage": options.linkage,
         "seed": options.seed, "mask": None if options.mask is None else options.mask.name,

@@ -5,10 +5,15 @@ Only files under names of our own are removed; a folder goes when nothing else i
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
 import numpy as np
 
+from cryosuite.analysis.volumes import VolumeOptions
 from cryosuite.data.latents import fingerprint
 from cryosuite.data.workdir import AnalysisDir, VolumeDir
+from cryosuite.errors import notice
 from cryosuite.formats.config import read_yaml
 
 OF_A_WALK = ("vol_[0-9]*.mrc", "vol_[0-9]*.png", "sharp_[0-9]*.mrc", "volumes.png", "z_values.txt", "umap.png",
@@ -35,24 +40,38 @@ def drop_umap_of_others(out: AnalysisDir, z: np.ndarray) -> None:
             old.unlink(missing_ok=True)
 
 
-def drop_volumes_of_others(out: AnalysisDir, z: np.ndarray, folder: VolumeDir, drawn: bool, walks: int) -> None:
-    """Remove walks of other latents, and what shows volumes of other clusters, that an earlier analysis left.
+def drop_volumes_of_others(
+    out: AnalysisDir, z: np.ndarray, folder: VolumeDir, drawn: bool, walks: int, options: VolumeOptions
+) -> tuple[dict[str, Any], list[float]]:
+    """Remove walks of other latents or options, and what shows volumes of other clusters, that an analysis left before.
 
     Args:
         folder: of the clusters found now. drawn: their volumes were made now. walks: components walked along now.
+        options: of the volumes, as asked for now.
+
+    Returns:
+        Options that the volumes now in the folder were made with, which are the earlier ones where they stay
+        (--skip-vol), and the levels noted for those of the clusters, empty where there are none.
     """
+    asked = asdict(options)
     if not out.summary.is_file():
-        return  # no earlier analysis of ours
+        return asked, []  # no earlier analysis of ours
     before = read_yaml(out.summary)
+    made, known = before.get("volumes") or {}, before.get("kmeans") or {}
     same = before.get("latents") == fingerprint(z)
     component = walks + 1
-    while not same and out.pc(component).path.is_dir():
+    while (not same or (drawn and made != asked)) and out.pc(component).path.is_dir():
         drop_walk(out.pc(component))
         component += 1
-    of_these = same and (before.get("kmeans") or {}).get("folder") == folder.path.name and shows_centres(folder)
+    of_these = same and known.get("folder") == folder.path.name and shows_centres(folder)
     if not drawn and not of_these:
         for old in (out.chimerax, out.chimerax_overlay, out.plot("overview")):
             old.unlink(missing_ok=True)
+    if drawn or not same or not made or not (folder.volumes() or out.pc(1).path.is_dir()):
+        return asked, []
+    if asked != made and options != VolumeOptions():
+        notice(f"{out.path}: its volumes were made with other options and stay; without --skip-vol they are made anew")
+    return made, list(known.get("levels") or []) if of_these else []
 
 
 def shows_centres(folder: VolumeDir) -> bool:

@@ -122,9 +122,9 @@ class _Kept:
 
     def __init__(self, file: IO[bytes], pictures: Iterable[np.ndarray]) -> None:
         self.file, self.count, self.shape = file, 0, (0, 0, 3)
-        for picture in pictures:
-            file.write(np.ascontiguousarray(picture).data)
-            self.count, self.shape = self.count + 1, picture.shape
+        for one in pictures:
+            file.write(np.ascontiguousarray(one).data)
+            self.count, self.shape = self.count + 1, one.shape
 
     def picture(self, number: int) -> np.ndarray:
         """One of them."""

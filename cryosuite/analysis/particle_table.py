@@ -215,6 +215,10 @@ def _file_columns(rows: ParticleTables | np.ndarray) -> Iterator[tuple[str, np.n
 
 
 def _micrograph(values: np.ndarray | pd.Series) -> Column:
+    values = np.asarray(values)
+    values = np.char.decode(values, "utf-8", "replace") if values.dtype.kind == "S" else values
+    if values.dtype.kind in "OU":  # cryoSPARC marks paths in exported groups with a >, which is no part of the name
+        values = pd.Series(values, dtype=object).str.lstrip(">").to_numpy()
     codes, names = _codes(values)
     return Column("micrograph", codes, about="micrograph the particle was picked from", names=names)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 
+from cryosuite import __version__
 from cryosuite.analysis import chimerax, plots, sheets
 from cryosuite.analysis.latents import Pca, nearest, pca
 from cryosuite.analysis.movie import frame_count, path_frames, write_movies
@@ -22,8 +23,10 @@ from cryosuite.analysis.volumes import (
     write_volumes,
 )
 from cryosuite.console import Progress
+from cryosuite.data.latents import fingerprint
 from cryosuite.data.workdir import VolumeDir
 from cryosuite.errors import InputError
+from cryosuite.formats.config import write_yaml
 
 UMAP_NAMES = ("UMAP 1", "UMAP 2")
 SHOWN_COMPONENTS = 8
@@ -138,7 +141,7 @@ def make_trajectory(
     model = pca(z[rows])
     count, table = len(path.z), folder.path / "trajectory.csv"
     names = ("movie.gif", "movie.mp4", "pca_traversal.png", "umap_traversal.png", "particles.csv")
-    for old in (table, *(folder.path / name for name in names)):  # of an earlier path in this folder
+    for old in (folder.summary, table, *(folder.path / name for name in names)):  # of an earlier path in this folder
         old.unlink(missing_ok=True)
     frames = frame_count(count, loop=path.loop) if film and count > 1 else 0
     texts = [f"{at:.3g}" for at in path.at]
@@ -152,4 +155,9 @@ def make_trajectory(
             write_movies(folder.path / "movie.gif", folder.path / "movie.mp4", drawn, to_and_fro=not path.loop)
     if len(path.through):
         plots.write_csv(folder.path / "particles.csv", {"row_from_0": path.through})
+    write_yaml(folder.summary, {
+        "kind": "trajectory", "version": __version__, "path": path.title, "how": path.how, "loop": path.loop,
+        "counting": "volumes and rows count from 0; principal components from 1", "n_particles": len(z),
+        "latents": fingerprint(z), "volumes": asdict(options),
+    })  # fmt: skip
     return files

@@ -24,7 +24,10 @@ from cryosuite.analysis.report_page import (
 )
 from cryosuite.analysis.report_pictures import still
 from cryosuite.analysis.report_read import Found, RunFacts, shown_path
+from cryosuite.data.latents import fingerprint
+from cryosuite.data.workdir import VolumeDir
 from cryosuite.errors import InputError, notice
+from cryosuite.formats.config import read_yaml
 
 CURVES = ("loss",)  # first of the choices
 QUIET = {"step", "epoch", "iteration", "images", "seconds", "images_per_s"}
@@ -60,7 +63,7 @@ def sections(
         _confounds(found),
         _curves(facts),
         _walks(found),
-        _gallery(found),
+        _gallery(found, facts),
         _made(found, facts, columns, left),
     ]
     return {
@@ -185,13 +188,25 @@ def _walks(found: Found) -> str:
     return section("Along the principal components", "".join(parts), "walks") if parts else ""
 
 
-def _gallery(found: Found) -> str:
-    """Pictures that trajectories and landscapes left in the folder."""
-    parts = []
-    for folder, text in (("trajectories", "Trajectory"), ("landscape", "Landscape")):
-        pictures = sorted([*(found.out.path / folder).rglob("*.png"), *(found.out.path / folder).rglob("movie.gif")])
+def _gallery(found: Found, facts: RunFacts) -> str:
+    """Pictures that trajectories and landscapes of these latents left in the folder."""
+    parts: list[str] = []
+    out, of_these = found.out, fingerprint(facts.z)
+    walks = sorted(path for path in out.trajectories.glob("*") if path.is_dir())
+    for folder, summary, text in (
+        *((walk, VolumeDir(walk).summary, "Trajectory") for walk in walks),
+        (out.landscape.path, out.landscape.summary, "Landscape"),
+    ):
+        pictures = sorted([*folder.rglob("*.png"), *folder.rglob("movie.gif")])
+        if not pictures:
+            continue
+        noted = read_yaml(summary).get("latents") if summary.is_file() else None
+        if noted not in (None, of_these):
+            notice(f"{folder}: was made of other latents (trained anew?) and is left out of the report")
+            continue
+        text += "" if noted else " (of which latents is not noted; perhaps of earlier ones)"
         for picture in [p for p in pictures if not p.stem.startswith("vol_")][: MOST_PICTURES - len(parts)]:
-            name = picture.relative_to(found.out.path).as_posix()
+            name = picture.relative_to(out.path).as_posix()
             parts.append(_still(picture, f"{text}: {name}", name))
     return section("Trajectories and landscape", "".join(parts), "gallery") if parts else ""
 

@@ -11,8 +11,9 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -150,8 +151,8 @@ def analyze(
     if decode is not None and not options.skip_volumes:
         _volumes(result, good, decode, pixel_size, box_size, options)
         clock.lap(result, "volumes", "decoded and drawn")
-    drop_volumes_of_others(out, z, folder, bool(result.files), len(result.walks))
-    _summarise(result, options, epoch, pixel_size, z, run)
+    made = drop_volumes_of_others(out, z, folder, bool(result.files), len(result.walks), options.volumes)
+    _summarise(result, options, epoch, pixel_size, z, run, *made)
     return result
 
 
@@ -347,9 +348,19 @@ def _walk(
 
 
 def _summarise(
-    result: Analysis, options: AnalyzeOptions, epoch: int, pixel_size: float, z: np.ndarray, run: Path | None
+    result: Analysis,
+    options: AnalyzeOptions,
+    epoch: int,
+    pixel_size: float,
+    z: np.ndarray,
+    run: Path | None,
+    made: Mapping[str, Any],
+    levels: Sequence[float],
 ) -> None:
-    """analyze.yaml: what was done and found, for people and for later commands."""
+    """analyze.yaml: what was done and found, for people and for later commands.
+
+    ``made``: options of the volumes that are there now, ``levels`` of those that stayed.
+    """
     mixture = result.mixture
     way = {} if run is None else {"run": os.path.relpath(run.absolute(), result.out.path.absolute()),
                                   "command": shlex.join(["cryosuite", *sys.argv[1:]])}  # fmt: skip
@@ -363,15 +374,15 @@ def _summarise(
         "left_out": [int(row) for row in np.setdiff1d(np.arange(len(z)), result.rows)],
         "zdim": int(result.pca.components.shape[1]),
         "counting": "labels, volumes, rows and indices count from 0; epochs and principal components from 1",
-        "pixel_size": float(options.volumes.pixel_size or pixel_size),
+        "pixel_size": float(made.get("pixel_size") or pixel_size),
         "seed": options.seed,
         "clustering": options.cluster or "kmeans",
         "kmeans": {"clusters": result.clusters.count, "particles": [int(n) for n in result.clusters.sizes],
-                   "colours": list(result.colours), "levels": [file.level for file in result.files],
+                   "colours": list(result.colours), "levels": [file.level for file in result.files] or list(levels),
                    "folder": result.folder.path.name},
         "gmm": None if mixture is None else {"groups": mixture.count, "particles": [int(n) for n in mixture.sizes],
                                              "mean_confidence": float(mixture.confidence.mean())},
         "variance": [float(f"{ratio:.6g}") for ratio in result.pca.ratio[:20]],
-        "volumes": asdict(options.volumes),
+        "volumes": dict(made),
         "seconds": dict(result.seconds),
     })  # fmt: skip

@@ -145,6 +145,11 @@ class VolumeDir:
         return [entry for _, entry in sorted((int(match.group(1)), entry) for match, entry in found if match)]
 
     @property
+    def summary(self) -> Path:
+        """What a trajectory is of; written last, so its presence says that the folder is complete."""
+        return self.path / "trajectory.yaml"
+
+    @property
     def labels(self) -> Path:
         """Cluster of each particle, counted from 0."""
         return self.path / "labels.pkl"
