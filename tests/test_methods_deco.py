@@ -245,8 +245,11 @@ def test_two_molecules_are_told_apart_with_known_poses(two, tmp_path: Path) -> N
     [
         replace(TINY, refine_poses=True, hold_poses=0.3),
         replace(TINY, poses="none", start="network", warmup_images=64, search_epochs=1, encoder_input="raw"),
+        replace(
+            TINY, poses="none", start="network", warmup_images=32, search_epochs=2, search="cached", cached_volumes=2
+        ),
     ],
-    ids=["refine", "network"],
+    ids=["refine", "network", "cached"],
 )
 def test_goes_on_exactly_in_every_stage(two, tmp_path: Path, options: DecoOptions) -> None:
     """Stopped after some steps of any stage, a training ends in the same weights, poses and latents."""

@@ -18,8 +18,8 @@ RENAMED = {"dim": "width", "features": "n_frequencies", "march": "march_from", "
 METHOD = (
     "encoder", "encoder_size", "encoder_input", "finetune", "bn", "dim", "layers", "features", "feat_sigma",
     "layer_norm", "field", "loss", "window", "march", "march_over", "lr_encoder", "lr_poses", "refine_poses", "start",
-    "classes", "starts", "warmup_images", "hps_epochs", "hold_poses", "re_search", "shift_extent", "cluster", "settle",
-    "hand", "low_memory",
+    "classes", "starts", "warmup_images", "hps_epochs", "hold_poses", "re_search", "shift_extent", "search",
+    "cached_volumes", "cluster", "settle", "hand", "low_memory",
 )  # fmt: skip
 TRAIN = {
     "num_epochs": "epochs", "batch_size": "batch_size", "lr": "lr", "warmup": "warmup", "wd": "weight_decay",
@@ -67,6 +67,13 @@ def main(
     ),
     starts: int = _option(None, help="Voxel start: random starts, of which the most likely is kept.", panel=POSES),
     shift_extent: float = _option(None, help="Largest shift searched for, as a fraction of the box.", panel=POSES),
+    search: str = _option(
+        None,
+        help="Searches with the network: exact, in each particle's own volume (default), or cached, in the volumes of "
+        "groups of particles, which is faster. Needs --start network or --re-search.",
+        panel=POSES,
+    ),
+    cached_volumes: int = _option(None, help="Number of these groups, 64 to 512.", panel=POSES),
     hps_epochs: int = _option(None, help="Network start: epochs of hierarchical pose search.", panel=POSES),
     warmup_images: int = _option(None, help="Network start: images with random poses before.", panel=POSES),
     hold_poses: float = _option(

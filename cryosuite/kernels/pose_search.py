@@ -33,6 +33,7 @@ __all__ = [
     "prepare",
     "search",
     "search_volumes",
+    "score_poses",
     "margin",
 ]
 
@@ -153,6 +154,31 @@ def search_volumes(
         best = found.score[:, 0].view(b, tried).argmax(1)
         rows = torch.arange(b, device=g.device) * tried + best
         return found.rows(rows), label.gather(1, best[:, None]).squeeze(1)
+
+
+@torch.no_grad()
+def score_poses(
+    source: SliceSource,
+    images: Tensor,  # (b, P) complex whitened half transforms
+    ctf_over_sigma: Tensor,  # (b, P)
+    index: Tensor,  # (b,) int64 particle numbers
+    poses: Candidates,
+    options: SearchOptions | None = None,
+    steps: int = 0,
+) -> Candidates:
+    """Poses that were found in one source, scored in another, best first, the best improved by some steps there."""
+    options = (options or SearchOptions()).clipped(source.box_size)
+    kind = images.device.type
+    source = in_autocast(source, kind)
+    with torch.autocast(kind, enabled=False):
+        g, w = _folded(source, images, ctf_over_sigma, options)
+        found = gauss_newton(source, g, w, index, options.r_max, poses, 0, options.fit_scale)
+        found = found.take(found.score.argsort(1, descending=True))
+        if not steps:
+            return found
+        first = torch.zeros_like(index)[:, None]
+        best = gauss_newton(source, g, w, index, options.r_max, found.take(first), steps, options.fit_scale)
+        return found.put(first, best)
 
 
 def margin(candidates: Candidates, apart_deg: float = 10.0) -> Tensor:  # (b,)

@@ -7,6 +7,7 @@ are unnormalised like `fourier.to_half_disc`, points are in the order of `fourie
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -98,6 +99,12 @@ class VolumeSource:
         which = None if len(self) == 1 else self.which(index).repeat_interleave(q)
         disc = half_disc(self.box_size, radius, rotation.device)
         return extract_slices(self.transform, rotation.flatten(0, 1), disc, self.pad, which).unflatten(0, (b, q))
+
+    def of(self, volume_index: Tensor) -> VolumeSource:
+        """The same volumes, with the volume of every particle said; nothing is copied."""
+        other = copy(self)
+        other.volume_index = volume_index
+        return other
 
     def which(self, index: Tensor) -> Tensor:
         """(b,) int64, the number of each particle's volume."""

@@ -8,6 +8,7 @@ complex field on the half disc, whitened loss, frequency marching; ``--preset pa
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -20,13 +21,13 @@ from cryosuite.data.loader import Batch
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.spectra import measure_spectra
 from cryosuite.errors import InputError
-from cryosuite.kernels import fourier
+from cryosuite.kernels import chance, fourier
 from cryosuite.kernels.rotations import random_rotations
 from cryosuite.methods.deco_encoder import open_encoder
 from cryosuite.methods.deco_images import encoder_cache
 from cryosuite.methods.deco_model import DecoModel, PoseTable
 from cryosuite.methods.deco_options import RANDOM, DecoOptions
-from cryosuite.methods.deco_search import Searcher, Stage, held, rows_of, searched_again, stage_of
+from cryosuite.methods.deco_search import Searcher, Stage, everywhere, held, rows_of, searched_again, stage_of
 from cryosuite.training.inference import autocast, evaluating
 from cryosuite.training.launch import world
 from cryosuite.training.method import Step
@@ -78,6 +79,8 @@ class Deco:
         if self.options.table:
             model.table = PoseTable(*first_poses(particles))
             self.searcher = Searcher(model, self.options)
+            if self.options.search == "cached":
+                model.keep_volumes(self.options.cached_volumes)
         return model
 
     def attach(self, model: DecoModel, particles: ParticleSet, size: int, prep: str) -> None:
@@ -119,7 +122,7 @@ class Deco:
             difference = torch.view_as_real(target.values[:, :count]) - target.ctf[:, :count, None] * values
             error = difference.square().sum(-1).mean(1)
             if model.table is not None:
-                model.table.misfit[batch.index] = error.detach()
+                self._note_misfit(model.table, batch.index, error.detach())
             return {"loss": error.mean()}
 
     def encode(self, model: DecoModel, batch: Batch, train: bool = True) -> Tensor:
@@ -143,7 +146,7 @@ class Deco:
         if model.table is None:
             return batch
         if stage is Stage.WARMUP:
-            rotation = random_rotations(len(batch), device=batch.images.device)
+            rotation = chance.rows(lambda n: random_rotations(n, device=batch.images.device), len(batch))
             return replace(batch, rotation=rotation, shift=torch.zeros_like(rotation[:, 0, :2]))
         if stage is Stage.SEARCH:
             self.searcher.search(batch, z.detach())
@@ -155,36 +158,51 @@ class Deco:
             rotation, shift = rotation.detach(), shift.detach()
         return replace(batch, rotation=rotation, shift=shift)
 
+    def _note_misfit(self, table: PoseTable, index: Tensor, error: Tensor) -> None:
+        """Remember how badly images fit; those of all processes where that decides what is searched for again."""
+        parts = [(index, error)] if self.options.research_every <= 0 else everywhere((index, error))
+        for rows, values in parts:
+            table.misfit[rows] = values
+
     def _features(self, model: DecoModel, count: int) -> Tensor:
-        """Features of all particles (N, C) float32, in eval mode."""
+        """Features of all particles (N, C) float32, in eval mode, the same in every process."""
         device = model.envelope.device
-        found = []
-        with evaluating(model), torch.inference_mode(), Progress(count, "encode") as bar:
-            for rows in np.array_split(np.arange(count), max(1, math.ceil(count / ENCODE_BATCH))):
-                with autocast(device, "32" if device.type == "cpu" else "auto"):
-                    found.append(model.features(self.cache.batch(rows).to(device)).float().cpu())
-                bar.advance(len(rows))
-        return torch.cat(found).clone()
+
+        def one(rows: np.ndarray) -> np.ndarray:
+            return model.features(self.cache.batch(rows).to(device)).float().cpu().numpy()
+
+        return torch.from_numpy(_of_all(model, count, one))
 
     def embed(self, model: DecoModel, count: int) -> np.ndarray:
         """Latents (N, zdim) float32 of all particles in one clean pass, the same array in every process."""
-        rank, processes = world()
-        mine = np.arange(count * rank // processes, count * (rank + 1) // processes)
         device = model.envelope.device
-        found = []
-        with evaluating(model), torch.inference_mode(), Progress(len(mine), "encode") as bar:
-            for rows in np.array_split(mine, max(1, math.ceil(len(mine) / ENCODE_BATCH))):
-                with autocast(device, "32" if device.type == "cpu" else "auto"):
-                    if self.frozen is not None:
-                        features = self.frozen[torch.from_numpy(rows)].to(device)
-                    else:
-                        features = model.features(self.cache.batch(rows).to(device))
-                    found.append(model.latent(features).float().cpu().numpy())
-                bar.advance(len(rows))
-        parts = [np.concatenate(found)] * processes
-        if processes > 1:
-            torch.distributed.all_gather_object(parts, parts[0])
-        return np.concatenate(parts)
+
+        def one(rows: np.ndarray) -> np.ndarray:
+            if self.frozen is not None:
+                features = self.frozen[torch.from_numpy(rows)].to(device)
+            else:
+                features = model.features(self.cache.batch(rows).to(device))
+            return model.latent(features).float().cpu().numpy()
+
+        return _of_all(model, count, one)
+
+
+def _of_all(model: DecoModel, count: int, one: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """What ``one`` gives for batches of all rows, below each other; each process does its part of the batches."""
+    rank, processes = world()
+    device, found = model.envelope.device, []
+    batches = np.array_split(np.arange(count), max(1, math.ceil(count / ENCODE_BATCH)))
+    mine = batches[len(batches) * rank // processes : len(batches) * (rank + 1) // processes]
+    with evaluating(model), torch.inference_mode(), Progress(sum(map(len, mine)), "encode") as bar:
+        for rows in mine:
+            with autocast(device, "32" if device.type == "cpu" else "auto"):
+                found.append(one(rows))
+            bar.advance(len(rows))
+    parts = [found]
+    if processes > 1:
+        parts = parts * processes
+        torch.distributed.all_gather_object(parts, found)
+    return np.concatenate([values for part in parts for values in part])
 
 
 def first_poses(particles: ParticleSet) -> tuple[Tensor, Tensor]:

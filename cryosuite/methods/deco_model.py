@@ -12,6 +12,7 @@ from cryosuite.data.spectra import Spectra, Target, whitened
 from cryosuite.kernels import fourier
 from cryosuite.kernels.ball import half_ball, volume_of_half_ball
 from cryosuite.kernels.rotations import matrix_to_six_d, six_d_to_matrix
+from cryosuite.methods.deco_cached import CachedVolumes
 from cryosuite.methods.deco_options import DecoOptions
 from cryosuite.nets.deco_field import DecoField
 from cryosuite.nets.ief_weights import LoadedEncoder
@@ -77,12 +78,20 @@ class DecoModel(nn.Module):
             zdim, o.width, o.layers, o.n_frequencies, o.feat_sigma, o.layer_norm, o.field, box_size, o.low_memory
         )
         self.table: PoseTable | None = None
+        self.cached: CachedVolumes | None = None
         white = options.loss == "whitened"
         mean_noise = spectra.noise if white else spectra.noise[:, 1:].mean(1, keepdim=True)
         total = (spectra.signal + spectra.noise.mean(0))[1:].mean().expand_as(spectra.signal)
         self.register_buffer("noise_amplitude", mean_noise.expand_as(spectra.noise).sqrt().clone())
         self.register_buffer("envelope", (spectra.signal if white else total).sqrt().clone())
         self._freeze()
+
+    def keep_volumes(self, count: int) -> None:
+        """Search for poses in ``count`` cached volumes from now on. They are equal in all processes by themselves."""
+        self.cached = CachedVolumes(count, self.zdim, self.box_size)
+        # DistributedDataParallel reads this name; hundreds of megabytes need not be sent around in every step
+        self.not_in_weights = "cached."
+        self._ddp_params_and_buffers_to_ignore = [f"cached.{name}" for name, _ in self.cached.named_buffers()]
 
     @property
     def not_averaged(self) -> set[str]:

@@ -14,11 +14,12 @@ CHOICES = {
     "bn": ("frozen", "train"),
     "poses": ("known", "none"),
     "start": ("voxel", "network"),
+    "search": ("exact", "cached"),
     "encoder_input": ("auto", "raw", "flipped", "upright"),
     "cluster": ("gmm-umap16", "gmm-direct", "kmeans"),
     "hand": ("auto", "keep", "flip"),
 }
-POSITIVE = ("zdim", "width", "layers", "n_frequencies", "starts")
+POSITIVE = ("zdim", "width", "layers", "n_frequencies", "starts", "cached_volumes")
 ZDIMS = (4, 8, 16, 32, 64, 128)  # what --zdim auto chooses between
 RANDOM = "random"
 
@@ -37,7 +38,8 @@ class DecoOptions:
     march_from, march_over: first radius in units of D/2, fraction of the training until all is used.
     warmup_images, search_epochs: stages of the network start. research_every: epochs between two new searches for
     the images with the worst fit, 0: never. hold_poses: fraction of the training in which poses that were given or
-    found beforehand stay as they are: a network that has learnt nothing yet would only lead them astray.
+    found beforehand stay as they are: a network that has learnt nothing yet would only lead them astray. search: in the
+    network's own volume of every particle, or "cached", in those of ``cached_volumes`` centres of the latents.
     """
 
     encoder: str = "iev-small"
@@ -70,6 +72,8 @@ class DecoOptions:
     research_every: int = 0
     research_share: float = 0.05
     shift_extent: float = 0.1
+    search: str = "exact"
+    cached_volumes: int = 64
     cluster: str = "gmm-umap16"
     k: int = 0  # 0: chosen by BIC
     settle: bool = True  # let the images choose their classes anew, by half maps they are not part of
@@ -95,6 +99,11 @@ class DecoOptions:
             raise InputError(f"--hold-poses {self.hold_poses}: a fraction between 0 and 1")
         if not 0 < self.research_share <= 1:
             raise InputError(f"--research-share {self.research_share}: expected above 0 and at most 1")
+        if self.search == "cached" and not self.searches:
+            raise InputError(
+                "--search cached: no pose is searched for with the network here; it needs --start network (and "
+                "--ab-initio) or --re-search"
+            )
         for name in ("warmup_images", "search_epochs", "research_every"):
             if getattr(self, name) < 0:
                 raise InputError(f"{flag(name)} {getattr(self, name)}: expected 0 or more")
@@ -103,6 +112,11 @@ class DecoOptions:
     def table(self) -> bool:
         """Whether poses are learnt: a table of rotations and shifts is part of the model."""
         return self.poses == "none" or self.refine_poses
+
+    @property
+    def searches(self) -> bool:
+        """Whether poses are ever searched for in the network's volumes."""
+        return self.table and (self.poses == "none" and self.start == "network" or self.research_every > 0)
 
     @property
     def seen(self) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cryosuite.data.loader import Batch
+from cryosuite.data.spectra import Target
 from cryosuite.kernels import pose_search
 from cryosuite.kernels.pose_search import Candidates, PointSource, SearchOptions
 from cryosuite.methods.deco_model import DecoModel
@@ -18,6 +19,7 @@ from cryosuite.training.launch import world
 from cryosuite.training.method import Step
 
 CARRIED = 8  # poses per particle that a later search starts from
+EXACT_STEPS = 2  # of Gauss-Newton in the particle's own volume, after a search in a cached one
 
 
 class Stage(Enum):
@@ -86,9 +88,33 @@ class Searcher:
         target = model.target(replace(batch, shift=None))
         source = PointSource(lambda q, index: self._values(q, z[index]), D)
         index = torch.arange(len(batch), device=z.device)
-        found = pose_search.search(source, target.values, target.ctf, index, self.search_options)
+        if model.cached is None:
+            found = pose_search.search(source, target.values, target.ctf, index, self.search_options)
+        else:
+            found = self._in_cached(source, target, index, z)
         model.train(training)
         self._keep(batch.index, found)
+
+    def _in_cached(self, source: PointSource, target: Target, index: Tensor, z: Tensor) -> Candidates:
+        """Search in the volumes of the nearest centres, then score exactly; the exact way for what lies far off."""
+        cached, options = self.model.cached, self.search_options
+        everyone = torch.cat([rows[0] for rows in everywhere((z,))])
+        cached.note(everyone, len(self.model.table.margin), self.model.volumes)
+        which, far = cached.nearest(z)
+        parts = []
+        for rows, exact in ((index[~far], False), (index[far], True)):
+            if not len(rows):
+                continue
+            images, transfer = target.values[rows], target.ctf[rows]
+            if exact:
+                parts.append((rows, pose_search.search(source, images, transfer, rows, options)))
+                continue
+            volumes = cached.source(options.r_max).of(which)
+            found = pose_search.search(volumes, images, transfer, rows, options)
+            parts.append((rows, pose_search.score_poses(source, images, transfer, rows, found, options, EXACT_STEPS)))
+        order = torch.cat([rows for rows, _ in parts]).argsort()
+        joined = (torch.cat([getattr(part, name) for _, part in parts]) for name in ("rotation", "shift", "score"))
+        return Candidates(*joined).rows(order)
 
     def _values(self, q: Tensor, z: Tensor) -> Tensor:  # (b, n, 3), (b, zdim) -> (b, n) complex
         """Values of the network times the data's amplitude."""
@@ -99,11 +125,15 @@ class Searcher:
     def _keep(self, index: Tensor, found: Candidates) -> None:
         """Write the best poses of a batch, of all processes where there are several."""
         rows = (index, found.rotation[:, 0], found.shift[:, 0] / self.model.box_size, pose_search.margin(found))
-        processes = world()[1]
-        if processes == 1:
-            self.model.table.put(*rows)
-            return
-        everywhere: list = [None] * processes
-        torch.distributed.all_gather_object(everywhere, [value.cpu() for value in rows])
-        for part in everywhere:
-            self.model.table.put(*(value.to(index.device) for value in part))
+        for part in everywhere(rows):
+            self.model.table.put(*part)
+
+
+def everywhere(values: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    """The tensors of every process, on the device of one's own."""
+    processes = world()[1]
+    if processes == 1:
+        return [values]
+    parts: list = [None] * processes
+    torch.distributed.all_gather_object(parts, [value.cpu() for value in values])
+    return [tuple(value.to(values[0].device) for value in part) for part in parts]

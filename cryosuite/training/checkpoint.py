@@ -68,7 +68,10 @@ def load_state(path: Path, what: str) -> dict[str, Any]:
 
 def save_weights(path: Path, epoch: int, model: nn.Module) -> None:
     """weights.N.pkl: the (averaged) weights after an epoch."""
-    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    named = model.state_dict().items()
+    if left_out := getattr(model, "not_in_weights", None):  # what only goes into the checkpoint
+        named = [(name, tensor) for name, tensor in named if not name.startswith(left_out)]
+    state = {name: tensor.detach().cpu() for name, tensor in named}
     save_state(path, {"format": FORMAT, "version": __version__, "epoch": epoch, "model_state_dict": state})
 
 
