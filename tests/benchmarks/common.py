@@ -87,10 +87,11 @@ def without_paths(text: str) -> str:
     return text
 
 
-def save(name: str, result: dict) -> Path:
+def save(name: str, result: dict, folder: Path | None = None) -> Path:
     """Write one result as JSON with the command that made it, the date and the versions."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    folder = folder or RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     stamp = {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"), "versions": versions()}
     text = json.dumps({**stamp, **result}, indent=1)
     text = re.sub(r"\[[-+\d.,eE\s]+\]", lambda found: re.sub(r"\s+", " ", found[0]), text)  # numbers in one line

@@ -15,8 +15,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-from common import CRYOSUITE, RESULTS, versions, without_paths
-from runs import Done, once
+from common import RESULTS, versions, without_paths
+from runs import Done, deco_classify
 
 from cryosuite.data.open import open_particles
 from cryosuite.data.workdir import RunDir
@@ -67,8 +67,7 @@ def deco(source: Path, run: Path, seed: int, asked: argparse.Namespace, more: li
     k = str(asked.k or "auto")
     if asked.family == "abinitio" and not asked.k:  # without poses the number of maps must be said
         k = str(int(np.max(read_labels(source / "labels.pkl"))) + 1)
-    command = [*CRYOSUITE, "deco-classify", str(source), "-o", str(run), "--seed", str(seed), "--overwrite"]
-    return once(run, [*command, "-k", k, "--threads", "1", *more, *asked.options])
+    return deco_classify(source, run, k, *more, *asked.options, seed=seed)
 
 
 def judge(source: Path, run: Path) -> dict:

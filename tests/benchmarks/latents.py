@@ -39,12 +39,15 @@ def bins(z: np.ndarray, count: int | None = None) -> ClassWeights:
     return bins_of(z, count)[0]
 
 
+def hype_epochs(recipe: Recipe) -> int:
+    """Epochs of train-hype on a set."""
+    return round(HYPE_EPOCHS.get(recipe.box, 40) * max(1.0, (8000 / recipe.images) ** 0.5))
+
+
 def hype(judge: Judge, recipe: Recipe, run: Path, threads: int) -> Latents:
     """train-hype --preset small on the set."""
-    epochs = round(HYPE_EPOCHS.get(recipe.box, 40) * max(1.0, (8000 / recipe.images) ** 0.5))
-    done = runs.finished(run, epochs) or runs.train_hype(
-        judge.folder, run, "--preset", "small", "-n", str(epochs), seed=recipe.seed, threads=threads
-    )
+    epochs = hype_epochs(recipe)
+    done = runs.train_hype(judge.folder, run, "--preset", "small", "-n", str(epochs), seed=recipe.seed, threads=threads)
     runs.scores(run, "--no-clustering", threads=threads)
     with (run / "scores" / "per_image.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -56,23 +59,14 @@ def hype(judge: Judge, recipe: Recipe, run: Path, threads: int) -> Latents:
 
 def train_vae(judge: Judge, recipe: Recipe, out: Path, threads: int) -> Latents:
     """cryoDRGN's train_vae on the set, and its own volumes of some images by its own eval_vol."""
-    program = runs.cryodrgn()
-    if program is None:
-        raise SystemExit("no cryoDRGN: set CRYODRGN_VENV to an environment with `pip install cryodrgn`")
-    source = judge.folder
-    options = ["--poses", str(source / "poses.pkl"), "--ctf", str(source / "ctf.pkl")]  # white particles: its default
-    options += ["--zdim", "8", "-n", str(VAE["epochs"]), "--no-amp", "--no-analysis", "--seed", str(recipe.seed)]
-    for side in ("enc", "dec"):
-        options += [f"--{side}-dim", str(VAE["width"]), f"--{side}-layers", str(VAE["depth"])]
-    command = [program, "train_vae", str(source / "particles.mrcs"), *options, "-o", str(out)]
-    done = runs.once(out, command, threads)
+    done = runs.train_vae(judge.folder, out, **VAE, seed=recipe.seed, threads=threads)
     epoch = RunDir(out).last_epoch()
     z = read_latent(out / f"z.{epoch}.pkl")[0]
     rows = sample_rows(judge.labels, VOLUMES_PER_STATE * len(np.unique(judge.labels)))
     points = out.with_name("cryodrgn-z.txt")
     np.savetxt(points, z[rows])
     volumes = out.with_name("cryodrgn-volumes")
-    command = [program, "eval_vol", str(out / f"weights.{epoch}.pkl"), "-c", str(out / "config.yaml")]
+    command = [runs.cryodrgn(), "eval_vol", str(out / f"weights.{epoch}.pkl"), "-c", str(out / "config.yaml")]
     command += ["--zfile", str(points), "-o", str(volumes), "--Apix", str(judge.pixel_size)]
     runs.once(volumes, command, threads)
     files = sorted(volumes.glob("vol_*.mrc"))

@@ -3,7 +3,8 @@
     CRYOSUITE_SHARED=../shared python tests/benchmarks/sets.py --work DIR [--only kraqen,polish,...]
 
 Molecules are those of ``$CRYOSUITE_SHARED/data/atomic``: the group ``bench`` (mini-mix16, mini-ribo16, the loop of
-1IGY) and, for the mix of 100, ``train`` as well, with phantoms in place of what does not fit the box.
+1IGY) and, for the mix of 100, ``train`` as well, with phantoms in place of what does not fit the box. The sets of
+proof.py are made of phantoms throughout where there are no structures, and are called so (``at_hand``).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common import CRYOSUITE, timed
@@ -53,9 +54,14 @@ class Recipe:
         return [*KINDS[self.kind](), *size, *flaw]
 
 
+def structures() -> Path:
+    """The folder of the groups of structures, which may be absent."""
+    return Path(os.environ.get("CRYOSUITE_SHARED", "../shared")) / "data" / "atomic"
+
+
 def hundred() -> list[str]:
     """All structures of both groups that fit the box, phantoms in place of the others: 100 in all."""
-    root = Path(os.environ.get("CRYOSUITE_SHARED", "../shared")) / "data" / "atomic"
+    root = structures()
     files = [path for group in ("bench", "train") for path in sorted((root / group).glob("*.cif.gz"))]
     files = [path for path in files if not path.name.startswith(TOO_LARGE)]
     if not files:
@@ -71,7 +77,12 @@ KINDS: dict[str, Callable[[], list[str]]] = {
     "igg50": lambda: ["--preset", "mini-igg50"],
     "phantom4": lambda: ["--structures", "phantom:4"],  # needs no structures: to try the scripts
     "mix100": hundred,
+    "phantom-mix16": lambda: ["--structures", "phantom:16"],
+    "phantom-mix100": lambda: ["--structures", "phantom:100"],
+    "phantom-ribo16": lambda: ["--structures", "phantom:1", *ASSEMBLY],
+    "phantom-igg50": lambda: ["--structures", "phantom:1", "--recipe", "loop", "--states", "50"],
 }
+ASSEMBLY = ["--recipe", "assembly", "--states", "16", "--occupancies", "ribosembly", "--min-images", "20"]
 # what is wrong with the images or with what is written about them, at a pixel size in Angstrom
 FLAWS: dict[str, Callable[[float], list[str]]] = {
     "coloured": lambda pixel: ["--colored"],
@@ -92,7 +103,21 @@ FAMILIES: dict[str, list[Recipe]] = {
     "try": [Recipe("phantom4", 600, 32, 0.1, 0)],  # needs no structures and a minute
     "methods": [Recipe("mix16", 8000, 32, 0.1, seed) for seed in SEEDS],
     "d128": [Recipe(kind, 2400, 128, 0.01, 0) for kind in POLISH_KINDS],
+    # 32 pixels and some thousand images: what two cores train every method on in an hour a set
+    "mini": [
+        Recipe(kind, images, 32, snr, seed)
+        for seed in SEEDS
+        for snr in (0.1, 0.01)
+        for kind, images in (("mix16", 8000), ("ribo16", 8000), ("igg50", 10000), ("mix100", 10000))
+    ],
+    "quick": [Recipe("phantom4", 600, 32, 0.1, seed) for seed in SEEDS],
 }
+
+
+def at_hand(recipe: Recipe) -> Recipe:
+    """The recipe, or the same of phantoms (``phantom-...``) where there are no structures."""
+    phantoms = f"phantom-{recipe.kind}"
+    return replace(recipe, kind=phantoms) if phantoms in KINDS and not structures().is_dir() else recipe
 
 
 def make(recipe: Recipe, work: Path, threads: int = 1) -> Path:
