@@ -43,7 +43,7 @@ def write_error(path: str | os.PathLike, error: OSError, needed: int | None = No
     """
     if error.errno in _FULL:
         need = readable_bytes(needed) if needed else f"more than {readable_bytes(least)}" if least else ""
-        free = _free(path)
+        free = free_space(path)
         have = "" if free is None else f"{readable_bytes(free)} are free"
         space = ", ".join(filter(None, [f"it needs {need}" if need else "", have]))
         return InputError(
@@ -56,7 +56,7 @@ def write_error(path: str | os.PathLike, error: OSError, needed: int | None = No
     return InputError(f"{path}: cannot write: {error.strerror or error}")
 
 
-def _free(path: str | os.PathLike) -> int | None:
+def free_space(path: str | os.PathLike) -> int | None:
     """Bytes free on the disk that holds, or will hold, ``path``; None where that cannot be asked."""
     try:
         return shutil.disk_usage(Path(path).absolute().parent).free
@@ -76,7 +76,7 @@ def readable_bytes(count: int) -> str:
 
 def require_space(path: str | os.PathLike, needed: int) -> None:
     """Raise InputError when the disk that will hold ``path`` has fewer than ``needed`` bytes free."""
-    free = _free(path)
+    free = free_space(path)
     if free is not None and free < needed:  # None: the folder's absence is reported by the write itself
         raise InputError(
             f"{path}: not enough disk space: needs {readable_bytes(needed)}, {readable_bytes(free)} are free. "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,12 +12,14 @@ from torch import Tensor
 
 from cryosuite.kernels import assignment, fourier
 from cryosuite.kernels import class_slices as kernel
+from cryosuite.kernels.memory import once_with_less
 from cryosuite.methods.kraqen_twins import correlation_groups, twin_groups
 from cryosuite.reconstruct.held_out import FINE_BOX, JOIN_AT, JOIN_ITERATIONS, overlap_groups
 from cryosuite.reconstruct.weights import ClassWeights
 
 if TYPE_CHECKING:
     from cryosuite.data.particles import ParticleSet
+    from cryosuite.data.workdir import RunDir
     from cryosuite.methods.kraqen_options import KraqenOptions
     from cryosuite.methods.kraqen_voxel import VoxelEM, VoxelResult
 
@@ -108,9 +110,24 @@ def refine(engine: VoxelEM, p: ClassWeights, iterations: int, temperature: float
     changes = {"t_max": temperature, "t_min": temperature} if temperature else {}
     engine.options, engine.codes = engine.options.changed(em_finish=iterations, **changes), p.n_classes
     try:
-        return engine.run(start=p, label="merging twins")
+        return run_within_memory(engine, start=p, label="merging twins")
     finally:
         engine.options, engine.codes = before
+
+
+def run_within_memory(engine: VoxelEM, run: RunDir | None = None, resume: bool = False, **how: Any) -> VoxelResult:
+    """``engine.run``; where memory runs out, once more from its last checkpoint with half as many maps at a time."""
+    begun = [resume]
+
+    def work() -> VoxelResult:
+        return engine.run(run=run, resume=begun[0], **how)
+
+    def less() -> str:
+        begun[0] = run is not None and run.checkpoint.exists()
+        engine.memory = min(engine.memory, engine.codes * kernel.grid_bytes(engine.box // 2)) / 2
+        return f"with maps of {engine.memory / 2**30:.2g} GiB at a time"
+
+    return once_with_less(work, less)
 
 
 def finish(
@@ -126,7 +143,7 @@ def finish(
 
     engine = engine_for(particles, options.changed(n_codes=p.n_classes), seed, device, FINE_BOX)
     if options.em_finish:
-        return engine.run(start=p, label="last iterations")
+        return run_within_memory(engine, start=p, label="last iterations")
     return VoxelResult(engine.maps(p), p, p.usage(), engine)
 
 

@@ -24,7 +24,7 @@ from cryosuite.formats.pickles import read_latent, safe_load, write_pickle
 from cryosuite.kernels import shells
 from cryosuite.methods import LoadedRun
 from cryosuite.methods.kraqen import Kraqen, describe
-from cryosuite.methods.kraqen_codes import collapsed, embed, finish, merge
+from cryosuite.methods.kraqen_codes import collapsed, embed, finish, merge, run_within_memory
 from cryosuite.methods.kraqen_cross import engine_for
 from cryosuite.methods.kraqen_model import KraqenModel
 from cryosuite.methods.kraqen_options import KraqenOptions
@@ -116,7 +116,7 @@ def train(
     if engine is not None:
         if process_rank() != 0:
             return Trained(0)
-        found = engine.run(run=run, resume=resume, max_minutes=training.max_minutes)
+        found = run_within_memory(engine, run, resume, max_minutes=training.max_minutes)
         if found.stopped:
             if training.requeue:
                 requeue_job(found.stopped)

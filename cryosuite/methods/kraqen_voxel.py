@@ -31,6 +31,7 @@ from cryosuite.console import Progress
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError, notice
+from cryosuite.formats.atomic import remove_leftovers
 from cryosuite.kernels import assignment, fourier
 from cryosuite.kernels import class_slices as kernel
 from cryosuite.methods.kraqen_expectation import Expectation
@@ -392,7 +393,7 @@ class VoxelEM:
         if stored.get("field") != "voxel":
             raise InputError(f"{path}: not a checkpoint of train-kraqen's voxel field")
         checkpoint.refuse_differences(path, stored, self._identity())
-        checkpoint.remove_leftovers(path)
+        remove_leftovers(path)
         p = None if stored["p"] is None else ClassWeights.from_arrays([v.numpy() for v in stored["p"]], str(path))
         state = State(stored["iteration"], stored["volumes"], stored["usage"].numpy(), p, stored["seconds"])
         state.settled = stored["settled"]

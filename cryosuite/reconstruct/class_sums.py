@@ -26,6 +26,7 @@ from cryosuite.data.loader import read_ahead
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.processes import ALONE, Processes
 from cryosuite.errors import InputError
+from cryosuite.formats.atomic import free_space
 from cryosuite.kernels import slices
 from cryosuite.reconstruct.backproject import POINTS_PER_CHUNK, Accumulator
 from cryosuite.reconstruct.weights import ClassWeights
@@ -74,10 +75,11 @@ class ClassSums:
         try:
             np.save(path, sums.data.numpy())
         except OSError as error:
-            need = sums.data.numel() * 4 * 2 * self.n_classes / 2**30
+            need, free = sums.data.numel() * 4 * 2 * self.n_classes / 2**30, free_space(path)
+            room = "" if free is None else f"; {free / 2**30:.2g} GiB are free"
             raise InputError(
-                f"{path.parent}: cannot write the sums of {self.n_classes} classes, about {need:.1f} GiB in all "
-                f"({error.strerror or error}): make room there, or write to a folder on another disk (-o)"
+                f"{path.parent}: cannot write the sums of {self.n_classes} classes: it needs about {need:.2g} GiB in "
+                f"all{room} ({error.strerror or error}): make room there, or write to a folder on another disk (-o)"
             ) from None
 
     def close(self) -> None:
