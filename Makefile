@@ -4,11 +4,12 @@
 # make quickstart  from nothing to volumes in one command, with simulated data
 # make bench       the tables of speed and quality (needs cryoDRGN and RELION for the peers' columns)
 # make bench-fire  the table of loads, faults and bad inputs
+# make proof       every method side by side on the same sets: make proof PROOF="--suite quick"
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: test test-all test-slurm lint quickstart bench bench-fire clean
+.PHONY: test test-all test-slurm lint quickstart bench bench-fire proof clean
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -78,4 +79,11 @@ bench-fire: $(VENV)/installed
 	$(BENCH)/fire_disk.py --work $(BENCH_WORK)/fire/disk
 	$(BENCH)/fire_million.py --work $(BENCH_WORK)/fire/million
 	$(BENCH)/fire_loader.py --work $(BENCH_WORK)/fire/loader
+	$(BIN)/python tests/benchmarks/tables.py
+
+# without options some twenty hours on two cores: give e.g. PROOF="--sets mix16 --snr 0.1 --seeds 0 --budget-minutes 60";
+# what is finished is not repeated, so the next call goes on
+PROOF ?=
+proof: $(VENV)/installed $(VENV)-cryodrgn/installed
+	$(BENCH)/proof.py --work $(BENCH_WORK) $(PROOF)
 	$(BIN)/python tests/benchmarks/tables.py

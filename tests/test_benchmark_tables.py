@@ -101,7 +101,7 @@ def test_readme_has_markers_for_every_table(tables, monkeypatch, tmp_path):
     import tables as writer
 
     text = writer.README.read_text()
-    for name in ("speed", "hype", "mix16", "kraqen", "polish", "methods", "ablation", "kraqen-speed", "fire"):
+    for name in ("speed", "hype", "mix16", "kraqen", "polish", "methods", "ablation", "kraqen-speed", "fire", "proof"):
         assert f"| {name} |" in writer.replace(text, name, f"| {name} |")
     monkeypatch.setattr(sys, "argv", ["bench.py", "--work", "/somewhere/mine"])
     monkeypatch.setattr(common, "RESULTS", tmp_path)

@@ -22,6 +22,7 @@ from tables_maps import (
     spread,
 )
 from tables_poses import deco_table, search_table
+from tables_proof import proof_table
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 SPEED = {
@@ -151,6 +152,7 @@ def latest() -> dict[str, str]:
         ("fastar-race", results(RESULTS, "fastar_race_*.json"), race_table),
         ("ablation", results(RESULTS, "ablation_*.json"), ablation_table),
         ("fire", results(RESULTS, "fire_*.json"), fire_table),
+        ("proof", results(RESULTS, "proof_*.json"), proof_table),
     ):
         if found:
             tables[name] = make(found)
