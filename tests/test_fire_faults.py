@@ -176,6 +176,26 @@ def test_decoding_goes_on_with_half_as_many_volumes() -> None:
     assert asked[7:] == [1, 2, 2], "the smaller portion is remembered"
 
 
+def test_a_pose_network_answers_in_halves() -> None:
+    from cryosuite.methods.fastar_predict import Answer, _Portions
+
+    class Small(_Portions):
+        def __init__(self) -> None:
+            self.portions = Portions("images")
+
+        def answer(self, images):
+            if len(images) > 3:
+                raise torch.OutOfMemoryError(OOM)
+            own = images[:, 0, 0, 0]
+            return Answer(own[:, None, None].expand(-1, 3, 3), own[:, None], own[:, None, None, None], own, -own)
+
+    images = torch.arange(10.0)[:, None, None, None].expand(-1, 1, 4, 4)
+    with pytest.warns(UserNotice, match="with 5 images at a time: going on with 2"):
+        found = Small()(images, torch.arange(10))
+    assert torch.equal(found.score, torch.arange(10.0)) and found.rotation.shape == (10, 3, 3)
+    assert torch.equal(found.margin, -found.score) and found.rivals.shape == (10, 1, 1, 1)
+
+
 def test_portions_are_all_rows_once_whatever_fails_on_the_way() -> None:
     limit = {"most": 7}
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from cryosuite.errors import InputError
 from cryosuite.kernels import so3_grid
+from cryosuite.kernels.memory import Portions
 from cryosuite.kernels.planar import local_mean
 from cryosuite.methods.fastar_images import Window
 from cryosuite.methods.fastar_reference import Reference, Views, template_views
@@ -102,7 +104,25 @@ def autocast(precision: str, device: torch.device | str) -> Callable[[], context
     return contextlib.nullcontext
 
 
-class TargetPredictor:
+class _Portions(ABC):
+    """A predictor that answers in smaller portions where memory runs out; ``answer`` is that of one portion."""
+
+    portions: Portions
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor, rows: Tensor) -> Answer:
+        """Answers for images (b, C, s, s)."""
+        parts = [found for _, found in self.portions.over(lambda some: self.answer(images[some]), len(images))]
+        if len(parts) == 1:
+            return parts[0]
+        return Answer(*(torch.cat([getattr(part, one.name) for part in parts]) for one in fields(Answer)))
+
+    @abstractmethod
+    def answer(self, images: Tensor) -> Answer:
+        """Answers for images that fit the memory together."""
+
+
+class TargetPredictor(_Portions):
     """Poses against templates of a known map, each image by itself.
 
     Args:
@@ -120,7 +140,7 @@ class TargetPredictor:
         clock: Clock | None = None,
     ) -> None:
         self.model, self.spec, self.device = model.to(device).eval(), model.spec, torch.device(device)
-        self.clock = clock or Clock(device)
+        self.clock, self.portions = clock or Clock(device), Portions("images")
         self.within = autocast(precision, device)
         images, rotation = template_views(reference.volume, window, templates, self.spec.in_channels)
         with torch.inference_mode(), self.within(), self.clock("templates"):
@@ -128,8 +148,7 @@ class TargetPredictor:
             self.cache = self.model.templates(images[None].to(device), maps[None])
             self.cells = Cells(self.model, self.device) if self.spec.grid_head else None
 
-    @torch.inference_mode()
-    def __call__(self, images: Tensor, rows: Tensor) -> Answer:
+    def answer(self, images: Tensor) -> Answer:
         """Answers for images (b, C, s, s)."""
         with self.within(), self.clock("encode"):
             tokens = self.model.encode(images.to(self.device))
@@ -145,7 +164,7 @@ class TargetPredictor:
             return self.cells.answer(heads.pooled[0], rotation, shift)
 
 
-class MatchPredictor:
+class MatchPredictor(_Portions):
     """Poses by looking: an image's vector is compared with those of the map's projections at all cells of a grid.
 
     Args: as TargetPredictor; ``order`` of the grid: 2 has 4,608 projections, 15 degrees apart. turns: 1, 2 or 4 quarter
@@ -165,6 +184,7 @@ class MatchPredictor:
     ) -> None:
         self.model, self.spec, self.device = model.to(device).eval(), model.spec, torch.device(device)
         self.clock, self.within = clock or Clock(device), autocast(precision, device)
+        self.portions = Portions("images")
         self.turns, self.around = range(0, 4, 4 // turns), so3_grid.n_in_plane(order)
         self.cells = so3_grid.grid_rotations(order, device=device)
         views = Views(reference.volume, window, self.spec.in_channels, device)
@@ -172,8 +192,7 @@ class MatchPredictor:
             parts = self.cells.split(BANK)
             self.bank = torch.cat([self.model.match(self.model.encode(views(part))).vector.float() for part in parts])
 
-    @torch.inference_mode()
-    def __call__(self, images: Tensor, rows: Tensor) -> Answer:
+    def answer(self, images: Tensor) -> Answer:
         """Answers for images (b, C, s, s): the mean of the cells near the best one, by their chances."""
         images = images.to(self.device)
         with self.within(), self.clock("encode"):

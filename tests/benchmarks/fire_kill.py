@@ -30,10 +30,10 @@ SPENT = 150.0  # CPU seconds for the kills of one command; fewer kills where tha
 class Trial:
     """The kills of one command."""
 
-    def __init__(self, command: Command, base: Path, kills: int, seed: int) -> None:
+    def __init__(self, command: Command, base: Path, kills: int, seed: int, fresh: int) -> None:
         self.command, self.base, self.kills, self.out = command, base, kills, base / "out"
         self.random = np.random.default_rng([seed, sum(map(ord, command.name))])
-        self.problems: list[str] = []
+        self.fresh, self.problems = fresh, []
         self.done, self.runs, self.spent = 0, 0, 0.0
 
     def undisturbed(self) -> Path:
@@ -76,7 +76,7 @@ class Trial:
         while True:
             log = self.base / "out.log"
             arguments = self.next_arguments()
-            fresh = self.done % 7 == 3
+            fresh = self.fresh > 0 and self.done % self.fresh == self.fresh // 2
             if not allowed or self.done >= self.kills or self.spent > SPENT:
                 found = work(arguments, log)
                 if found.code != 0:
@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--only", default="")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fresh", type=int, default=7, help="One of so many kills hits a fresh interpreter; 0: none.")
     parser.add_argument("--name", default="fire_kill", help="of the result file")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -140,7 +141,8 @@ def main() -> None:
         if names and command.name not in names:
             continue
         began = time.monotonic()
-        row = Trial(command, base / command.name.replace(" ", "_"), arguments.kills, arguments.seed).go()
+        folder = base / command.name.replace(" ", "_")
+        row = Trial(command, folder, arguments.kills, arguments.seed, arguments.fresh).go()
         print(f"{row['what']}: {row['tried']} kills, {row['result']} ({time.monotonic() - began:.0f} s)", flush=True)
         rows.append(row)
         typed = f"python tests/benchmarks/fire_kill.py --work WORK --kills {arguments.kills}"
