@@ -39,9 +39,14 @@ def bins(z: np.ndarray, count: int | None = None) -> ClassWeights:
     return bins_of(z, count)[0]
 
 
+def more_epochs(recipe: Recipe) -> float:
+    """How much more often than 8,000 images fewer are seen."""
+    return min(max(1.0, (8000 / recipe.images) ** 0.5), 2.5)
+
+
 def hype_epochs(recipe: Recipe) -> int:
     """Epochs of train-hype on a set."""
-    return round(HYPE_EPOCHS.get(recipe.box, 40) * max(1.0, (8000 / recipe.images) ** 0.5))
+    return round(HYPE_EPOCHS.get(recipe.box, 40) * more_epochs(recipe))
 
 
 def hype(judge: Judge, recipe: Recipe, run: Path, threads: int) -> Latents:

@@ -16,7 +16,7 @@ import runs
 import torch
 from common import CRYOSUITE
 from judge import PLAIN, Judge
-from latents import VAE, hype_epochs
+from latents import VAE, hype_epochs, more_epochs
 from sets import Recipe
 
 from cryosuite.data.results import run_polish
@@ -26,7 +26,6 @@ from cryosuite.reconstruct.backproject import reconstruct, reconstruct_classes
 
 IMAGES = 100  # judged
 BINS_PER_STATE = 1.5  # polish of latents
-VAE_EPOCHS = VAE["epochs"]
 # kept of the scores of eval-fsc: no lists, nothing that can be computed from the rest
 SCORES = [
     *(f"auc_{curve}{end}" for curve in ("masked", "unmasked") for end in ("", "_std", "_normalised")),
@@ -68,13 +67,8 @@ class Job:
 def seconds_expected(job: Job) -> float:
     """CPU seconds that a row is expected to take."""
     start, per_thousand = COSTS[job.method]
-    visits = epochs_factor(job.recipe) if job.method in ("hype", "cryodrgn") else 1.0
+    visits = more_epochs(job.recipe) if job.method in ("hype", "cryodrgn") else 1.0
     return start + per_thousand * job.recipe.images / 1000 * (job.recipe.box / 32) ** 2 * visits
-
-
-def epochs_factor(recipe: Recipe) -> float:
-    """Fewer images are seen more often."""
-    return max(1.0, (8000 / recipe.images) ** 0.5)
 
 
 def make_row(job: Job, judge: Judge) -> dict:
@@ -123,9 +117,8 @@ def deco(job: Job, judge: Judge) -> dict:
 
 def cryodrgn(job: Job, judge: Judge) -> dict:
     """cryoDRGN's train_vae; epochs for about the CPU time of train-hype."""
-    epochs = round(VAE_EPOCHS * epochs_factor(job.recipe))
-    sizes = {"width": VAE["width"], "depth": VAE["depth"]}
-    done = runs.train_vae(judge.folder, job.run, epochs, **sizes, seed=job.recipe.seed, threads=job.threads)
+    sizes = VAE | {"epochs": round(VAE["epochs"] * more_epochs(job.recipe))}
+    done = runs.train_vae(judge.folder, job.run, **sizes, seed=job.recipe.seed, threads=job.threads)
     return trained(job, judge, done) | {"polished": polished(job, judge, job.run, "-k", str(bins(judge)))}
 
 
