@@ -44,11 +44,6 @@ COMMANDS = {
 }
 
 
-# commands whose work the processes of torchrun or srun share; all others are done by the first of them alone
-SHARED = frozenset(
-    ("preprocess", "backproject", "polish", "fastar-infer", "deco-classify", "pretrain-iev", "pretrain-lvm")
-    + ("train-hype", "train-kraqen", "train-fastar", "train-lvm")
-)
 PATIENCE = 3.0  # seconds in which the first process may tell an error that all have; a launcher then ends the others
 
 
@@ -130,7 +125,7 @@ def _take_part(arguments: list[str]) -> bool:
     if rank > 0:
         hush()
     name = next((argument for argument in arguments if not argument.startswith("-")), "")
-    if count == 1 or name not in COMMANDS or name in SHARED:
+    if count == 1 or name not in COMMANDS or name in ranks.SHARED:
         return True
     if rank == 0:
         say(f"note: {name} works in one process: the other {count - 1} that were started end at once")

@@ -8,6 +8,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+# commands whose work the processes of torchrun or srun share; all others are done by the first of them alone
+SHARED = frozenset(
+    ("preprocess", "backproject", "polish", "fastar-infer", "deco-classify", "pretrain-iev", "pretrain-lvm")
+    + ("train-hype", "train-kraqen", "train-fastar", "train-lvm")
+)
+
 
 def process_rank(environ: Mapping[str, str] = os.environ) -> int:
     """The number of this process from 0; 0 where it is alone."""

@@ -79,7 +79,7 @@ def test_what_is_typed_cannot_leave_its_line(monkeypatch, capsys, tmp_path):
         (["slurm", "check"], "no command"),
         (["train-hype", "work", "-o", "run", "--epocs", "3"], "epocs"),
         (["train-hype", "work"], "--outdir"),
-        (["--gpus", "2", "preprocess", "a.star", "-o", "w"], "one process"),
+        (["--gpus", "2", "analyze", "run"], "one process"),
         (["train-hype", "work", "-o", "run", "--devices", "2"], "--gpus"),
         (["--nodes", "0", "train-hype", "work", "-o", "run"], "--nodes 0"),
     ],
@@ -111,3 +111,9 @@ def test_help_of_the_other_command_is_shown(monkeypatch, capsys):
     assert run(monkeypatch, "slurm", "train-hype", "--help") == 0
     shown = capsys.readouterr().out
     assert "--batch-size" in shown and "#SBATCH" not in shown
+
+
+def test_commands_that_share_their_work_may_have_several_nodes(monkeypatch, capsys):
+    assert run(monkeypatch, "slurm", "--nodes", "3", "preprocess", "a.star", "-o", "w") == 0
+    text = capsys.readouterr().out
+    assert "--nodes=3" in text and "--ntasks-per-node=1" in text and "--devices" not in text

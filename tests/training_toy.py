@@ -18,6 +18,7 @@ from torch import nn
 
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.workdir import RunDir
+from cryosuite.kernels import chance
 from cryosuite.training.inference import encode_all
 from cryosuite.training.loop import FitResult, fit
 from cryosuite.training.options import TrainOptions
@@ -61,7 +62,7 @@ class Toy:
         flat = batch.images.flatten(1)
         z = model[0](flat)
         if self.options.noise:
-            z = z + self.options.noise * torch.randn_like(z)
+            z = z + self.options.noise * chance.randn(*z.shape)
         error = (model[1](z) - flat).square().mean()
         if step.index == self.nan_at:
             error = error * float("nan")

@@ -22,6 +22,7 @@ from cryosuite.commands.options import (
     Threads,
     Voltage,
 )
+from cryosuite.data.typed import typed
 
 if TYPE_CHECKING:
     from cryosuite.data.particles import ParticleSet
@@ -118,10 +119,12 @@ def main(
     import torch
 
     from cryosuite.methods.fastar_run_infer import Request, run
+    from cryosuite.training.launch import join_processes
 
     if threads > 0:
         torch.set_num_threads(threads)
     _check(map_, model, mode, experimental, batch_size, precision, templates, turns, low_pass)
+    processes = join_processes()
     found = _open(
         particles, ind=ind, ctf=ctf, datadir=datadir, passthrough=tuple(passthrough or ()), pixel_size=apix,
         voltage_kv=voltage, cs_mm=cs, amplitude_contrast=amplitude_contrast, sign=-1 if invert_data else None,
@@ -134,7 +137,9 @@ def main(
                  "batch": batch_size, "seed": seed},
         star={"views": views, "anchors": anchors, "candidates": ref_candidates, "references": references, "seed": seed},
     )  # fmt: skip
-    _report(run(found, request), outdir, particles)
+    done = run(found, request, processes)
+    if done is not None:
+        _report(done, outdir, particles)
 
 
 def _check(
@@ -199,8 +204,8 @@ def _report(result: dict[str, Any], outdir: Path, particles: Path) -> None:
     table("poses", ["what", "value"], rows)
     if result.get("truth"):
         _print_truth(result["truth"])
-    say(f"next: cryosuite train-hype {out.star} -o run")
-    say(f"or:   cryosuite deco-classify {particles} --poses {out.poses} -o run")
+    say(f"next: cryosuite train-hype {typed(out.star)} -o run")
+    say(f"or:   cryosuite deco-classify {typed(particles)} --poses {typed(out.poses)} -o run")
 
 
 def _print_truth(stages: dict[str, Any]) -> None:

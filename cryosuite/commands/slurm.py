@@ -12,6 +12,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from cryosuite import ranks
+
 SIGNAL_SECONDS = 180  # before the time limit a training is told to save
 SHARED = ("devices", "num_nodes")  # options of commands that run on several GPUs
 TIME = re.compile(r"(\d+-)?\d{1,3}(:\d{2}){0,2}")
@@ -55,7 +57,7 @@ def main(
         Optional[int],  # noqa: UP045  typer on Python 3.10 evaluates this
         typer.Option("--gpus", help="GPUs per node; default 1 for trainings, else 0.", show_default=False),
     ] = None,
-    nodes: Annotated[int, typer.Option("--nodes", help="Nodes; only trainings use more than one.")] = 1,
+    nodes: Annotated[int, typer.Option("--nodes", help="Nodes; their processes share the work.")] = 1,
     cpus: Annotated[int, typer.Option("--cpus", help="Processor cores for each GPU (or for the whole job).")] = 8,
     memory: Annotated[str, typer.Option("--mem", help="Memory per node, such as 64G.")] = "64G",
     time: Annotated[str, typer.Option("--time", help="Time limit: hours:minutes:seconds or days-hours.")] = "24:00:00",
@@ -150,7 +152,7 @@ def _check(command: str, arguments: list[str], nodes: int, gpus: int, cpus: int,
     for option, value, least in (("--nodes", nodes, 1), ("--gpus", gpus, 0), ("--cpus", cpus, 1)):
         if value < least:
             raise InputError(f"{option} {value}: expected {least} or more")
-    if (nodes > 1 or gpus > 1) and not shared:
+    if (nodes > 1 or gpus > 1) and not shared and command not in ranks.SHARED:
         raise InputError(f"{command} runs in one process: ask for one node and at most one GPU")
     for option in ("--devices", "--num-nodes", "--requeue"):
         if shared and any(word.split("=")[0] == option for word in arguments):

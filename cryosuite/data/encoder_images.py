@@ -21,6 +21,7 @@ from cryosuite.data.encoder_cache import EncoderCache
 from cryosuite.data.encoder_pixels import PREPS, circle_mask, encoder_images
 from cryosuite.data.encoder_read import read_encoder_images, stored_sign
 from cryosuite.data.loader import read_ahead
+from cryosuite.data.processes import ALONE, Processes
 from cryosuite.errors import notice
 from cryosuite.formats.checks import name_rows
 
@@ -55,6 +56,7 @@ def features(
     cache: EncoderCache | None = None,
     circle: bool = True,
     half: bool | None = None,
+    processes: Processes = ALONE,
 ) -> np.ndarray:
     """Features of all particles, (N, C) float32 in their order, not normalised; memory holds no images but a batch.
 
@@ -64,6 +66,7 @@ def features(
         cache: take the images from here instead of reading and preparing them.
         circle: hide what lies outside the circle (CryoDECO does, Cryo-IEF itself does not).
         half: bf16; default: on a GPU, not on a CPU.
+        processes: that share the particles; all but the first get the features of their own part only.
 
     Rows of images that are not finite are those of an empty image; a notice names them. Raises ValueError for a cache
     of another size or preparation.
@@ -74,36 +77,38 @@ def features(
     device = torch.device(device)
     encoder = loaded.encoder.to(device).eval()
     half = device.type == "cuda" if half is None else half
-    out = np.empty((len(particles), loaded.spec.dim), np.float32)
+    mine = processes.mine(np.arange(len(particles)), batch)
+    out = np.empty((len(mine), loaded.spec.dim), np.float32)
     bad: list[np.ndarray] = []
-    with Progress(len(particles), "encode") if progress else nullcontext() as shown, torch.inference_mode():
-        for rows, images, finite in read_ahead(_batches(particles, loaded, batch, cache, circle, device), 2):
+    with Progress(len(mine), "encode") if progress else nullcontext() as shown, torch.inference_mode():
+        for rows, images, finite in read_ahead(_batches(particles, mine, loaded, batch, cache, circle, device), 2):
             x = normalise(images.to(device, non_blocking=True), loaded.mean, loaded.std)
             with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
-                out[rows] = encoder(x).float().cpu().numpy()
+                out[rows - mine[0]] = encoder(x).float().cpu().numpy()
             bad.append(rows[~finite])
             if shown is not None:
                 shown.advance(len(rows))
-    missing = np.concatenate(bad) if bad else np.zeros(0, np.int64)
+    missing = processes.joined(np.concatenate([np.zeros(0, np.int64), *bad]))
     if len(missing):
         notice(
             f"{particles.path or 'the particle set'}: {name_rows(missing, 'image')} (0-based) hold NaN or infinite "
             "pixels: their features are those of an empty image"
         )
-    return out
+    return processes.joined(out, to_all=False)
 
 
 def _batches(
     particles: ParticleSet,
+    mine: np.ndarray,
     loaded: LoadedEncoder,
     batch: int,
     cache: EncoderCache | None,
     circle: bool,
     device: torch.device,
 ) -> Iterator[tuple[np.ndarray, Tensor, np.ndarray]]:
-    """Rows, their images (b, s, s) uint8 and whether they are finite, in order."""
-    for begin in range(0, len(particles), batch):
-        rows = np.arange(begin, min(begin + batch, len(particles)))
+    """Some of the rows ``mine``, their images (b, s, s) uint8 and whether they are finite, in order."""
+    for begin in range(0, len(mine), batch):
+        rows = mine[begin : begin + batch]
         if cache is not None:
             images, finite = cache.batch(rows), ~cache.bad[rows]
         else:

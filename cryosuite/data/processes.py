@@ -75,7 +75,19 @@ class Processes:
 
         Raises InputError in all processes when it, or an OSError, is raised in the first.
         """
-        return self.everyone(lambda: work() if self.first else None)[0]  # type: ignore[return-value]
+        if self.count == 1:
+            return work()
+        said: list[Any] = [None]
+        if self.first:
+            try:
+                said = [(work(), None)]
+            except (InputError, OSError) as error:
+                said = [(None, str(error))]
+        _distributed().broadcast_object_list(said, 0)
+        result, trouble = said[0]
+        if trouble is not None:
+            raise InputError(trouble)
+        return result
 
     def joined(self, part: np.ndarray, to_all: bool = True) -> np.ndarray:
         """The arrays of all processes below each other, in their order; the parts differ in length only.

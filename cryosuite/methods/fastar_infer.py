@@ -18,6 +18,7 @@ import torch
 from cryosuite.console import Progress, say
 from cryosuite.data.loader import Batch, BatchLoader
 from cryosuite.data.particles import ParticleSet
+from cryosuite.data.processes import ALONE, Processes
 from cryosuite.errors import InputError, notice
 from cryosuite.kernels.planar import mirror
 from cryosuite.methods.fastar_images import Preparation, ReleasedPreparation, Window
@@ -95,30 +96,37 @@ class Inferred:
 
 def predict_target(
     particles: ParticleSet, predictor: Predictor, window: Window, options: InferOptions, clock: Clock,
-    progress: bool = True,
+    progress: bool = True, processes: Processes = ALONE,
 ) -> Predicted:  # fmt: skip
     """Poses of all particles against the predictor's target, batch after batch; memory does not grow with the images.
 
-    Besides a few numbers per particle nothing is kept.
+    Besides a few numbers per particle nothing is kept. ``processes`` share the particles and all get the same poses.
     """
-    n, device = len(particles), clock.device
+    mine = processes.mine(np.arange(len(particles)), options.batch)
+    n, device = len(mine), clock.device
     out = Predicted(
         np.empty((n, 3, 3), np.float32), np.empty((n, 2), np.float32), np.empty(n, np.float32), np.empty(n, np.float32),
         np.empty(n, bool),
     )  # fmt: skip
     preparation = Preparation(particles, window, predictor.spec.in_channels, device)
-    loader = BatchLoader(replace(particles, rotation=None, shift=None), options.batch, shuffle=False)
+    chosen = replace(particles if n in (0, len(particles)) else particles.subset(mine), rotation=None, shift=None)
+    batches = BatchLoader(chosen, options.batch, shuffle=False).epoch(0) if n else iter(())
     pending: list[tuple[np.ndarray, Any, Any]] = []  # one batch behind, so that a GPU never waits for the copy back
     with Progress(n, "poses") if progress else _Silent() as bar:
-        for batch in _timed(loader.epoch(0), clock):
+        for batch in _timed(batches, clock):
             with clock("load"):
                 images, good = preparation(batch)
-            pending.append((batch.index.numpy(), predictor(images, batch.index), good))
+            pending.append((batch.index.numpy(), predictor(images, batch.index + int(mine[0])), good))
             if len(pending) > 1:
                 _store(out, *pending.pop(0), window)
             bar.advance(len(batch))
         for one in pending:
             _store(out, *one, window)
+    if processes.count > 1:
+        kept = max(processes.everyone(lambda: 0 if out.rivals is None else out.rivals.shape[1]))
+        out.rivals = np.empty((0, kept, 3, 3), np.float32) if out.rivals is None else out.rivals
+        for name in ("rotation", "shift", "score", "margin", "good", "rivals"):
+            setattr(out, name, processes.joined(getattr(out, name)))
     return out
 
 
@@ -202,11 +210,13 @@ def finish(
     clock: Clock,
     reference: Reference | None = None,
     progress: bool = True,
+    processes: Processes = ALONE,
 ) -> Inferred:
     """Judge, refine, backproject.
 
     Rounds of refinement follow the prediction; in target mode the first matches to the reference (low-passed as the
-    templates were), all others each half set to its own half map.
+    templates were), all others each half set to its own half map. ``processes`` share the images; only the first gets
+    the map.
     """
     judged = judge(predicted.score, predicted.margin, predicted.rotation, predicted.good, options.reject)
     doubt(predicted, options.mode)
@@ -225,8 +235,8 @@ def finish(
         notice(f"poses are not refined: half sets of {kept[0]} and {kept[1]} particles, {FEWEST} each are needed")
     elif options.refine:
         if options.mode == "target" and options.rescue > 0:
-            rescue(posed, predicted, options, clock, reference, progress)
-        result = _refined(posed, predicted, judged, options, clock, reference, progress)
+            rescue(posed, predicted, options, clock, reference, progress, processes)
+        result = _refined(posed, predicted, judged, options, clock, reference, progress, processes)
         posed = replace(posed, rotation=result.rotation, shift=result.shift)
         history = result.history
     rows = np.flatnonzero(~judged.rejected)
@@ -234,13 +244,15 @@ def finish(
         notice("no map is made: no particle is left")
         return Inferred(predicted, posed, judged, None, clock.totals(), history, _hand(options.mode))
     with clock("back-project"):
-        made = reconstruct(posed, rows=rows, halves=bool(kept.min() > 0), regularise="fsc" if kept.min() > 0 else 0.1)
+        halves = bool(kept.min() > 0)
+        made = reconstruct(posed, rows=rows, halves=halves, regularise="fsc" if halves else 0.1, processes=processes)
     posed = replace(posed, ctf=particles.ctf)
     return Inferred(predicted, posed, judged, made, clock.totals(), history, _hand(options.mode))
 
 
 def rescue(
-    posed: ParticleSet, predicted: Predicted, options: InferOptions, clock: Clock, reference: Reference, progress: bool
+    posed: ParticleSet, predicted: Predicted, options: InferOptions, clock: Clock, reference: Reference, progress: bool,
+    processes: Processes = ALONE,
 ) -> None:  # fmt: skip
     """Search against the reference, over all orientations, for particles of which the network is not sure.
 
@@ -255,8 +267,9 @@ def rescue(
     keep = 1 if predicted.rivals is None else predicted.rivals.shape[1]
     with clock("search"), Progress(len(rows), "search") if progress else _Silent() as bar:
         found, shift, _ = search_everywhere(
-            posed, rows, reference.volume, coarsest, keep, device=clock.device, advance=bar.advance
-        )
+            posed, rows, reference.volume, coarsest, keep, device=clock.device, advance=bar.advance,
+            processes=processes,
+        )  # fmt: skip
     own = predicted.rotation[:, None] if predicted.rivals is None else predicted.rivals
     predicted.rivals, predicted.begin = own.copy(), predicted.shift.copy()
     predicted.rivals[rows] = found
@@ -269,7 +282,7 @@ def _hand(mode: str) -> str:
 
 def _refined(
     posed: ParticleSet, predicted: Predicted, judged: Judged, options: InferOptions, clock: Clock,
-    reference: Reference | None, progress: bool,
+    reference: Reference | None, progress: bool, processes: Processes = ALONE,
 ) -> Any:  # fmt: skip
     """Rounds of local projection matching from the predictions and their rivals."""
     coarsest = 40.0 if reference is None else max(reference.low_pass, 2 * float(np.median(posed.pixel_size)))
@@ -279,8 +292,10 @@ def _refined(
     weights = (~judged.rejected).astype(np.float32)
     volume = None if reference is None else reference.volume
     log = (lambda text, record: say(text)) if progress else None
-    with clock("refine"), Progress(len(posed) * options.refine, "refine") if progress else _Silent() as bar:
-        return refine(posed, start, shift, posed.half, volume, settings, weights, clock.device, log, bar.advance)
+    total = options.refine * len(processes.mine(np.arange(len(posed)), settings.batch))
+    with clock("refine"), Progress(total, "refine") if progress else _Silent() as bar:
+        how = (settings, weights, clock.device, log, bar.advance, processes)
+        return refine(posed, start, shift, posed.half, volume, *how)
 
 
 def doubt(predicted: Predicted, mode: str) -> None:

@@ -59,9 +59,10 @@ class Molecules:
 
 
 class SetLoader:
-    """Batches of molecules as the training loop takes them; each of several processes makes its own share.
+    """Batches of molecules as the training loop takes them; of several processes each makes some of the molecules.
 
-    Batch k of epoch n is batch n * len(self) + k of the stream, a pure function of the seed and that number.
+    (Of real particles, which are one set, each draws its own.) Batch k of epoch n is batch n * len(self) + k of the
+    stream, a pure function of the seed and that number.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class SetLoader:
             self.stream = molecules.target.stream(options, seed, self.device, world_size)
         else:
             self.stream = ViewSets(options, molecules.library, seed, self.device, world_size)
+        self.part = 1 / world_size  # of the batch, this process's
 
     def __len__(self) -> int:
         return self.molecules.epoch_images // self.batch_size
@@ -99,12 +101,15 @@ class SetLoader:
         """Images of a batch over all processes."""
         return self.batch_size
 
-    def weight(self, batch: int) -> int:
-        """Images of a batch that count for this process."""
-        return self.batch_size // self.world_size
+    def weight(self, batch: int) -> float:
+        """How many of a batch's images count for this process: by its molecules; asked after the batch was given."""
+        return self.batch_size * self.part
 
     def epoch(self, n: int, start: int = 0) -> Iterator[FastarBatch]:
         """The batches of epoch ``n`` from batch ``start`` on."""
         for batch in range(start, len(self)):
             number = n * len(self) + batch
-            yield self.stream.batch(number, number * self.batch_size, self.rank)
+            found = self.stream.batch(number, number * self.batch_size, self.rank)
+            sets, views = found.images.shape[:2]
+            self.part = sets / (self.batch_size // views)
+            yield found

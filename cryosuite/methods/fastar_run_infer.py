@@ -14,6 +14,7 @@ from cryosuite import __version__
 from cryosuite.console import say
 from cryosuite.data.multiview_weights import load_multiview, shipped_multiview
 from cryosuite.data.particles import ParticleSet
+from cryosuite.data.processes import ALONE, Processes
 from cryosuite.data.results import PosesDir
 from cryosuite.errors import InputError, notice
 from cryosuite.formats.atomic import write_text
@@ -79,10 +80,12 @@ class Request:
         return "ab-initio" if self.experimental else "search"
 
 
-def run(particles: ParticleSet, request: Request) -> dict[str, Any]:
+def run(particles: ParticleSet, request: Request, processes: Processes = ALONE) -> dict[str, Any] | None:
     """Pose the particles, write the folder, and return what infer.yaml says (and the errors against a truth).
 
-    Raises InputError for whatever is wrong with what was given; then nothing was written.
+    ``processes`` share the particles (poses searched for without a reference are found by the first alone); the first
+    one writes, the others return None. Raises InputError for whatever is wrong with what was given; then nothing was
+    written.
     """
     out, mode = PosesDir(request.outdir), request.chosen_mode()
     device = resolve_accelerator(request.accelerator)
@@ -94,12 +97,15 @@ def run(particles: ParticleSet, request: Request) -> dict[str, Any]:
     reference = _reference(particles, request)
     network = _network(request, mode)
     if mode == "target":
-        predicted = _target(particles, network[0], reference, request, options, clock, precision)
+        predicted = _target(particles, network[0], reference, request, options, clock, precision, processes)
     elif mode == "ab-initio":
-        predicted = _star(particles, network[0], options, clock, precision)
+        predicted = processes.first_does(lambda: _star(particles, network[0], options, clock, precision))
     else:
-        predicted = _search(particles, network, request, options, clock, precision)
-    result = finish(particles, predicted, options, clock, reference if mode == "target" else None)
+        predicted = processes.first_does(lambda: _search(particles, network, request, options, clock, precision))
+    target = reference if mode == "target" else None
+    result = finish(particles, predicted, options, clock, target, processes=processes)
+    if not processes.first:
+        return None
     if mode != "target" and reference is not None:
         result = settle_hand(result, reference)
     return _write(out, result, request, options, network, reference, truth)
@@ -189,13 +195,13 @@ def _truth(path: Path, particles: ParticleSet) -> tuple[np.ndarray, np.ndarray]:
 
 def _target(
     particles: ParticleSet, model: Multiview, reference: Reference, request: Request, options: InferOptions,
-    clock: Clock, precision: str,
+    clock: Clock, precision: str, processes: Processes = ALONE,
 ) -> Predicted:  # fmt: skip
     window = choose_window(particles.box_size, model.spec.size, reference.gyration)
     if window.width < window.box:
         say(f"the particle is small: the middle {window.width} of {window.box} pixels are looked at")
     predictor = make_target(model, reference, window, request, str(clock.device), precision, clock)
-    return predict_target(particles, predictor, window, options, clock)
+    return predict_target(particles, predictor, window, options, clock, processes=processes)
 
 
 def _star(

@@ -42,6 +42,11 @@ class OneMolecule:
     def __len__(self) -> int:
         return self.sets
 
+    def rows(self, index: slice) -> OneMolecule:
+        """Some of the sets."""
+        mates = self.mates[index]
+        return OneMolecule(len(mates), mates)
+
 
 class MapViews(ViewSets):
     """The stream of particles of one map: projections are central slices of it, shifts exact phases.

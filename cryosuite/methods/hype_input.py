@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cryosuite.data.loader import Batch
-from cryosuite.kernels import fourier
+from cryosuite.kernels import chance, fourier
 from cryosuite.kernels.upright import turn
 from cryosuite.methods.hype_options import HypeOptions
 
@@ -53,7 +53,7 @@ class EncoderInput(nn.Module):
         coeffs = target.values * (weight * self.scale[disc.shell])
         drop = self.options.encoder_drop
         if self.training and drop > 0:
-            kept = torch.rand(coeffs.shape, device=coeffs.device) >= drop
+            kept = chance.rand(*coeffs.shape, device=coeffs.device) >= drop
             coeffs = coeffs * (kept / (1 - drop))
         small = disc
         if self.size < self.box_size:

@@ -15,6 +15,7 @@ from cryosuite.data.encoder_images import circle_mask, features, normalise
 from cryosuite.data.encoder_weights import load_encoder, save_encoder, shipped_encoder
 from cryosuite.data.processes import ALONE, Processes
 from cryosuite.errors import notice
+from cryosuite.kernels import chance
 from cryosuite.methods.iev_augment import AFTER_SIMULATION, augment, circled
 from cryosuite.methods.iev_data import Corpus, CorpusLoader, PairBatch
 from cryosuite.methods.iev_options import IevOptions
@@ -93,7 +94,7 @@ class Iev:
             model.followed = step.index
         with torch.no_grad():
             first, second = (self.view(batch, number, model) for number in (0, 1))
-            kept = self.patches(2 * len(first), model, step)
+            kept = self.patches(len(first), model, step)
         contrast, found = model(first, second, kept)
         spread, rank = feature_spread(found.detach())
         told = {"contrast": contrast, "spread": spread, "effective_rank": rank}
@@ -103,10 +104,17 @@ class Iev:
         return {"loss": contrast + self.options.guide * miss, "guide": miss} | told
 
     def patches(self, images: int, model: IevModel, step: Step) -> Tensor | None:
-        """The patches shown of each image, (images, k), none of them wholly outside the circle; None: all."""
+        """The patches shown of both views of each image, (2 images, k), first all first views; None: all patches.
+
+        None of them lies wholly outside the circle.
+        """
         if self.options.keep >= 1 or step.fraction >= ALL_SHOWN:
             return None
-        return sample_patches(images, model.inside, self.options.keep)
+
+        def both(count: int) -> Tensor:
+            return sample_patches(2 * count, model.inside, self.options.keep).unflatten(0, (2, count)).transpose(0, 1)
+
+        return chance.rows(both, images).transpose(0, 1).flatten(0, 1)
 
     def view(self, batch: PairBatch, number: int, model: IevModel) -> Tensor:
         """One augmented view of each image, (b, 1, s, s) as the encoder takes it."""

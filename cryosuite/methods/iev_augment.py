@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cryosuite.kernels import chance
+
 SHIFT = 0.05  # of the box, at most
 CROP = (0.6, 1.0)  # share of the area that is kept
 BLUR = (0.1, 2.0)  # sd in pixels of a 224 pixel image
@@ -52,7 +54,7 @@ def resample(images: Tensor, rotate: bool, shift: bool, crop: bool) -> Tensor:
     scale = _uniform(images, *CROP).sqrt() if crop else images.new_ones(b)
     cosine, sine = torch.cos(angle) * scale, torch.sin(angle) * scale
     room = (2 * SHIFT if shift else 0.0) + (1 - scale if crop else images.new_zeros(b))
-    offset = (2 * torch.rand(b, 2, device=images.device, dtype=images.dtype) - 1) * room[:, None]
+    offset = (2 * chance.rand(b, 2, device=images.device, dtype=images.dtype) - 1) * room[:, None]
     matrix = torch.stack(
         [torch.stack([cosine, -sine, offset[:, 0]], 1), torch.stack([sine, cosine, offset[:, 1]], 1)], 1
     )
@@ -90,7 +92,7 @@ def band_noise(images: Tensor) -> Tensor:
     ky = torch.fft.fftfreq(size, device=images.device)
     radius = (ky[:, None] ** 2 + kx[None] ** 2).sqrt()[None]
     edge = _uniform(images, 0.1, 0.5)[:, None, None]
-    white = torch.randn(images.shape, device=images.device)
+    white = chance.randn(*images.shape, device=images.device)
     kept = torch.sigmoid((edge - radius) * size)
     noise = torch.fft.irfft2(torch.fft.rfft2(white) * kept, s=(size, size))
     noise = noise / noise.std(dim=(1, 2), keepdim=True).clamp(min=1e-6)
@@ -104,4 +106,4 @@ def circled(images: Tensor, mask: Tensor, outside: float) -> Tensor:
 
 def _uniform(images: Tensor, low: float, high: float) -> Tensor:
     """(b,) uniform numbers where the images are."""
-    return low + (high - low) * torch.rand(len(images), device=images.device)
+    return low + (high - low) * chance.rand(len(images), device=images.device)

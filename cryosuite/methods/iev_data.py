@@ -20,6 +20,7 @@ from cryosuite.data.encoder_images import EncoderCache, read_encoder_images
 from cryosuite.data.encoder_pixels import CLIP_PERCENT, STANDARD_RANGE, spline_matrix
 from cryosuite.data.loader import read_ahead
 from cryosuite.errors import InputError, notice
+from cryosuite.kernels import chance
 from cryosuite.simulate.pool import RINGS, TURNS, Imaging, ProjectionPool, expose
 
 if TYPE_CHECKING:
@@ -142,8 +143,13 @@ class PoolSource:
         self.shapes = pool.shapes()
         self.key = zlib.crc32(repr((pool.names, pool.options, self.imaging, positives)).encode())
 
-    def pairs(self, count: int, seed: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Images (count, 2, s, s) uint8, molecules (count,) int64, shapes (count, 2, 96): a function of ``seed``."""
+    def pairs(
+        self, count: int, seed: Sequence[int], share: chance.Share | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (count, 2, s, s) uint8, molecules (count,) int64, shapes (count, 2, 96): a function of ``seed``.
+
+        ``share``: make the rows ``share.own`` of ``count = share.total`` only.
+        """
         words = np.random.SeedSequence([SIMULATION, *seed]).generate_state(2, np.uint32)
         generator = torch.Generator(device=self.device).manual_seed((int(words[0]) << 31) ^ int(words[1]))
         rng = np.random.default_rng([SIMULATION, 1, *seed])
@@ -156,10 +162,12 @@ class PoolSource:
             other = molecule * views + rng.integers(views, size=count)
             keep = rng.random(count) < (0.5 if self.positives == "mixed" else 0.0)
             second = np.where(keep, first, other)
+        if share is not None:
+            molecule, first, second = (rows[share.own] for rows in (molecule, first, second))
         made = []
         for rows in (first,) if self.positives == "augment" else (first, second):
             clean = torch.from_numpy(np.ascontiguousarray(self.pool.images[rows])).to(self.device)
-            noisy = expose(clean, self.pool.options.field, self.imaging, box, generator)
+            noisy = expose(clean, self.pool.options.field, self.imaging, box, generator, share)
             made.append(eight_bits(noisy, self.size_px, self.prep))
         shapes = torch.stack([self.shapes[first], self.shapes[second]], 1)
         return torch.stack([made[0], made[-1]], 1), torch.from_numpy(molecule), shapes
@@ -293,7 +301,8 @@ class CorpusLoader:
             for batch in range(max(start, first), last):
                 inside = slice((batch - first) * self.batch_size, (batch - first + 1) * self.batch_size)
                 mine = np.arange(batch * self.batch_size, (batch + 1) * self.batch_size)[self.rank :: self.world_size]
-                yield self._one(mine, source[mine], stacks[inside][self.rank :: self.world_size], epoch, batch)
+                whole = source[rows][inside]
+                yield self._one(mine, whole, stacks[inside][self.rank :: self.world_size], epoch, batch)
 
     def _window(
         self, source: np.ndarray, number: np.ndarray, epoch: int, first: int, start: int
@@ -316,9 +325,9 @@ class CorpusLoader:
                 out[places[needed]] = kind.read(rows[needed])
         return out
 
-    def _one(self, index: np.ndarray, source: np.ndarray, stacks: np.ndarray, epoch: int, batch: int) -> PairBatch:
-        """Put one batch together."""
-        size, count = self.corpus.box_size, len(index)
+    def _one(self, index: np.ndarray, whole: np.ndarray, stacks: np.ndarray, epoch: int, batch: int) -> PairBatch:
+        """Put this process's rows ``index`` of a batch together; ``whole``: the sources of all of its rows."""
+        size, count, source = self.corpus.box_size, len(index), whole[self.rank :: self.world_size]
         endless = [s for s, kind in enumerate(self.corpus.sources) if kind.size is None]
         drawn = np.isin(source, endless)
         label = torch.from_numpy(source.astype(np.int64))
@@ -326,7 +335,7 @@ class CorpusLoader:
             images = torch.from_numpy(np.ascontiguousarray(stacks))[:, None].expand(-1, 2, -1, -1)
             return PairBatch(torch.from_numpy(index), images, torch.from_numpy(drawn), label, "stacks")
         if drawn.all() and len(endless) == 1:
-            pairs, label, shapes = self._simulate(endless[0], count, epoch, batch)
+            pairs, label, shapes = self._simulate(endless[0], whole, epoch, batch)
         else:
             shapes = torch.full((count, 2, RINGS * TURNS), torch.nan)
             pairs = torch.zeros(count, 2, size, size, dtype=torch.uint8, device=self.device)
@@ -336,7 +345,7 @@ class CorpusLoader:
             for s in endless:
                 places = torch.from_numpy(np.flatnonzero(source == s))
                 if len(places):
-                    made, molecule, shapes[places] = self._simulate(s, len(places), epoch, batch)
+                    made, molecule, shapes[places] = self._simulate(s, whole, epoch, batch)
                     pairs[places.to(self.device)] = made
                     label[places] = molecule
         one_image = [self.corpus.sources[s].positives == "augment" for s in endless]
@@ -344,6 +353,10 @@ class CorpusLoader:
         kind = "simulated" if apart.all() else "mixed" if apart.any() else "stacks"
         return PairBatch(torch.from_numpy(index), pairs, torch.from_numpy(apart), label, kind, shapes)
 
-    def _simulate(self, source: int, count: int, epoch: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-        seed = [self.seed, source, epoch, batch, self.rank]
-        return self.corpus.sources[source].pairs(count, seed)
+    def _simulate(self, source: int, whole: np.ndarray, epoch: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """This process's images of a source in the batch whose rows have the sources ``whole``."""
+        places = np.flatnonzero(whole == source)
+        share = None
+        if self.world_size > 1:
+            share = chance.Share(np.flatnonzero(places % self.world_size == self.rank).tolist(), len(places))
+        return self.corpus.sources[source].pairs(len(places), [self.seed, source, epoch, batch, 0], share)

@@ -11,11 +11,12 @@ import torch
 from cryosuite.console import say, table
 from cryosuite.data.open import open_particles
 from cryosuite.data.truth import find_truth
+from cryosuite.data.typed import typed
 from cryosuite.data.workdir import RunDir
 from cryosuite.formats.pickles import write_pickle
 from cryosuite.methods.iev import encode, open_encoder
 from cryosuite.metrics.features import feature_spread, knn_accuracy
-from cryosuite.training.launch import resolve_accelerator
+from cryosuite.training.launch import join_processes, resolve_accelerator
 from cryosuite.training.options import TrainOptions
 from cryosuite.training.runs import make_config, start_run
 
@@ -29,18 +30,22 @@ def encode_to_run(
     """Write OUTDIR with the features of a particle set: z.1.pkl (N, C) float32, index.pkl, config.yaml.
 
     ``how``: arguments of ``open_particles``. Prints how well neighbours agree where the true labels are known
-    (simulated sets). Returns the features. Raises InputError for weights or particles that cannot be used, and a folder
-    that already holds a run.
+    (simulated sets). Returns the features; of the processes that torchrun or srun started the first returns all, the
+    others their part. Raises InputError for weights or particles that cannot be used, and a folder that already holds a
+    run.
     """
     loaded = open_encoder(weights, prep)
     particles = open_particles(path, need_poses=False, need_ctf=False, mixed_boxes=True, **how)
     run = RunDir(outdir)
     facts = {"weights": loaded.source, "prep": loaded.prep, "circle": circle, "size": loaded.spec.size}
     config = make_config("iev", path, run, facts, TrainOptions(epochs=EPOCH), holds="features", **how)
-    start_run(run, config, overwrite=overwrite)
+    processes = join_processes()
+    processes.first_does(lambda: start_run(run, config, overwrite=overwrite))
     say(f"encoder: {loaded.source}, prep {loaded.prep}")
     device = torch.device(resolve_accelerator(accelerator))
-    z = encode(particles, loaded, batch=batch, device=device, circle=circle)
+    z = encode(particles, loaded, batch=batch, device=device, circle=circle, processes=processes)
+    if not processes.first:
+        return z
     write_pickle(run.index, np.asarray(particles.index, np.int64))
     write_pickle(run.z(EPOCH), z)
     spread, rank = feature_spread(torch.from_numpy(z))
@@ -55,5 +60,5 @@ def encode_to_run(
         labels = truth.labels_of(particles.index)
         rows.append(["right by 10 nearest neighbours (true labels)", f"{100 * knn_accuracy(z, labels):.1f} %"])
     table(f"{len(z):,} particles encoded", ["what", "value"], rows)
-    say(f"next: cryosuite analyze {run.path}")
+    say(f"next: cryosuite analyze {typed(run.path)}")
     return z

@@ -19,7 +19,7 @@ from cryosuite.data.loader import Batch, BatchLoader
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.spectra import SPECTRUM_IMAGES, measure_spectra, whitened
 from cryosuite.errors import InputError
-from cryosuite.kernels import assignment, fourier
+from cryosuite.kernels import assignment, chance, fourier
 from cryosuite.kernels.triplet import alignment_loss, triplet_loss, triplet_margin
 from cryosuite.methods.kraqen_model import KraqenModel, Scene
 from cryosuite.methods.kraqen_options import KraqenOptions
@@ -155,7 +155,7 @@ class Kraqen:
         if not self.options.split or phase != "codes" or step.fraction > SPLIT_UNTIL:
             return
         seen = max(20 * len(model.codes), 0.1 * model.n_images)
-        period = max(1, round(seen / max(images * world()[1], 1)))
+        period = max(1, round(seen / max(chance.whole(images), 1)))
         if before == "codes" and step.index % period == 0:
             model.split(step.index)
 

@@ -18,6 +18,7 @@ from cryosuite.kernels.ball import half_ball, volume_of_half_ball
 from cryosuite.methods.kraqen_options import KraqenOptions
 from cryosuite.nets.inr import half_space
 from cryosuite.nets.triplane import BasisField, CoordinateFeatures
+from cryosuite.training.launch import world
 
 VOLUME_CHUNK = 1 << 24  # values of one activation when volumes are evaluated
 VOLUMES_AT_ONCE = 64
@@ -134,9 +135,16 @@ class KraqenModel(nn.Module):
 
     @torch.no_grad()
     def count(self, p: Tensor) -> None:
-        """Take the shares (b, K) of a batch into the running usage and the hard counts."""
-        self.usage.lerp_(p.mean(0), 1 - USAGE_MEMORY)
-        self.hard.index_add_(0, p.argmax(1), torch.ones_like(p[:, 0]))
+        """Take the shares (b, K) of a batch, of all processes that share it, into the running usage and hard counts."""
+        hard = torch.zeros_like(self.hard).index_add_(0, p.argmax(1), torch.ones_like(p[:, 0]))
+        mean = p.mean(0)
+        if world()[1] > 1:
+            told = torch.cat([p.sum(0), hard, hard.new_tensor([len(p)])])
+            torch.distributed.all_reduce(told)
+            total, hard = told[:-1].view(2, -1)
+            mean = total / told[-1]
+        self.usage.lerp_(mean, 1 - USAGE_MEMORY)
+        self.hard += hard
 
     @torch.no_grad()
     def hold_gauge(self) -> None:

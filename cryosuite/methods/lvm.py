@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cryosuite.kernels import chance
 from cryosuite.methods.lvm_loader import CropBatch, CropLoader, Crops
 from cryosuite.methods.lvm_options import PretrainOptions
 from cryosuite.nets.jepa import Jepa, Mae, target_momentum, token_grid
@@ -100,11 +101,17 @@ class Pretrain:
         return told
 
     def masks(self, crops: Tensor, generator: torch.Generator | None = None) -> Masks:
-        """What is shown and what is predicted of each crop, on the CPU."""
-        grid = token_grid(crops)
+        """What is shown and what is predicted of each crop, on the CPU.
+
+        Drawn for the whole batch where several processes share one: all its crops show as many tokens.
+        """
+        grid, count = token_grid(crops), chance.whole(len(crops))
         if self.options.mask_mode == "random":
-            return random_masks(grid, len(crops), self.options.mask_ratio, generator)
-        return multiblock_masks(grid, len(crops), generator)
+            drawn = random_masks(grid, count, self.options.mask_ratio, generator)
+        else:
+            drawn = multiblock_masks(grid, count, generator)
+        share = chance.share_of(len(crops))
+        return drawn if share is None else drawn.rows(share.own)
 
     def encode(self, model: PretrainModel, batch: CropBatch) -> Tensor:
         """The mean embedding of every crop, (b, E)."""

@@ -86,10 +86,11 @@ class Crops:
 
 
 class CropLoader:
-    """Batches of crops of several volumes, shuffled; each of several processes makes its own share.
+    """Batches of crops of several volumes, shuffled; process r of w gets the rows r, r + w, ... of each batch.
 
-    Batch k of epoch n is a pure function of the seed, the process and its number, so that a training can be taken up
-    anywhere: volumes are drawn in groups, each group a whole number of batches.
+    Batch k of epoch n is a pure function of the seed and its number, so that a training can be taken up anywhere, by
+    any number of processes: volumes are drawn in groups, each group a whole number of batches. Every process makes
+    some volumes of a group and they exchange the crops.
     """
 
     def __init__(
@@ -111,8 +112,8 @@ class CropLoader:
         self.crops, self.batch_size, self.rank, self.world_size = crops, batch_size, rank, world_size
         self.seed, self.device = seed, torch.device(device)
         self.share = batch_size // world_size
-        self.batches = math.ceil(crops.mix * crops.per_volume / self.share)  # of one group
-        self.volumes = math.ceil(self.batches * self.share / crops.per_volume)
+        self.batches = math.ceil(crops.mix * crops.per_volume / batch_size)  # of one group
+        self.volumes = math.ceil(self.batches * batch_size / crops.per_volume)
         self.held: tuple[int, CropBatch] | None = None
 
     def __len__(self) -> int:
@@ -136,19 +137,37 @@ class CropLoader:
         group, place = divmod(number, self.batches)
         if self.held is None or self.held[0] != group:
             self.held = (group, self._group(group))
-        rows = torch.arange(place * self.share, (place + 1) * self.share, device=self.device)
+        first = place * self.batch_size
+        rows = torch.arange(first + self.rank, first + self.batch_size, self.world_size, device=self.device)
         return self.held[1].rows(rows)
 
     def _group(self, group: int) -> CropBatch:
         """All crops of some volumes in random order."""
-        drawn = []
-        for volume in range(self.volumes):
+        drawn = {}
+        for volume in range(self.rank, self.volumes, self.world_size):
             generator = torch.Generator(self.device).manual_seed(self._seed(group, volume))
-            drawn.append(self.crops.pairs.draw(generator, self.device))
-        every = CropBatch.of(drawn)
+            drawn[volume] = CropBatch.of([self.crops.pairs.draw(generator, self.device)])
+        if self.world_size > 1:
+            drawn = self._exchanged(drawn)
+        every = CropBatch.of([drawn[volume] for volume in range(self.volumes)])
         order = np.random.default_rng(self._seed(group, self.volumes)).permutation(len(every.index))
         return every.rows(torch.from_numpy(order).to(self.device))
 
+    def _exchanged(self, drawn: dict[int, CropBatch]) -> dict[int, CropBatch]:
+        """The crops of all volumes, each sent by the process that made them."""
+        edge, count = self.crops.box_size, self.crops.per_volume
+        every = {}
+        for volume in range(self.volumes):
+            one = drawn.get(volume)
+            if one is None:
+                grid = [torch.empty(count, 1, edge, edge, edge, device=self.device) for _ in range(3)]
+                index = torch.empty(count, dtype=torch.int64, device=self.device)
+                one = CropBatch(*grid, torch.empty(count, device=self.device), index)
+            for values in (one.input, one.target, one.mask, one.resolution, one.index):
+                torch.distributed.broadcast(values, volume % self.world_size)
+            every[volume] = one
+        return every
+
     def _seed(self, group: int, volume: int) -> int:
-        words = np.random.SeedSequence((self.seed, self.rank, group, volume)).generate_state(1, np.uint64)
+        words = np.random.SeedSequence((self.seed, 0, group, volume)).generate_state(1, np.uint64)
         return int(words[0] >> np.uint64(1))

@@ -30,6 +30,10 @@ class Masks(NamedTuple):
         """The same masks on another device."""
         return Masks(*(part.to(device, non_blocking=True) for part in self))
 
+    def rows(self, rows: slice | list[int]) -> Masks:
+        """Those of some crops."""
+        return Masks(*(part[rows] for part in self))
+
 
 @functools.lru_cache(maxsize=64)
 def block_sizes(grid: Grid, share: tuple[float, float] = (0.15, 0.2), aspect: float = 1.5) -> tuple[Grid, ...]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cryosuite.kernels import chance
 from cryosuite.nets.scunet_windows import WindowAttention, from_windows, normed_linear, to_windows, window_plan
 
 EPS = 1e-6  # of the filter-response norm
@@ -123,7 +124,7 @@ class Transformer(nn.Module):
         """Zero the branch (windows * samples, T, h) of some samples and strengthen the others, so the mean is kept."""
         if not self.training or not self.drop:
             return branch
-        keep = torch.rand(samples, 1, 1, device=branch.device) >= self.drop
+        keep = chance.rand(samples, 1, 1, device=branch.device) >= self.drop
         scale = keep.to(branch.dtype) / (1 - self.drop)
         return (branch.view(-1, samples, *branch.shape[1:]) * scale).view(branch.shape)
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from cryosuite.console import Progress
+from cryosuite.data.broken import Broken
 from cryosuite.data.loader import read_ahead
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.processes import ALONE, Processes
@@ -81,7 +82,8 @@ def reconstruct(
     r_max: int | None = None,
     progress: str | None = None,
     map_box: int | None = None,
-) -> Reconstruction:
+    processes: Processes = ALONE,
+) -> Reconstruction | None:
     """Backproject particles into one map, in one pass over the stack.
 
     Args:
@@ -94,13 +96,15 @@ def reconstruct(
         r_max: largest radius used, Fourier pixels, default D/2.
         progress: label of a progress display, None for silence.
         map_box: box of the map when smaller than that of the particles (a Fourier crop); even.
+        processes: that share the images; all but the first get None.
 
     Raises:
         InputError: no rotations, or no particles.
     """
     labels = np.full(len(particles), -1, np.int64)
     labels[slice(None) if rows is None else rows] = 0
-    return reconstruct_classes(particles, labels, weights, halves, regularise, passes, r_max, progress, map_box)[0]
+    how = (halves, regularise, passes, r_max, progress, map_box, processes)
+    return reconstruct_classes(particles, labels, weights, *how).get(0)
 
 
 def reconstruct_classes(
@@ -197,6 +201,7 @@ class Accumulator:
         self.map_disc = fourier.half_disc(self.map_box, r_max)
         self.crop_scale = (self.map_box / particles.box_size) ** 3  # keeps grey values
         self.precision = inverse_noise(particles, self.disc)
+        self.broken = Broken(particles)
 
     def run(self, key: np.ndarray, bar: Progress | _Silent | None = None) -> dict[int, slices.Accumulator]:
         """Accumulate the rows with key >= 0, each into the accumulator of its key; returns key -> accumulator.
@@ -252,12 +257,15 @@ class Accumulator:
         """What a chunk of particles adds: (b, P) complex values C X / sigma^2, (b, P) weights C^2 / sigma^2, and
         the (b, 3, 3) matrices that take its half disc into the volume."""
         particles, disc = self.particles, self.disc
+        bad = torch.from_numpy(self.broken.find(rows, images))
+        if bool(bad.any()):
+            images[bad.numpy()] = 0
         X = fourier.to_half_disc(torch.from_numpy(images), disc)
         if self.crop_scale != 1:
             X = X * self.crop_scale
         if particles.shift is not None:
             X = fourier.phase_shift(X, disc, torch.from_numpy(particles.shift[rows]))
-        weights = self.precision[torch.from_numpy(particles.optics_group[rows]).long()]
+        weights = self.precision[torch.from_numpy(particles.optics_group[rows]).long()] * ~bad[:, None]
         if self.weights is not None:
             weights = weights * self.weights[rows][:, None]
         params = particles.ctf_params(rows)

@@ -10,7 +10,7 @@ twenty degrees of the truth are enough to begin with; cones shrink from round to
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cryosuite.data.loader import BatchLoader
+from cryosuite.data.loader import Batch, BatchLoader
 from cryosuite.data.particles import ParticleSet
+from cryosuite.data.processes import ALONE, Processes
 from cryosuite.data.spectra import measure_spectra, whitened
 from cryosuite.errors import InputError
 from cryosuite.kernels import fourier, pose_search, shells
@@ -102,6 +103,7 @@ def refine(
     device: torch.device | str = "cpu",
     log: Callable[[str, dict[str, Any]], None] | None = None,
     advance: Callable[[int], None] | None = None,
+    processes: Processes = ALONE,
 ) -> RefineResult:
     """Improve poses by local projection matching.
 
@@ -115,12 +117,14 @@ def refine(
         weights: of the particles in the maps; 0 leaves one out of them, its pose is searched for all the same.
         device: where images are searched for.
         log: takes a line for people and a record of numbers after each round.
-        advance: called with the number of images just done; N x rounds in all.
+        advance: called with the number of images just done; N x rounds in all, or this process's share of them.
+        processes: that share the images; all get the same result.
 
     Raises:
         InputError: poses that do not fit the set, half sets with fewer than 20 particles, maps of another box.
     """
-    engine = _Refiner(particles, rotation, shift, half, options or RefineOptions(), weights, torch.device(device))
+    options = options or RefineOptions()
+    engine = _Refiner(particles, rotation, shift, half, options, weights, torch.device(device), processes)
     engine.advance = advance or (lambda count: None)
     history: list[dict[str, Any]] = []
     start = engine.given(maps)
@@ -152,12 +156,14 @@ def search_everywhere(
     shift: float = 0.1,
     device: torch.device | str = "cpu",
     advance: Callable[[int], None] | None = None,
+    processes: Processes = ALONE,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Poses of some particles over all orientations, against one given map of any grey scale.
 
     Args:
         rows: of the set. volume: in the particles' box. coarsest: Angstrom that images are compared to at least.
         keep: poses per particle, apart from one another. shift: largest, fraction of the box.
+        processes: that share the particles; all get the poses of all of them.
 
     Returns:
         rotation (n, keep, 3, 3), shift (n, 2) of the first of them, score (n,); float32.
@@ -174,15 +180,25 @@ def search_everywhere(
     amplitude = measure_spectra(particles, True).noise.sqrt().to(device)
     disc, window = fourier.half_disc(box, radius, device), fourier.window_mask(box).to(device)
     found: list[tuple[Tensor, ...]] = []
-    chosen = replace(particles.subset(rows), rotation=None, shift=None)
-    for batch in BatchLoader(chosen, CHUNK, shuffle=False, device=device).epoch(0):
+    mine = processes.mine(rows, CHUNK)
+    for batch in _batches(particles, mine, CHUNK, device):
         target = whitened(batch, disc, amplitude, particles.ctf_premultiplied, window)
         poses = pose_search.search(source, target.values, target.ctf, batch.index, options, prepared=ready)
         found.append((poses.rotation[:, :keep].cpu(), poses.shift[:, 0].cpu() / size, poses.score[:, 0].cpu()))
         if advance is not None:
             advance(len(batch))
-    rotation, moves, score = (torch.cat(part).numpy() for part in zip(*found, strict=True))
+    found = found or [(torch.zeros(0, keep, 3, 3), torch.zeros(0, 2), torch.zeros(0))]
+    rotation, moves, score = (processes.joined(torch.cat(part).numpy()) for part in zip(*found, strict=True))
     return rotation, moves, score
+
+
+def _batches(particles: ParticleSet, rows: np.ndarray, size: int, device: torch.device) -> Iterator[Batch]:
+    """The images of some rows in order, without their poses; ``index`` counts them from 0."""
+    if len(rows):
+        chosen = particles if len(rows) == len(particles) else particles.subset(rows)
+        yield from BatchLoader(
+            replace(chosen, rotation=None, shift=None), size, shuffle=False, device=device
+        ).epoch(0)  # fmt: skip
 
 
 class _Refiner:
@@ -197,8 +213,9 @@ class _Refiner:
         options: RefineOptions,
         weights: np.ndarray | None,
         device: torch.device,
+        processes: Processes = ALONE,
     ) -> None:
-        n = len(particles)
+        n, self.processes = len(particles), processes
         given = np.array(rotation, np.float32)
         self.tried = given if given.ndim == 4 else None
         self.rotation = given if given.ndim != 4 else given[:, 0].copy()
@@ -224,14 +241,15 @@ class _Refiner:
         self.limit = min(options.r_max or self.box // 2, self.box // 2)
         self.amplitude = measure_spectra(particles, True).noise.sqrt().to(device)
         self.window = fourier.window_mask(self.box).to(device)
-        bare = replace(particles, rotation=None, shift=None)
-        self.loader = BatchLoader(bare, options.batch, shuffle=False, device=device)
+        self.mine = processes.mine(np.arange(n), options.batch)
         self.score, self.margin = np.zeros(n, np.float32), np.zeros(n, np.float32)
 
     def reconstruct(self) -> Reconstruction:
         """Both half maps and their FSC with the present poses."""
         posed = replace(self.particles, rotation=self.rotation, shift=self.shift)
-        return reconstruct(posed, rows=np.flatnonzero(self.counted), weights=self.weights)
+        rows = np.flatnonzero(self.counted)
+        made = reconstruct(posed, rows=rows, weights=self.weights, processes=self.processes)
+        return self.processes.first_does(lambda: made)
 
     def given(self, maps: Tensor | Sequence[Tensor] | None) -> tuple[Tensor, Tensor] | None:
         """The start maps as a pair; InputError where they do not fit."""
@@ -260,15 +278,18 @@ class _Refiner:
         turns = expmap(ball(cone, cone / 2.5)).to(self.device)
         before = self.rotation.copy()
         disc = fourier.half_disc(self.box, radius, self.device)
-        for batch in self.loader.epoch(0):
+        for batch in _batches(self.particles, self.mine, self.options.batch, self.device):
+            index = batch.index + int(self.mine[0])
             target = whitened(batch, disc, self.amplitude, self.particles.ctf_premultiplied, self.window)
-            found = self._around(batch.index, target.values, target.ctf, source, options, turns)
-            rows = batch.index.cpu().numpy()
+            found = self._around(index, target.values, target.ctf, source, options, turns)
+            rows = index.cpu().numpy()
             self.rotation[rows] = found.rotation[:, 0].cpu().numpy()
             self.shift[rows] = found.shift[:, 0].cpu().numpy() / size
             self.score[rows] = found.score[:, 0].cpu().numpy()
             self.margin[rows] = pose_search.margin(found).cpu().numpy()
             self.advance(len(rows))
+        for values in (self.rotation, self.shift, self.score, self.margin):
+            values[:] = self.processes.joined(values[self.mine])
         self.tried = None
         moved = geodesic_deg(torch.from_numpy(before), torch.from_numpy(self.rotation))
         return {

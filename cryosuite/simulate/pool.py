@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from cryosuite.console import Progress
 from cryosuite.formats.atomic import atomic_path, reserve, write_text
+from cryosuite.kernels import chance
 from cryosuite.kernels.ctf import CtfParams, ctf
 from cryosuite.kernels.rotations import random_rotations
 from cryosuite.simulate.images import Optics, Renderer
@@ -109,7 +110,7 @@ class ProjectionPool:
             found = json.loads(self._record.read_text())
             names = [str(name) for name in found.pop("names")]
             whole = self.path.stat().st_size == 2 * len(names) * self.options.views * self.options.box_size**2
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
         return names if whole and found == json.loads(json.dumps(wanted)) else None
 
@@ -182,34 +183,44 @@ def uniform(count: int, low: float, high: float, generator: torch.Generator) -> 
     return low + (high - low) * torch.rand(count, generator=generator, device=generator.device)
 
 
-def expose(views: Tensor, field: float, imaging: Imaging, box_size: int, generator: torch.Generator) -> Tensor:
+def expose(
+    views: Tensor, field: float, imaging: Imaging, box_size: int, generator: torch.Generator,
+    share: chance.Share | None = None,
+) -> Tensor:  # fmt: skip
     """Noisy particles (b, D, D) float32 of clean views (b, P, P), all randomness from ``generator`` on their device.
 
     Each is turned by any angle, moved, magnified, given a CTF and white noise; white particles, noise of unit sd.
-    ``field``: edge of the views, A. ``box_size``: D; beyond P the picture is zero-filled in Fourier space.
+    ``field``: edge of the views, A. ``box_size``: D; beyond P the picture is zero-filled in Fourier space. ``share``:
+    which of the particles of several processes these are.
     """
     b, P = views.shape[:2]
-    angle = uniform(b, 0, 2 * torch.pi, generator)
-    shift = (2 * torch.rand(b, 2, generator=generator, device=views.device) - 1) * imaging.shift
-    scale = uniform(b, *imaging.magnify, generator)
+
+    def drawn(low: float, high: float) -> Tensor:
+        return chance.rows(lambda n: uniform(n, low, high, generator), b, share)
+
+    angle = drawn(0, 2 * torch.pi)
+    moved = chance.rows(lambda n: torch.rand(n, 2, generator=generator, device=views.device), b, share)
+    shift = (2 * moved - 1) * imaging.shift
+    scale = drawn(*imaging.magnify)
     spectra = torch.fft.rfft2(turned(views.float(), angle, shift, scale))
     size = min(P, box_size)
     spectra = _crop_plain(spectra, P, size)
     ky, kx = torch.fft.fftfreq(size, device=views.device), torch.fft.rfftfreq(size, device=views.device)
     frequency = torch.stack([g.reshape(-1) for g in torch.broadcast_tensors(kx[None], ky[:, None])], 1)
-    defocus = 1e4 * uniform(b, *imaging.defocus_um, generator)
-    half = imaging.astigmatism / 2 * uniform(b, 0, 1, generator)
+    defocus = 1e4 * drawn(*imaging.defocus_um)
+    half = imaging.astigmatism / 2 * drawn(0, 1)
     same = torch.ones_like(half)
     params = CtfParams(
-        defocus + half, defocus - half, uniform(b, 0, 180, generator), imaging.voltage_kv * same, imaging.cs_mm * same,
+        defocus + half, defocus - half, drawn(0, 180), imaging.voltage_kv * same, imaging.cs_mm * same,
         imaging.amplitude_contrast * same, 0 * same, field / size * same,
     )  # fmt: skip
     spectra = spectra * ctf(frequency, params).view(b, size, size // 2 + 1).float()
     clean = torch.fft.irfft2(_crop_plain(spectra, size, box_size), s=(box_size, box_size))
     clean = clean / clean.std(dim=(1, 2), keepdim=True).clamp(min=1e-6)
     low, high = np.log(imaging.snr[0]), np.log(imaging.snr[1])
-    snr = torch.exp(uniform(b, low, high, generator)) * (DOSE_BOX / box_size) ** 2
-    noise = torch.randn(clean.shape, generator=generator, device=views.device)
+    snr = torch.exp(drawn(low, high)) * (DOSE_BOX / box_size) ** 2
+    shape = clean.shape[1:]
+    noise = chance.rows(lambda n: torch.randn(n, *shape, generator=generator, device=views.device), b, share)
     return clean * snr.sqrt()[:, None, None] + noise
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cryosuite.kernels import chance
 from cryosuite.kernels.ctf import CtfParams, ctf
 from cryosuite.kernels.density import MOLMAP_SIGMA
 from cryosuite.kernels.rotations import expmap, quaternion_to_matrix
@@ -223,29 +224,43 @@ class ViewSets:
     def directions(self, sets: int, count: int, generator: torch.Generator) -> Tensor:  # (S, N, 3, 3)
         """Rotations: uniform, or for a share of the molecules about one preferred direction, any in-plane angle."""
         o, device = self.options, self.device
-        view = torch.randn(sets, count, 3, generator=generator, device=device)
+        view = chance.randn(sets, count, 3, generator=generator, device=device)
         view = view / view.norm(dim=-1, keepdim=True)
-        preferred = torch.randn(sets, 1, 3, generator=generator, device=device)
+        preferred = chance.randn(sets, 1, 3, generator=generator, device=device)
         preferred = preferred / preferred.norm(dim=-1, keepdim=True)
-        cone = torch.rand(sets, 1, 1, generator=generator, device=device) < o.cones
-        scatter = CONE_WIDTH * torch.randn(sets, count, 3, generator=generator, device=device)
+        cone = chance.rand(sets, 1, 1, generator=generator, device=device) < o.cones
+        scatter = CONE_WIDTH * chance.randn(sets, count, 3, generator=generator, device=device)
         view = torch.where(cone, preferred + scatter, view)
         view = view / view.norm(dim=-1, keepdim=True)
-        other = torch.randn(sets, count, 3, generator=generator, device=device)
+        other = chance.randn(sets, count, 3, generator=generator, device=device)
         x = torch.linalg.cross(other, view)
         x = x / x.norm(dim=-1, keepdim=True)
         return torch.stack([x, torch.linalg.cross(view, x), view], -2)
 
     def batch(self, number: int, seen: int | None = None, part: int = 0) -> FastarBatch:
-        """Batch ``number`` of the stream for one process (``part``), after ``seen`` images; None: as in training."""
+        """Batch ``number`` of the stream for one process (``part``), after ``seen`` images; None: as in training.
+
+        Process r of w makes the molecules r, r + w, ... of the batch that one process alone would make.
+        """
         o, device = self.options, self.device
-        generator = self.generator(number, part)
+        generator = self.generator(number)
         seen = number * o.images * self.parts if seen is None else seen
         count = min(self.view_count(seen), o.images)
-        sets = o.images // count
-        beads, edge = self.molecules(sets, generator)
-        rotation = self.directions(sets, count, generator)
-        shift = (2 * torch.rand(sets, count, 2, generator=generator, device=device) - 1) * o.shift
+        total = o.images * self.parts // count
+        beads, edge = self.molecules(total, generator)
+        rotation = self.directions(total, count, generator)
+        shift = (2 * torch.rand(total, count, 2, generator=generator, device=device) - 1) * o.shift
+        own = slice(part, total, self.parts)
+        index = torch.arange(total, device=device)[own] + number * total
+        with chance.sharing(chance.Share(own, total) if self.parts > 1 else None):
+            return self._imaged(beads.rows(own), edge[own], rotation[own], shift[own], index, seen, generator)
+
+    def _imaged(
+        self, beads: Beads, edge: Tensor, rotation: Tensor, shift: Tensor, index: Tensor, seen: int,
+        generator: torch.Generator,
+    ) -> FastarBatch:  # fmt: skip
+        """The batch of these molecules, views and shifts."""
+        o, device, (sets, count) = self.options, self.device, rotation.shape[:2]
         which = torch.arange(sets, device=device)
         clean = self.project(
             beads, which.repeat_interleave(count), rotation.flatten(0, 1), shift.flatten(0, 1), o.size
@@ -256,14 +271,14 @@ class ViewSets:
             known[:, count - int(o.junk * count) :] = False
             clean = torch.where(known[..., None, None], clean, 0)
         low, high = math.log(self.snr_floor(seen)), math.log(min(10 * self.snr_floor(seen), max(o.snr)))
-        snr = torch.exp(low + (high - low) * torch.rand(sets, generator=generator, device=device))
+        snr = torch.exp(low + (high - low) * chance.rand(sets, generator=generator, device=device))
         images, flipped = self._exposed(clean, edge, snr, self.progress(seen) >= o.ctf_from, generator)
         near = self.candidates(rotation, generator)
         marks = self.template_rotation.expand(sets, -1, -1, -1)
         clear = self.noise_free(beads, edge, torch.cat([near, marks], 1), generator)
         split = near.shape[1]
         return FastarBatch(
-            index=which + number * sets, images=network_input(images, flipped), rotation=rotation, shift=shift,
+            index=index, images=network_input(images, flipped), rotation=rotation, shift=shift,
             known=known, candidates=clear[:, :split], candidate_rotation=near, templates=clear[:, split:],
             template_rotation=marks, mates=beads.mates, snr=snr,
         )  # fmt: skip
@@ -274,7 +289,9 @@ class ViewSets:
         if o.hard < 0:
             return rotation[:, :0]
         spread = [o.jitter_deg] + o.hard * [o.hard_deg]
-        turns = torch.randn(len(spread), *rotation.shape[:2], 3, generator=generator, device=self.device)
+        (sets, count), how = rotation.shape[:2], {"generator": generator, "device": self.device}
+        turns = chance.rows(lambda n: torch.randn(len(spread), n, count, 3, **how).transpose(0, 1), sets)
+        turns = turns.transpose(0, 1)
         angle = torch.tensor(spread, device=self.device).view(-1, 1, 1, 1) * (math.pi / 180)
         return torch.cat(list(expmap(turns * angle) @ rotation), 1)
 
@@ -292,7 +309,7 @@ class ViewSets:
         """Centred views (S, K, 2, D, D) without noise, low-passed by a Gaussian, as the network takes them."""
         o, device, (sets, count) = self.options, self.device, rotation.shape[:2]
         low, high = o.low_pass
-        resolution = low + (high - low) * torch.rand(sets, generator=generator, device=device)
+        resolution = low + (high - low) * chance.rand(sets, generator=generator, device=device)
         blur = MOLMAP_SIGMA * resolution / edge
         which = torch.arange(sets, device=device).repeat_interleave(count)
         still = torch.zeros(len(which), 2, device=device)
@@ -309,8 +326,8 @@ class ViewSets:
         if not few:
             return clean
         rotation = self.directions(sets, few, generator).flatten(0, 1)
-        angle = 2 * math.pi * torch.rand(len(rotation), generator=generator, device=device)
-        far = 0.5 + 0.3 * torch.rand(len(rotation), generator=generator, device=device)
+        angle = 2 * math.pi * chance.rand(sets, few, generator=generator, device=device).flatten()
+        far = 0.5 + 0.3 * chance.rand(sets, few, generator=generator, device=device).flatten()
         away = torch.stack([far * torch.cos(angle), far * torch.sin(angle)], 1)
         which = torch.arange(sets, device=device).repeat_interleave(few)
         other = self.project(beads, which, rotation, away, o.size).view(sets, few, o.size, o.size)
@@ -323,8 +340,8 @@ class ViewSets:
         o, device = self.options, self.device
         sets, count, size = *clean.shape[:2], o.size
         draw = torch.rand(3, generator=generator, device="cpu" if device.type == "cpu" else device)
-        knee = torch.exp(torch.rand(sets, generator=generator, device=device) * 2.3 - 1.5) * 0.25  # cycles/pixel
-        gain = 0.7 + 0.6 * torch.rand(sets, count, 1, 1, generator=generator, device=device)
+        knee = torch.exp(chance.rand(sets, generator=generator, device=device) * 2.3 - 1.5) * 0.25  # cycles/pixel
+        gain = 0.7 + 0.6 * chance.rand(sets, count, 1, 1, generator=generator, device=device)
         params, sign = self._optics(edge, count, generator), None
         spectra = torch.fft.rfft2(clean)
         # drawn on the device and never read back: both ways are blended by 0/1 factors
@@ -340,7 +357,7 @@ class ViewSets:
         tinted = (draw[1] < o.coloured).to(clean.dtype)
         amplitude = (tinted * colour + 1 - tinted).rsqrt()[:, None]
         scale = (snr / power.clamp(min=1e-30)).sqrt()[:, None, None, None]
-        white = torch.randn(clean.shape, generator=generator, device=device)
+        white = chance.randn(*clean.shape, generator=generator, device=device)
         spectra = spectra * amplitude * scale * gain + torch.fft.rfft2(white)
         images = torch.fft.irfft2(spectra, s=(size, size))
         told = (draw[2] >= o.blind).to(clean.dtype)
@@ -351,7 +368,7 @@ class ViewSets:
         sets, device = len(edge), self.device
 
         def uniform(low: float, high: float, per: int = 1) -> Tensor:
-            drawn = low + (high - low) * torch.rand(sets, per, generator=generator, device=device)
+            drawn = low + (high - low) * chance.rand(sets, per, generator=generator, device=device)
             return drawn.expand(sets, count).reshape(-1)
 
         defocus, half = 1e4 * uniform(0.8, 3.0, count), uniform(0, 300, count)

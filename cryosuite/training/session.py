@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cryosuite import __version__
 from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError, notice
+from cryosuite.kernels import chance
 from cryosuite.kernels.memory import out_of_memory
 from cryosuite.training import checkpoint
 from cryosuite.training.ema import Ema
@@ -99,7 +100,7 @@ class Session:
         self.meter = Meter(self.watch)
         self.log = RunLog(run.log, self.main)
         self.began = self.saved = self.mark = time.monotonic()
-        seed_all(options.seed + 1 + self.rank)  # from here on every process draws its own noise
+        seed_all(options.seed + 1)  # the same everywhere: each process draws for all rows and keeps its own (chance.py)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         groups = getattr(self.method, "parameter_groups", None)
@@ -165,20 +166,32 @@ class Session:
     def _gradients(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Backward through all pieces of a batch, weighted so that the sum is the gradient of the global mean."""
         self.optimizer.zero_grad(set_to_none=True)
-        count = len(batch.index)
-        share = self.loader.weight(self.place.batch) * self.processes / self.loader.global_size(self.place.batch)
-        parts = pieces(batch, self.micro_batches)
+        count, total = len(batch.index), self.loader.global_size(self.place.batch)
+        share = self.loader.weight(self.place.batch) * self.processes / total
+        # as many pieces in every process, so that what they tell each other on the way is told as often
+        parts = pieces(batch, min(self.micro_batches, max(1, total // self.processes)))
         sums: dict[str, Tensor] = {}
+        done = 0
         for number, part in enumerate(parts):
             weight = share * len(part.index) / count
             waits = self.processes > 1 and number < len(parts) - 1
-            with self.fabric.no_backward_sync(self.objective) if waits else nullcontext():
+            own, done = self._own_rows(done, len(part.index), total), done + len(part.index)
+            with self.fabric.no_backward_sync(self.objective) if waits else nullcontext(), own:
                 losses = self.objective(Work(part, step))
                 self.fabric.backward(losses["loss"] if weight == 1 else losses["loss"] * weight)
             for name, value in losses.items():
                 value = value.detach() if len(parts) == 1 else value.detach() * (len(part.index) / count)
                 sums[name] = sums[name] + value if name in sums else value
         return sums
+
+    def _own_rows(self, done: int, count: int, total: int) -> AbstractContextManager:
+        """Where processes share a batch of ``total``: which of its rows the next ``count`` of this process are."""
+        if self.processes == 1:
+            return nullcontext()
+        if self.rank >= total:  # a row again, which does not count
+            return chance.sharing(chance.Share([0], total))
+        first = self.rank + done * self.processes
+        return chance.sharing(chance.Share(slice(first, first + count * self.processes, self.processes), total))
 
     # --- time and stopping
 
@@ -244,6 +257,11 @@ class Session:
         self.saved = time.monotonic()
         return True
 
+    def together(self) -> None:
+        """Wait for all processes."""
+        if self.processes > 1:
+            torch.distributed.barrier(group=self.control)
+
     def restore(self) -> None:
         """Take up the checkpoint; raises InputError where it belongs to another training."""
         path = self.run.checkpoint
@@ -261,10 +279,8 @@ class Session:
         self.meter.load_state_dict(state["meter"])
         self.watch.load_state_dict(state["watch"])
         self.micro_batches = max(state["micro_batches"], self.options.micro_batches)
-        if len(state["rng"]) == self.processes:
-            set_rng_state(state["rng"][self.rank])
-        else:  # another number of processes: new, but reproducible
-            seed_all(self.options.seed + 1 + self.rank + 1000 * self.place.step)
+        same = len(state["rng"]) == self.processes  # else another number of processes goes on
+        set_rng_state(state["rng"][self.rank if same else 0])
 
     def open_logs(self) -> MetricsLog:
         """Start (or go on with) run.log and metrics.jsonl."""

@@ -1,0 +1,94 @@
+"""The small set and the commands of fire_distributed.py."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from hype_toy import blob_particles, blobs
+from test_commands_train_fastar import TINY
+from test_methods_iev import SMALL
+from test_trainings_together import words
+
+from cryosuite.data.encoder_weights import save_encoder
+from cryosuite.data.multiview_weights import save_multiview
+from cryosuite.formats.mrc import write_map
+from cryosuite.formats.pickles import write_pickle
+from cryosuite.formats.stacks import StackWriter
+from cryosuite.nets.ief import IefEncoder
+from cryosuite.nets.multiview import Multiview
+
+TRAININGS = {
+    "train-hype": "hype", "train-kraqen": "kraqen", "train-kraqen-voxel": "voxel", "deco-classify": "deco",
+    "pretrain-iev": "iev", "train-fastar": "fastar", "train-fastar-star": "fastar-star", "pretrain-lvm": "jepa",
+    "train-lvm": "lvm",
+}  # fmt: skip
+DETAIL = {"train-kraqen": " (network)", "train-kraqen-voxel": " (voxel field)", "train-fastar": " (target)",
+          "train-fastar-star": " (ab initio)", "encode": " --encode"}  # fmt: skip
+COUNT, BOX = 301, 16
+
+
+def shrink() -> None:
+    """Networks tinier than the smallest preset, and chunks of a few images, so that every process has some."""
+    from cryosuite.data import preprocess
+    from cryosuite.methods import fastar_validate, lvm_validate
+    from cryosuite.nets import ief
+    from cryosuite.nets.multiview import SPECS
+
+    ief.SPECS["vit_tiny"], SPECS["micro"] = SMALL, TINY
+    fastar_validate.GRID, lvm_validate.EACH = 0, 1
+    preprocess.CHUNK_BYTES = 4 * 37 * BOX**2
+
+
+def stack(folder: Path) -> Path:
+    """301 images of two molecules with poses, CTF and labels; a map; an encoder and a pose network, not trained."""
+    import torch
+
+    folder.mkdir(parents=True, exist_ok=True)
+    particles, labels = blob_particles([blobs(BOX, 0), blobs(BOX, 1)], COUNT, noise=0.3)
+    with StackWriter(folder / "particles.mrcs", COUNT, BOX, 6.0) as writer:
+        writer.write(particles.read(np.arange(COUNT)))
+    write_pickle(folder / "poses.pkl", (particles.rotation, particles.shift))
+    write_pickle(folder / "ctf.pkl", particles.ctf)
+    write_pickle(folder / "labels.pkl", labels.astype(np.int64))
+    write_map(folder / "ref.mrc", blobs(BOX, 0).numpy(), 6.0)
+    torch.manual_seed(0)
+    save_encoder(folder / "e.safetensors", IefEncoder(SMALL).eval(), "standard", 0.5, 0.15, {})
+    save_multiview(folder / "w.safetensors", Multiview(TINY), {"mode": "target"})
+    return folder
+
+
+def commands(folder: Path) -> dict[str, list[object]]:
+    """Name -> words, all but the output."""
+    images, ctf = folder / "particles.mrcs", ["--ctf", folder / "ctf.pkl"]
+    posed = [images, "--poses", folder / "poses.pkl", *ctf]
+    labels, cpu = ["--labels", folder / "labels.pkl"], ["--accelerator", "cpu"]
+    found: dict[str, list[object]] = {
+        "preprocess": ["preprocess", *posed, "-D", 12, "--uninvert"],
+        "backproject": ["backproject", *posed, *labels],
+        "polish": ["polish", *posed, *labels],
+        "fastar-infer": ["fastar-infer", images, *ctf, "--map", folder / "ref.mrc", "-b", 64, "--refine", 1,
+                         "--weights", folder / "w.safetensors", *cpu],
+        "encode": ["pretrain-iev", images, "--encode", "--weights", folder / "e.safetensors", "-b", 32, *cpu],
+    }  # fmt: skip
+    return found | {name: words(short, folder) for name, short in TRAININGS.items()}
+
+
+def blind_second() -> None:
+    """From now on the second process cannot read one of the images."""
+    from cryosuite.data.particles import ParticleSet
+    from cryosuite.errors import InputError
+    from cryosuite.ranks import process_rank
+
+    whole = ParticleSet.read
+
+    def read(particles: ParticleSet, rows: np.ndarray) -> np.ndarray:
+        if process_rank() == 1 and COUNT - 10 in rows:
+            raise InputError(f"{particles.path}: the file became shorter while it was read")
+        return whole(particles, rows)
+
+    ParticleSet.read = read

@@ -1,0 +1,100 @@
+"""Commands in several processes as torchrun starts them, forked from the test so that nothing is imported again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryosuite.cli import main
+
+
+@dataclass
+class Ended:
+    """What a process left: its exit code (negative: the signal it died of) and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+def together(
+    folder: Path, words: list[object], count: int = 2, seconds: float = 240.0, before: Callable[[], None] | None = None
+) -> list[Ended]:
+    """``cryosuite WORDS`` in ``count`` processes; when one fails the others are ended, as torchrun does.
+
+    folder: for what they print. before: called in each of them first.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    text = [str(word) for word in words]
+    running = {_start(folder, text, rank, count, port, before): rank for rank in range(count)}
+    codes: dict[int, int] = {}
+    deadline = time.monotonic() + seconds
+    while running:
+        for pid in list(running):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[running.pop(pid)] = os.waitstatus_to_exitcode(status)
+                if status:
+                    for other in running:
+                        os.kill(other, signal.SIGTERM)
+        if time.monotonic() > deadline:
+            for pid in running:
+                os.kill(pid, signal.SIGKILL)
+            raise AssertionError(f"{words[0]} in {count} processes hangs: {(folder / 'err0').read_text()[-2000:]}")
+        time.sleep(0.05)
+    return [
+        Ended(codes[rank], (folder / f"out{rank}").read_text(), (folder / f"err{rank}").read_text())
+        for rank in range(count)
+    ]
+
+
+def one_and_two(folder: Path, words: list[object]) -> tuple[Path, Path]:
+    """What a command writes (-o) in one and in two processes; all of them end well and only the first one speaks."""
+    for name, count in (("one", 1), ("two", 2)):
+        for rank, ended in enumerate(together(folder / f"said_{name}", [*words, "-o", folder / name], count)):
+            assert ended.code == 0, ended.err
+            assert rank == 0 or not ended.out + ended.err, ended
+    return folder / "one", folder / "two"
+
+
+def _start(folder: Path, words: list[str], rank: int, count: int, port: int, before: Callable[[], None] | None) -> int:
+    """Fork one process; its number."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(folder / f"{name}{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+        if count > 1:
+            os.environ.update(
+                {"TORCHELASTIC_RUN_ID": "toy", "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0",
+                 "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+                 "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+            )  # fmt: skip
+        sys.argv = ["cryosuite", *words]
+        if before is not None:
+            before()
+        main()
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

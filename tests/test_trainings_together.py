@@ -1,0 +1,86 @@
+"""Every training command in two processes learns what it learns in one: the same losses, latents in the same order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from forked import one_and_two
+from hype_toy import blob_particles, blobs
+from test_commands_pretrain_lvm import SHORT as LVM
+from test_commands_train_fastar import TINY
+from test_methods_iev import SMALL
+
+from cryosuite.data.workdir import RunDir
+from cryosuite.formats.pickles import read_latent, write_pickle
+from cryosuite.formats.stacks import StackWriter
+from cryosuite.methods import fastar_validate, lvm_validate
+from cryosuite.nets import ief
+from cryosuite.nets.multiview import SPECS
+from cryosuite.training.logs import read_metrics
+
+pytestmark = pytest.mark.slow
+N, D = 78, 16  # 78 = 4 * 16 + 14: the last batch is short
+HYPE = ["--dim", 16, "--depth", 1, "--heads", 2, "--patch", 4, "--groups", 2, "--inr-dim", 16, "--inr-layers", 2,
+        "--knn", 4, "-n", 2, "-b", 16, "--log-interval", 1, "--precision", 32, "--encoder-drop", 0.2]  # fmt: skip
+DECO = ["--encoder", "random", "--encoder-size", "micro", "--zdim", 4, "--dim", 32, "--layers", 1, "--features", 16,
+        "--precision", 32, "-n", 2, "-b", 16, "-k", 2, "--cluster", "gmm-direct", "--known-poses"]  # fmt: skip
+NET = ["--field", "triplane", "--n-codes", 3, "--rank", 3, "-n", 2, "-b", 16, "--em-finish", 2, "--width", 16]
+IEV = ["--preset", "tiny", "--images", 32, "--every", 16, "-b", 8, "--views", 4, "--simulate", "phantom:4",
+       "--hold-out", 2, "--Apix", 6]  # fmt: skip
+FASTAR = ["--preset", "micro", "--images", 64, "--every", 32, "-b", 16, "--views", "3:8"]
+CPU = ["--accelerator", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory) -> Path:
+    """particles.mrcs with poses.pkl and ctf.pkl: two molecules in turn."""
+    folder = tmp_path_factory.mktemp("stack")
+    particles, _ = blob_particles([blobs(D, 0), blobs(D, 1)], N, noise=0.3)
+    with StackWriter(folder / "particles.mrcs", N, D, 6.0) as writer:
+        writer.write(particles.read(np.arange(N)))
+    write_pickle(folder / "poses.pkl", (particles.rotation, particles.shift))
+    write_pickle(folder / "ctf.pkl", particles.ctf)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks that are tinier than the smallest, and less to test them on."""
+    monkeypatch.setitem(ief.SPECS, "vit_tiny", SMALL)
+    monkeypatch.setitem(SPECS, "micro", TINY)
+    monkeypatch.setattr(fastar_validate, "GRID", 0)
+    monkeypatch.setattr(lvm_validate, "EACH", 1)
+
+
+def words(name: str, stack: Path) -> list[object]:
+    """A training of seconds."""
+    posed = [stack / "particles.mrcs", "--poses", stack / "poses.pkl", "--ctf", stack / "ctf.pkl"]
+    return {
+        "hype": ["train-hype", *posed, *HYPE, *CPU],
+        "kraqen": ["train-kraqen", *posed, *NET, *CPU],
+        "voxel": ["train-kraqen", *posed, "--n-codes", 3, "-i", 4, *CPU],
+        "deco": ["deco-classify", *posed, *DECO, *CPU],
+        "iev": ["pretrain-iev", stack / "particles.mrcs", *IEV, *CPU],
+        "fastar": ["train-fastar", *FASTAR, *CPU],
+        "fastar-star": ["train-fastar", *FASTAR, "--mode", "ab-initio", *CPU],
+        "jepa": ["pretrain-lvm", *LVM],
+        "lvm": ["train-lvm", "--task", "sharpen", *LVM],
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["hype", "kraqen", "voxel", "deco", "iev", "fastar", "fastar-star", "jepa", "lvm"])
+def test_two_processes_learn_what_one_learns(name: str, stack: Path, tmp_path: Path) -> None:
+    runs = [RunDir(run) for run in one_and_two(tmp_path, words(name, stack))]
+    one, two = (read_metrics(run.metrics) for run in runs)
+    assert [line["step"] for line in one] == [line["step"] for line in two] and len(one) >= 1
+    for a, b in zip(one, two, strict=True):
+        assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-4), (a, b)
+        assert sorted(a) == sorted(b)
+    if name not in ("iev", "fastar", "fastar-star", "jepa", "lvm"):
+        last = runs[0].last_epoch()
+        z, other = (read_latent(run.z(last))[0] for run in runs)
+        assert z.shape == other.shape and len(z) == N
+        np.testing.assert_allclose(z, other, rtol=1e-3, atol=2e-3 * np.abs(z).max())
+        assert np.abs(z - z[::-1]).max() > 0.05 * np.abs(z).max()  # in another order they would not be equal
