@@ -61,7 +61,8 @@ def make_analysis(
     """The files of an analysis; rows in ``bad`` are NaN. Clusters lie at the corners of a square in the UMAP."""
     rng = np.random.default_rng(1)
     folder.mkdir(parents=True)
-    labels = np.arange(count) % CLUSTERS
+    groups = min(CLUSTERS, count)
+    labels = np.arange(count) % groups
     z = (6 * np.eye(CLUSTERS, zdim)[labels] + 0.2 * rng.normal(size=(count, zdim))).astype(np.float32)
     z[list(bad)], labels[list(bad)] = np.nan, -1
     out = AnalysisDir(folder)
@@ -70,16 +71,16 @@ def make_analysis(
         places = (CORNERS[labels] + 0.5 * rng.normal(size=(count, 2))).astype(np.float32)
         places[list(bad)] = np.nan
         write_pickle(out.umap, places)
-    kmeans = out.kmeans(CLUSTERS)
+    kmeans = out.kmeans(groups)
     kmeans.path.mkdir()
     axis = np.arange(D) - D // 2
     square = axis[:, None, None] ** 2 + axis[None, :, None] ** 2 + axis[None, None] ** 2
-    for label in range(CLUSTERS if volumes else 0):
+    for label in range(groups if volumes else 0):
         write_map(kmeans.volume(label), np.exp(-square / (8.0 + 4 * label)).astype(np.float32), PIXEL)
     write_yaml(out.summary, {
         "kind": "analysis", "epoch": 7, "n_particles": count, "left_out": list(bad), "seed": 0, "clustering": "kmeans",
         "command": "cryosuite analyze 'my run' --ksample 4",
-        "kmeans": {"clusters": CLUSTERS, "colours": palette(CLUSTERS), "levels": [0.3] * CLUSTERS if volumes else [],
+        "kmeans": {"clusters": groups, "colours": palette(groups), "levels": [0.3] * groups if volumes else [],
                    "folder": kmeans.path.name},
         "gmm": None, "volumes": {"start_index": 0},
     })  # fmt: skip
