@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -184,3 +187,27 @@ def test_the_completion_script_of_bash_is_printed() -> None:
     environment = {**os.environ, "_CRYOSUITE_COMPLETE": "source_bash"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=60)
     assert re.search(r"^complete .* cryosuite$", done.stdout.strip(), flags=re.M), done.stdout + done.stderr
+
+
+def public_names(tree: ast.Module | ast.ClassDef, inside: str = "") -> Iterator[tuple[str, ast.AST]]:
+    """Public classes, functions and methods of a module, with their names."""
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            yield inside + node.name, node
+            if isinstance(node, ast.ClassDef):
+                yield from public_names(node, f"{inside}{node.name}.")
+
+
+def test_everything_public_has_a_docstring() -> None:
+    """``forward`` of a network is described by its class."""
+    names, bare = 0, []
+    root = Path(sys.modules["cryosuite"].__file__).parent
+    for path in root.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        if tree.body and not ast.get_docstring(tree):
+            bare.append(str(path.relative_to(root)))
+        for name, node in public_names(tree):
+            names += 1
+            if not name.endswith(".forward") and not ast.get_docstring(node):
+                bare.append(f"{path.relative_to(root)}: {name}")
+    assert names > 2000 and not bare, bare

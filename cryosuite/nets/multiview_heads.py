@@ -168,6 +168,7 @@ class Matcher(nn.Module):
         return Match(F.normalize(self.out(x), dim=-1), self.shift(x))
 
     def scores(self, vector: Tensor, others: Tensor) -> Tensor:  # (..., n, d), (..., G, d) -> (..., n, G)
+        """Scaled products of image vectors with those of the reference's projections."""
         return vector.float() @ (others.float() * self.log_scale.exp().clamp(max=MAX_SCALE)).transpose(-1, -2)
 
 
@@ -202,6 +203,7 @@ class DenseHead(nn.Module):
             nn.init.zeros_(last.weight)
 
     def features(self, x: Tensor) -> Tensor:  # (..., T, d) -> (..., T, NECK)
+        """Tokens after the convolutions that both outputs share."""
         flat = x.reshape(-1, *x.shape[-2:]).transpose(1, 2).unflatten(2, (self.side, self.side))
         return self.neck(flat).flatten(2).transpose(1, 2).reshape(*x.shape[:-1], NECK)
 
@@ -211,4 +213,5 @@ class DenseHead(nn.Module):
         return DenseHeads(out[..., :3, :, :].movedim(-3, -1) * 2 - 1, out[..., 3, :, :].transpose(-1, -2))
 
     def denoised(self, x: Tensor) -> Tensor:  # (..., T, d) -> (..., D, D)
+        """The image without its noise, as the network sees it."""
         return pixel_shuffle(self.proj_fvalue(self.features(x)), self.side, self.patch).squeeze(-3)
