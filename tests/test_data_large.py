@@ -50,9 +50,9 @@ def peak_of(script: str, *arguments: object) -> tuple[float, str]:
 
 @linux
 def test_memory_does_not_grow_with_the_images(tmp_path):
-    """4,500 images more are 70 MiB more; the tables of their rows and one more chunk on its way are less than half."""
+    """6,000 images more are 94 MiB more; what libraries need late and the tables of the rows is far less."""
     peaks: dict[str, list[float]] = {"preprocess": [], "backproject": []}
-    for count in (1500, 6000):
+    for count in (1500, 7500):
         star = make_set(tmp_path / f"{count}", count, count // 50)
         work = tmp_path / f"work{count}"
         peaks["preprocess"].append(peak_of(RUN, "preprocess", star, "-o", work, "--threads", 1)[0])
@@ -61,7 +61,7 @@ def test_memory_does_not_grow_with_the_images(tmp_path):
         )
     for command, (few, many) in peaks.items():
         print(f"{command}: {few:.0f} and {many:.0f} MiB")
-        assert many - few < 35, f"{command}: {few:.0f} and {many:.0f} MiB"
+        assert many - few < 55, f"{command}: {few:.0f} and {many:.0f} MiB"
 
 
 def test_the_set_for_these_tests_is_sound(tmp_path):

@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--box", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--step-rate", type=float, default=5000.0)
+    parser.add_argument("--step-rate", type=float, default=2000.0)
     given = parser.parse_args()
     torch.set_num_threads(1)
     particles = make_work(given.work, given.images, given.box, given.seed)
