@@ -113,9 +113,13 @@ def _print_notices() -> None:
 
 def _describe_os_error(error: OSError) -> str:
     """One sentence for an operating-system error, naming the file."""
-    name = f"{error.filename}: " if error.filename else ""
     if error.errno == errno.ENOSPC:
-        return f"{name}the disk is full; nothing was written in place of the old file. Free some space and run again."
+        if error.filename:
+            from cryosuite.formats.atomic import write_error
+
+            return str(write_error(error.filename, error))
+        return "the disk is full; nothing was written in place of the old file. Free some space and run again."
+    name = f"{error.filename}: " if error.filename else ""
     return f"{name}{error.strerror or error}"
 
 

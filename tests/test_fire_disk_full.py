@@ -113,6 +113,16 @@ def test_a_mapped_file_is_refused_before_it_could_kill(small_disk: Path) -> None
     assert (small_disk / "pool.bin").stat().st_size == 1 << 16
 
 
+def test_volumes_that_are_compared_need_their_place(small_disk: Path) -> None:
+    from cryosuite.analysis.landscape_files import LandscapeDir, VolumeOptions, _decoded
+
+    z = np.zeros((20, 2), np.float32)
+    where = (LandscapeDir(small_disk), z, lambda some: np.ones((len(some), 16, 16, 16), np.float32), 1.0, 16)
+    with pytest.raises(InputError, match=r"disk is full; it needs 320\.0 KiB"), _decoded(*where, VolumeOptions()):
+        raise AssertionError("must not get here")
+    assert os.listdir(small_disk) == []
+
+
 def test_a_training_goes_on_once_there_is_room(small_disk: Path, tmp_path: Path) -> None:
     """The disk fills up under a training: one sentence, the checkpoint of before, and the same end after --resume."""
     undisturbed = training_toy.train(tmp_path / "undisturbed", epochs=4)

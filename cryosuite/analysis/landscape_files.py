@@ -46,6 +46,7 @@ from cryosuite.data.analysis_dir import AnalysisDir, LandscapeDir
 from cryosuite.data.latents import fingerprint
 from cryosuite.data.particles import ParticleSet
 from cryosuite.errors import InputError, notice
+from cryosuite.formats.atomic import reserve
 from cryosuite.formats.config import write_yaml
 from cryosuite.formats.mrc import read_map, write_map
 from cryosuite.formats.pickles import write_pickle
@@ -171,9 +172,10 @@ def _decoded(
 ) -> Iterator[tuple[np.ndarray, float]]:
     """Maps (s, d, d, d) at latents in a file that is gone afterwards, and their pixel size in A."""
     box, path = int(options.downsample or box_size), out.scratch
-    maps = np.lib.format.open_memmap(path, "w+", np.float32, (len(z), box, box, box))
-    batch, size = max(1, min(len(z), BATCH_VOXELS // box_size**3)), pixel_size
+    batch, size, maps = max(1, min(len(z), BATCH_VOXELS // box_size**3)), pixel_size, None
     try:
+        reserve(path, 4 * len(z) * box**3)
+        maps = np.memmap(path, np.float32, "r+", shape=(len(z), box, box, box))
         with Progress(len(z), "decoding", unit="volumes") as progress:
             for start in range(0, len(z), batch):
                 part = slice(start, start + batch)
