@@ -248,7 +248,7 @@ class LandscapeDir:
     @property
     def scratch(self) -> Path:
         """Decoded volumes while they are compared."""
-        return self.path / ".sketch.npy"
+        return self.path / ".sketch.raw"
 
     def plot(self, name: str) -> Path:
         """A picture, e.g. ``plot("states")`` -> states.png."""

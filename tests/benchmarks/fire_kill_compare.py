@@ -48,6 +48,8 @@ def equal(one: Path, other: Path) -> bool:
         return _timeless(yaml.safe_load(one.read_text())) == _timeless(yaml.safe_load(other.read_text()))
     if one.suffix in (".json", ".txt", ".html", ".csv", ".md", ".cxc", ".star"):
         return _lines(one) == _lines(other)
+    if one.suffix == ".mrc":
+        return _map(one) == _map(other)
     if one.suffix == ".safetensors":
         return _tensors(one) == _tensors(other)
     if zipfile.is_zipfile(one) and zipfile.is_zipfile(other):
@@ -71,6 +73,12 @@ def _lines(path: Path) -> list[str]:
     """Lines without those that hold a time or the run's own folder."""
     lines = path.read_text(errors="replace").splitlines()
     return [line for line in lines if not TIMED.search(line) and str(path.parent) not in line]
+
+
+def _map(path: Path) -> bytes:
+    """A map without the labels of its header, which hold the time."""
+    data = path.read_bytes()
+    return data[:220] + data[1024:]
 
 
 def _tensors(path: Path) -> bytes:
@@ -98,7 +106,7 @@ def _plain(value: object) -> object:
         data = value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
         return (str(value.dtype), tuple(value.shape), data)
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items() if key not in ("seconds", "reported", "began")}
+        return {key: _plain(item) for key, item in value.items() if key not in TIMES | {"reported", "began"}}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value
