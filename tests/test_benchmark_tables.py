@@ -92,6 +92,10 @@ def test_fire_table_sorts_by_kind_and_keeps_cells_whole(tables):
     assert lines[3] == "| fault survived | k | 20 | same |  |"
     assert lines[4] == "| bad input | `mrc` a\\|b | 200,000 | no traceback |  |"
     assert lines[6:9] == [f"- `{one['command']}` (2026-11-21, seed 3)" for one in found]
+    same = [("fault", f"kill -9 of `{name}`, then", 20, "same", "4 s") for name in ("a", "b")]
+    lines = tables_fire.fire_table([result("kill", *same, ("fault", "kill -9 of `c`, then", 3, "DIFFERS", "x"))])
+    assert lines.splitlines()[2] == "| fault survived | kill -9 of `a`, `b`, then | 40 | same | 20 each |"
+    assert lines.splitlines()[3] == "| fault survived | kill -9 of `c`, then | 3 | DIFFERS | x |"
     with pytest.raises(SystemExit, match="unknown kind flood"):
         tables_fire.fire_table([result("x", ("flood", "x", 1, "y"))])
 

@@ -24,6 +24,7 @@ from cryosuite.data.loader import read_ahead
 from cryosuite.data.processes import ALONE, Processes
 from cryosuite.errors import notice
 from cryosuite.formats.checks import name_rows
+from cryosuite.kernels.memory import Portions
 
 if TYPE_CHECKING:
     from cryosuite.data.particles import ParticleSet
@@ -79,12 +80,17 @@ def features(
     half = device.type == "cuda" if half is None else half
     mine = processes.mine(np.arange(len(particles)), batch)
     out = np.empty((len(mine), loaded.spec.dim), np.float32)
-    bad: list[np.ndarray] = []
+    bad, portions = [], Portions("images")
     with Progress(len(mine), "encode") if progress else nullcontext() as shown, torch.inference_mode():
         for rows, images, finite in read_ahead(_batches(particles, mine, loaded, batch, cache, circle, device), 2):
-            x = normalise(images.to(device, non_blocking=True), loaded.mean, loaded.std)
-            with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
-                out[rows - mine[0]] = encoder(x).float().cpu().numpy()
+
+            def encoded(some: slice, images: Tensor = images) -> np.ndarray:
+                x = normalise(images[some].to(device, non_blocking=True), loaded.mean, loaded.std)
+                with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
+                    return encoder(x).float().cpu().numpy()
+
+            for some, values in portions.over(encoded, len(rows)):
+                out[rows[some] - mine[0]] = values
             bad.append(rows[~finite])
             if shown is not None:
                 shown.advance(len(rows))

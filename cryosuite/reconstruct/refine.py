@@ -21,9 +21,10 @@ from torch import Tensor
 from cryosuite.data.loader import Batch, BatchLoader
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.processes import ALONE, Processes
-from cryosuite.data.spectra import measure_spectra, whitened
+from cryosuite.data.spectra import Target, measure_spectra, whitened
 from cryosuite.errors import InputError
 from cryosuite.kernels import fourier, pose_search, shells
+from cryosuite.kernels.memory import Portions
 from cryosuite.kernels.pose_search import Candidates, SearchOptions, VolumeSource
 from cryosuite.kernels.rotations import expmap, geodesic_deg
 from cryosuite.reconstruct.backproject import Reconstruction, reconstruct
@@ -180,13 +181,19 @@ def search_everywhere(
     amplitude = measure_spectra(particles, True).noise.sqrt().to(device)
     disc, window = fourier.half_disc(box, radius, device), fourier.window_mask(box).to(device)
     found: list[tuple[Tensor, ...]] = []
-    mine = processes.mine(rows, CHUNK)
+    mine, portions = processes.mine(rows, CHUNK), Portions("images")
     for batch in _batches(particles, mine, CHUNK, device):
         target = whitened(batch, disc, amplitude, particles.ctf_premultiplied, window)
-        poses = pose_search.search(source, target.values, target.ctf, batch.index, options, prepared=ready)
-        found.append((poses.rotation[:, :keep].cpu(), poses.shift[:, 0].cpu() / size, poses.score[:, 0].cpu()))
-        if advance is not None:
-            advance(len(batch))
+
+        def searched(some: slice, batch: Batch = batch, target: Target = target) -> tuple[Tensor, ...]:
+            index = batch.index[some]
+            poses = pose_search.search(source, target.values[some], target.ctf[some], index, options, prepared=ready)
+            return poses.rotation[:, :keep].cpu(), poses.shift[:, 0].cpu() / size, poses.score[:, 0].cpu()
+
+        for some, part in portions.over(searched, len(batch)):
+            found.append(part)
+            if advance is not None:
+                advance(some.stop - some.start)
     found = found or [(torch.zeros(0, keep, 3, 3), torch.zeros(0, 2), torch.zeros(0))]
     rotation, moves, score = (processes.joined(torch.cat(part).numpy()) for part in zip(*found, strict=True))
     return rotation, moves, score
@@ -236,6 +243,7 @@ class _Refiner:
             )
         self.particles = replace(particles, half=self.half)
         self.counted, self.options, self.device = counted, options, device
+        self.portions = Portions("images")
         self.box = particles.box_size
         self.pixel_size = float(np.median(particles.pixel_size))
         self.limit = min(options.r_max or self.box // 2, self.box // 2)
@@ -281,13 +289,12 @@ class _Refiner:
         for batch in _batches(self.particles, self.mine, self.options.batch, self.device):
             index = batch.index + int(self.mine[0])
             target = whitened(batch, disc, self.amplitude, self.particles.ctf_premultiplied, self.window)
-            found = self._around(index, target.values, target.ctf, source, options, turns)
-            rows = index.cpu().numpy()
-            self.rotation[rows] = found.rotation[:, 0].cpu().numpy()
-            self.shift[rows] = found.shift[:, 0].cpu().numpy() / size
-            self.score[rows] = found.score[:, 0].cpu().numpy()
-            self.margin[rows] = pose_search.margin(found).cpu().numpy()
-            self.advance(len(rows))
+
+            def searched(some: slice, index: Tensor = index, target: Target = target) -> Candidates:
+                return self._around(index[some], target.values[some], target.ctf[some], source, options, turns)
+
+            for some, found in self.portions.over(searched, len(index)):
+                self._keep(index[some], found, size)
         for values in (self.rotation, self.shift, self.score, self.margin):
             values[:] = self.processes.joined(values[self.mine])
         self.tried = None
@@ -296,6 +303,15 @@ class _Refiner:
             "round": number + 1, "cone": cone, "radius": radius, "moved_deg": float(moved.median()),
             "score": float(self.score.mean()),
         }  # fmt: skip
+
+    def _keep(self, index: Tensor, found: Candidates, size: int) -> None:
+        """Write down the best poses of some images; shifts come in pixels of a box of ``size``."""
+        rows = index.cpu().numpy()
+        self.rotation[rows] = found.rotation[:, 0].cpu().numpy()
+        self.shift[rows] = found.shift[:, 0].cpu().numpy() / size
+        self.score[rows] = found.score[:, 0].cpu().numpy()
+        self.margin[rows] = pose_search.margin(found).cpu().numpy()
+        self.advance(len(rows))
 
     def _around(
         self,

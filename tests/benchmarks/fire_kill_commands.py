@@ -103,7 +103,7 @@ def others(base: Path) -> Iterable[Command]:
     yield Command("analyze", ("analyze", str(base / "run"), "--skip-umap", "--ksample", "3", "--pc", "1", "--n-per-pc",
                   "2"), overwrites=False)  # fmt: skip
     yield Command("fastar-infer", ("fastar-infer", particles, "--map", str(base / "map/backproject.mrc"), *ONE))
-    sharpen = ("lvm-sharpen", str(base / "map/backproject.mrc"), "--apix", "1.2", "--stride", "40", *CPU, *ONE)
+    sharpen = ("lvm-sharpen", str(base / "map/backproject.mrc"), "--apix", "1.2", "--stride", "24", *CPU, *ONE)
     yield Command("lvm-sharpen", sharpen, overwrites=False, target=lambda out: out / "sharp.mrc")
     yield Command("simulate", ("simulate", "--structures", "phantom:2", "-n", "120", "-D", "24"), overwrites=False)
 

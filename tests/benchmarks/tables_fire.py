@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 from tables_maps import markdown
 
+NAME = re.compile(r"`[^`]+`")
 KINDS = {"load": "load held", "fault": "fault survived", "input": "bad input"}  # in the order of the table
 
 
@@ -20,11 +23,27 @@ def fire_table(found: list[dict]) -> str:
     lines = [
         [KINDS[kind], _cell(row["what"]), _count(row["tried"]), _cell(row["result"]), _cell(row.get("detail", ""))]
         for kind in KINDS
-        for row in rows
-        if row["kind"] == kind
+        for row in _joined([row for row in rows if row["kind"] == kind])
     ]
     commands = "\n".join(f"- {_command(result)}" for result in found)
     return f"{markdown(['', 'what', 'tried', 'result', 'detail'], lines)}\n\n{commands}"
+
+
+def _joined(rows: list[dict]) -> list[dict]:
+    """Rows that say the same of different commands (one name between backticks) as one row that names them all."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for number, row in enumerate(rows):
+        named = len(NAME.findall(row["what"])) == 1 and isinstance(row["tried"], int)
+        key = (NAME.sub("{}", row["what"]) if named else str(number), str(row["result"]))
+        groups.setdefault(key, []).append(row)
+    return [found[0] if len(found) == 1 else _one(what, found) for (what, _), found in groups.items()]
+
+
+def _one(what: str, rows: list[dict]) -> dict:
+    names = [NAME.search(row["what"])[0] for row in rows]
+    tried = [row["tried"] for row in rows]
+    each = f"{tried[0]} each" if len(set(tried)) == 1 else ", ".join(map(str, tried))
+    return rows[0] | {"what": what.replace("{}", ", ".join(names)), "tried": sum(tried), "detail": each}
 
 
 def _cell(text: object) -> str:
