@@ -109,6 +109,16 @@ def test_budget_counts_the_pace_of_the_machine(proof):
     assert proof.Budget(None).fits(1e9)
 
 
+def test_trainings_that_are_there_cost_no_time(proof, tmp_path):
+    import sets
+
+    job = proof.Job(sets.FAMILIES["mini"][0], "hype", tmp_path)
+    whole = proof.seconds_expected(job)
+    job.run.parent.mkdir(parents=True)
+    job.run.with_name("hype.done.json").write_text("{}")
+    assert 0 < proof.seconds_expected(job) < whole / 5
+
+
 def test_options_are_compared_without_folders_and_threads(proof):
     before = "/x/__main__.py train-hype /a/sim -o /b/run --preset small --seed 0 -n 50 --overwrite --threads 2"
     now = ["cryosuite", "train-hype", "sim", "-o", "other", "--seed", "0", "--overwrite"]

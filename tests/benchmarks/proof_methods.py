@@ -65,8 +65,10 @@ class Job:
 
 
 def seconds_expected(job: Job) -> float:
-    """CPU seconds that a row is expected to take."""
+    """CPU seconds that a row is expected to take; a training that is there needs only be judged."""
     start, per_thousand = COSTS[job.method]
+    if job.run.is_symlink() or job.run.with_name(f"{job.run.name}.done.json").exists():
+        return start
     visits = more_epochs(job.recipe) if job.method in ("hype", "cryodrgn") else 1.0
     return start + per_thousand * job.recipe.images / 1000 * (job.recipe.box / 32) ** 2 * visits
 
