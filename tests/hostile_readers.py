@@ -161,10 +161,12 @@ def _pickle(path: Path) -> None:
 
 def _with_pickles(path: Path) -> None:
     stack = path.with_name("st.mrcs")
-    for option in ("poses", "ctf"):
-        rest = {"poses": path.with_name("poses.pkl"), "ctf": path.with_name("ctf.pkl"), option: path}
-        each(path, lambda path, rest=rest: open_particles(stack, pixel_size=1.5, **rest))
-    open_particles(path.with_name("a.star"), ind=path)
+    rest = {"poses": path.with_name("poses.pkl"), "ctf": path.with_name("ctf.pkl")}
+
+    def given(option: str) -> Callable[[Path], object]:
+        return lambda path: open_particles(stack, pixel_size=1.5, **rest | {option: path})
+
+    each(path, given("poses"), given("ctf"), lambda path: open_particles(path.with_name("a.star"), ind=path))
 
 
 def _torch(path: Path) -> None:
@@ -306,7 +308,7 @@ READERS: dict[str, Reader] = {
     "yaml": Reader("x.yaml", _yaml, lambda: seeds.YAML, KEYS, writes=True),
     "dataset.yaml": Reader("work/dataset.yaml", _dataset, _work_yaml, KEYS),
     "rows.pkl": Reader("work/rows.pkl", _rows_of_work, _rows_pickle),
-    "noise.pkl": Reader("work/noise.pkl", _rows_of_work, seeds.pickles),
+    "noise.pkl": Reader("work/noise.pkl", _rows_of_work, seeds.noise),
     "config.yaml": Reader("run/config.yaml", _run_config, _run_yaml, KEYS),
     "z.pkl": Reader("run/z.2.pkl", _latents, seeds.pickles),
     "analyze.yaml": Reader("run/analyze.2/analyze.yaml", _summary, _summary_yaml, KEYS),

@@ -132,6 +132,11 @@ def pickles() -> list[bytes]:
     return [*found, pickle.dumps(z) + pickle.dumps(z), *hostile]
 
 
+def noise() -> list[bytes]:
+    """Noise spectra of two optics groups, and whatever else."""
+    return [pickle.dumps(np.ones((2, BOX // 2 + 1), kind)) for kind in (np.float32, np.float64)] + pickles()
+
+
 def shares() -> list[bytes]:
     """A sparse table of classes."""
     parts = (np.ones(4, np.float32), np.arange(4, dtype=np.int32), np.array([0, 2, 4]), np.array([2, 4]))

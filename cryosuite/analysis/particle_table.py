@@ -20,7 +20,7 @@ import pandas as pd
 from cryosuite.data.export import load_metadata, source_rows
 from cryosuite.data.orientations import to_euler
 from cryosuite.data.particles import ParticleSet
-from cryosuite.errors import InputError, notice
+from cryosuite.errors import InputError, notice, one_line
 from cryosuite.formats.atomic import atomic_path
 from cryosuite.formats.csv_text import guarded
 from cryosuite.formats.relion import ParticleTables
@@ -228,7 +228,7 @@ def _column(name: str, values: np.ndarray | pd.Series, taken: set[str]) -> Colum
     short = re.sub(r"\W", "_", name)
     short = short if short.isidentifier() and not keyword.iskeyword(short) else f"c_{short}"
     short = f"file_{short}" if short in taken else short
-    about = f"column {name} of the particle file"
+    about = one_line(f"column {name} of the particle file")
     kind = getattr(values.dtype, "kind", "O")
     if kind in "fiub":
         return Column(short, np.asarray(values), about=about)
@@ -249,7 +249,7 @@ def _codes(values: np.ndarray | pd.Series) -> tuple[np.ndarray, tuple[str, ...]]
     place = np.empty(len(names), np.int32)
     place[order] = np.arange(len(names), dtype=np.int32)
     new = np.where(codes >= 0, place[codes], -1) if len(names) else np.full(len(codes), -1)
-    return new.astype(np.int32), tuple(str(names[i]) for i in order)
+    return new.astype(np.int32), tuple(one_line(names[i]) for i in order)
 
 
 def write_particle_table(path: Path, columns: Sequence[Column]) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from cryosuite.data.broken import Broken
 from cryosuite.data.particles import ParticleSet
 
 if TYPE_CHECKING:
@@ -73,6 +74,9 @@ class BatchLoader:
             rows do not divide evenly some are given twice (or left out with drop_last).
         device: where the batches go; pinned memory and overlapping copies on CUDA.
         prefetch: batches read ahead by a thread; 0 reads in the caller's thread.
+
+    Images with NaN or infinite pixels are told (``broken``) and taken out: when shuffled another row of the batch
+    stands in the place of one, in order it is empty.
     """
 
     def __init__(
@@ -90,6 +94,7 @@ class BatchLoader:
         self.particles, self.batch_size, self.shuffle, self.seed = particles, batch_size, shuffle, seed
         self.drop_last, self.rank, self.world_size = drop_last, rank, world_size
         self.device, self.prefetch = torch.device(device), prefetch
+        self.broken = Broken(particles)
         bytes_per_image = 4 * particles.box_size**2
         self.block = max(1, BLOCK_BYTES // bytes_per_image)
         # whole batches per window, so that a batch never spans two and `start` falls on a window's grid
@@ -169,6 +174,7 @@ class BatchLoader:
         """The batch of given rows (read now unless given)."""
         particles = self.particles
         images = particles.read(rows) if images is None else images
+        rows = self._mended(np.asarray(rows), images)
         return Batch(
             index=torch.from_numpy(np.asarray(rows, np.int64)),
             images=torch.from_numpy(images),
@@ -177,6 +183,20 @@ class BatchLoader:
             ctf=particles.ctf_params(rows),
             group=torch.from_numpy(particles.optics_group[rows].astype(np.int64)),
         )
+
+    def _mended(self, rows: np.ndarray, images: np.ndarray) -> np.ndarray:
+        """Take broken images out of a batch; the rows that the images are of now."""
+        bad = self.broken.find(rows, images)
+        if not bad.any():
+            return rows
+        good = np.flatnonzero(~bad)
+        if self.shuffle and len(good):
+            stand_in = np.resize(good, int(bad.sum()))
+            rows = rows.copy()
+            rows[bad], images[bad] = rows[stand_in], images[stand_in]
+        else:
+            images[bad] = 0
+        return rows
 
 
 class _End:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cryosuite.errors import notice
+from cryosuite.data.broken import Broken
+from cryosuite.errors import InputError, notice
 
 if TYPE_CHECKING:
     from cryosuite.data.particles import ParticleSet
@@ -93,14 +94,20 @@ class NoiseEstimator:
             self._count[number] += count
 
     def spectrum(self) -> np.ndarray:
-        """(G, D//2 + 1) float32. Each group counts ``POOLED`` images of the whole set's mean as its own, so that one of
-        a few images (or none: cryoSPARC may make a group of each micrograph) has a spectrum that can be divided by.
-        Shell 0, where nothing can be measured, is given shell 1's value. Raises ValueError before any image was added.
+        """(G, D//2 + 1) float32. Each group counts ``POOLED`` images of the whole set's mean spectrum as its own,
+        brought to its level: one of a few images (or none: cryoSPARC may make a group of each micrograph) has a
+        spectrum that can be divided by, and groups of other intensity do not mix. Shell 0, where nothing can be
+        measured, is given shell 1's value. Raises ValueError before any image was added.
         """
         if not self._count.any():
             raise ValueError("no images were added")
-        mean = self._power.sum(axis=0) / self._count.sum()
-        spectrum = (self._power + POOLED * mean) / (self._count + POOLED)[:, None] / self._points
+        count = self._count[:, None]
+        level = self._power.sum(axis=1, keepdims=True) / np.maximum(count, 1)  # of an image, all shells together
+        shape = (self._power / np.where(level > 0, level, 1.0)).sum(axis=0) / count.sum()
+        spectrum = (self._power + POOLED * level * shape) / (count + POOLED) / self._points
+        known = level[:, 0] > 0
+        if known.any():  # the others take the mean of these
+            spectrum[~known] = np.average(spectrum[known], axis=0, weights=self._count[known])
         spectrum[:, 0] = spectrum[:, 1]
         return spectrum.astype(np.float32)
 
@@ -110,7 +117,12 @@ def noise_spectrum(particles: ParticleSet, rows: np.ndarray) -> np.ndarray:
     if particles.noise is not None:
         return particles.noise
     notice("the particles have no noise spectrum: estimated from the corners of the images (preprocess does it better)")
-    estimator = NoiseEstimator(particles.box_size, particles.n_groups)
+    estimator, broken = NoiseEstimator(particles.box_size, particles.n_groups), Broken(particles)
     for part in np.array_split(rows, math.ceil(len(rows) / 256)):
-        estimator.add(particles.read(part), particles.optics_group[part])
+        images = particles.read(part)
+        good = ~broken.find(part, images)
+        if good.any():
+            estimator.add(images[good], particles.optics_group[part[good]])
+    if len(broken) == len(np.unique(rows)):
+        raise InputError(f"{particles.path or 'the particles'}: no image without NaN or infinite pixels")
     return estimator.spectrum()

@@ -31,6 +31,7 @@ from cryosuite.ranks import local_count
 
 CHUNK_BYTES = 16 << 20  # of float32 images before the crop
 NOISE_IMAGES = 20000  # enough for 0.1 % per shell; more would only cost time
+LARGE = 1e15  # grey values beyond it, or below its inverse, are scaled before their squares overflow or vanish
 SAME_FIELD = 1e-4  # relative difference of box x pixel size up to which boxes can be brought to one
 
 
@@ -268,6 +269,10 @@ def normalise(images: np.ndarray, outside: np.ndarray, flip: bool = False) -> np
     weight = (outside.ravel() / outside.sum()).astype(np.float32)
     with np.errstate(invalid="ignore", over="ignore"):
         size = np.abs(pixels).max(axis=1)
+        extreme = np.isfinite(size) & (size > 0) & ((size > LARGE) | (size < 1 / LARGE))
+        if extreme.any():
+            pixels[extreme] /= size[extreme, None]
+            size[extreme] = 1.0
         pixels -= (pixels @ weight)[:, None]
         sd = np.sqrt(np.square(pixels) @ weight)
         flat = ~(sd > 1e-6 * size) & np.isfinite(sd)

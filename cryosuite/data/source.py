@@ -73,9 +73,10 @@ class Source:
             return None
         known = read_yaml(self.analysis.summary).get("kmeans")
         named = known.get("folder") if isinstance(known, dict) else None
-        if not isinstance(named, str):
+        folder = Path(named).name.strip(".") if isinstance(named, str) else ""
+        if not folder:  # '..' would be another analysis, or anything
             return None
-        path = VolumeDir(self.analysis.path / Path(named).name).centers_index
+        path = VolumeDir(self.analysis.path / folder).centers_index
         words = read_bytes(path, "rows").decode("utf-8", "replace").split() if path.is_file() else []
         word = words[cluster] if 0 <= cluster < len(words) else ""
         return int(word) if re.fullmatch(r"\d{1,18}", word) and int(word) < len(self.particles) else None

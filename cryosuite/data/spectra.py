@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cryosuite.data.broken import Broken
 from cryosuite.data.loader import Batch
 from cryosuite.data.noise import noise_spectrum
 from cryosuite.data.particles import ParticleSet
@@ -80,8 +81,12 @@ def measure_spectra(particles: ParticleSet, window: bool) -> Spectra:
     noise = torch.from_numpy(np.asarray(noise_spectrum(particles, rows), np.float32)) * float(mask.square().mean())
     power, ctf2, points = (torch.zeros(D // 2 + 1, dtype=torch.float64) for _ in range(3))
     share = torch.zeros(len(noise), dtype=torch.float64)  # of the optics groups
+    broken = Broken(particles)
     for part in np.array_split(rows, math.ceil(len(rows) / 256)):
-        coeffs = fourier.to_half_disc(torch.from_numpy(particles.read(part)) * mask, disc)
+        images = particles.read(part)
+        good = ~broken.find(part, images)
+        part, images = part[good], images[good]
+        coeffs = fourier.to_half_disc(torch.from_numpy(images) * mask, disc)
         params = particles.ctf_params(part)
         transfer = torch.ones_like(coeffs.real) if params is None else ctf_kernel.ctf(disc.frequency, params)
         seen = torch.ones_like(transfer)

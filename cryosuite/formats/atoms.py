@@ -61,6 +61,8 @@ def read_atoms(path: str | os.PathLike, waters: bool = False) -> Atoms:
 
     try:
         structure = gemmi.read_structure_string(_unpacked(path)) if gz else gemmi.read_structure(str(path))
+        if gz and structure.name == "string":  # what gemmi calls text without a name, in place of the file's
+            structure.name = path.with_suffix("").stem
         structure.setup_entities()
         atoms = _collect(structure, waters)
     except InputError:

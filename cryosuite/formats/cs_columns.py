@@ -51,7 +51,7 @@ def images_from_cs(array: np.ndarray, path: str | os.PathLike) -> tuple[list[str
     """
     if "blob/path" not in array.dtype.names:
         raise InputError(f"{path}: has no field blob/path: {_ADVICE['blob']}")
-    if array["blob/path"].dtype.kind not in "SU":
+    if array["blob/path"].dtype.kind not in "SU" or array["blob/path"].ndim != 1:
         raise InputError(f"{path}: field blob/path is not text")
     if len(array) == 0:
         raise InputError(f"{path}: holds 0 particles")
@@ -116,7 +116,8 @@ def tubes_from_cs(array: np.ndarray) -> list[np.ndarray] | None:
     """What tells one filament from another: codes (N,) of stack and filament/filament_uid; None without filaments."""
     if "filament/filament_uid" not in array.dtype.names:
         return None
-    names = [name for name in ("blob/path", "filament/filament_uid") if name in array.dtype.names]
+    names = ("blob/path", "filament/filament_uid")
+    names = [name for name in names if name in array.dtype.names and array[name].ndim == 1]
     return [np.unique(array[name], return_inverse=True)[1].reshape(-1) for name in names]
 
 

@@ -63,6 +63,10 @@ def _npy_header(path: Path, stream: io.BufferedReader) -> tuple[np.dtype, tuple[
         )
     if not start.startswith(b"\x93NUMPY"):
         raise InputError(f"{path}: not a .cs file (it does not start as a numpy table); export it again from cryoSPARC")
+    # in version 1 two bytes, from version 2 on four say how long the header is; numpy takes as much memory at once
+    length = int.from_bytes(start[8:12] if start[6] > 1 else start[8:10], "little") if len(start) == 12 else 0
+    if not 0 < length <= min(_MAX_HEADER, path.stat().st_size):
+        raise InputError(f"{path}: damaged or truncated .cs header: {length} bytes are said to describe the fields")
     stream.seek(0)
     try:
         version = np.lib.format.read_magic(stream)

@@ -107,6 +107,7 @@ class ClusterImages:
             return self._cached(rows, len(self.disc))
         values, weights, rotation = self._source.coefficients(rows, self.particles.read(rows))
         broken = ~(torch.isfinite(torch.view_as_real(values)).flatten(1).all(1) & torch.isfinite(weights).all(1))
+        broken |= torch.from_numpy(self._source.broken.rows[rows])
         broken |= ~torch.isfinite(rotation).flatten(1).all(1)
         if bool(broken.any()):
             self.bad[rows[broken.numpy()]] = True

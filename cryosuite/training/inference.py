@@ -54,6 +54,7 @@ def encode_batches(
                     return method.encode(model, rows_of(batch, some)).float().cpu().numpy()
 
             for some, z in portions.over(encoded, len(rows)):
+                z[loader.broken.rows[rows[some] - mine[0]]] = np.nan  # of an image without a meaning
                 yield rows[some], z
             if bar is not None:
                 bar.advance(len(rows))

@@ -1,0 +1,61 @@
+"""Images with pixels that are not numbers: met while reading, named, and kept out of everything that is summed up."""
+
+from __future__ import annotations
+
+from threading import Lock
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cryosuite.errors import notice
+
+if TYPE_CHECKING:
+    from cryosuite.data.particles import ParticleSet
+
+NAMED = 20  # images named in notices; what comes after is counted
+
+
+def not_finite(images: np.ndarray) -> np.ndarray:
+    """(b,) bool: which of the images (b, D, D) hold NaN or infinity."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        bad = ~np.isfinite(images.sum(axis=(1, 2)))  # one pass, no copy; values near the largest number overflow
+    if bad.any():
+        bad[bad] = ~np.isfinite(images[bad]).all(axis=(1, 2))
+    return bad
+
+
+class Broken:
+    """The broken images of a set that one reader has met: each is told once, however often it is read.
+
+    Attributes:
+        rows: (N,) bool of the set. ``len`` is how many there are.
+    """
+
+    def __init__(self, particles: ParticleSet) -> None:
+        self.particles = particles
+        self.rows = np.zeros(len(particles), bool)
+        self._lock = Lock()
+
+    def __len__(self) -> int:
+        return int(self.rows.sum())
+
+    def find(self, rows: np.ndarray, images: np.ndarray) -> np.ndarray:
+        """(b,) bool: which of the images (b, D, D) of some rows are broken; new ones are told by their place in the
+        original stack, with how many there are by now."""
+        bad = not_finite(images)
+        if not bad.any():
+            return bad
+        with self._lock:
+            met = np.unique(np.asarray(rows)[bad])
+            new = met[~self.rows[met]]
+            before = len(self)
+            self.rows[new] = True
+        if len(new) and before < NAMED:
+            names = self.particles.index[new[: NAMED - before]]
+            more = " and more" if before + len(new) > NAMED else ""
+            many = "s" if len(new) > 1 else ""
+            notice(
+                f"{self.particles.path or 'the particles'}: image{many} {', '.join(map(str, names))}{more} (0-based): "
+                f"NaN or infinite pixels; left out ({before + len(new)} so far)"
+            )
+        return bad
