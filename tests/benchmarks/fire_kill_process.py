@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,8 +52,13 @@ def preload() -> None:
 _loaded = False
 
 
-def work(arguments: list[str], log: Path, moment: float | None = None) -> Ended | Killed:
-    """Run ``cryosuite ARGUMENTS`` in a fork; SIGKILL to its group once it has used ``moment`` CPU seconds."""
+def work(
+    arguments: list[str], log: Path, moment: float | None = None, disaster: Callable[[], object] | None = None
+) -> Ended | Killed:
+    """Run ``cryosuite ARGUMENTS`` in a fork; SIGKILL to its group once it has used ``moment`` CPU seconds.
+
+    ``disaster``: what happens at that moment instead.
+    """
     global _loaded
     if not _loaded:
         preload()
@@ -61,7 +67,7 @@ def work(arguments: list[str], log: Path, moment: float | None = None) -> Ended 
     child = os.fork()
     if child == 0:
         _become(arguments, log)
-    return _watch(child, moment)
+    return _watch(child, moment, disaster)
 
 
 def _become(arguments: list[str], log: Path) -> None:
@@ -99,7 +105,7 @@ def start_up(arguments: list[str], log: Path, random: np.random.Generator) -> En
     return _watch(child.pid, float(random.uniform(0, 1.2 * START_CPU)))
 
 
-def _watch(child: int, moment: float | None) -> Ended | Killed:
+def _watch(child: int, moment: float | None, disaster: Callable[[], object] | None = None) -> Ended | Killed:
     while True:
         done, status, used = os.wait4(child, os.WNOHANG)
         if done:
@@ -108,7 +114,10 @@ def _watch(child: int, moment: float | None) -> Ended | Killed:
             time.sleep(0.05)
             continue
         left = moment - _cpu(child)
-        if left <= 0:
+        if left <= 0 and disaster is not None:
+            disaster()
+            moment = None
+        elif left <= 0:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child, signal.SIGKILL)
             _, status, used = os.wait4(child, 0)
