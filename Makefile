@@ -77,6 +77,7 @@ bench: $(VENV)/installed $(VENV)-cryodrgn/installed
 bench-fire: $(VENV)/installed
 	$(BENCH)/fire_kill.py --work $(BENCH_WORK)/fire/kill
 	$(BENCH)/fire_disk.py --work $(BENCH_WORK)/fire/disk
+	$(BENCH)/fire_stack.py --work $(BENCH_WORK)/fire/stack
 	$(BENCH)/fire_million.py --work $(BENCH_WORK)/fire/million
 	$(BENCH)/fire_loader.py --work $(BENCH_WORK)/fire/loader
 	$(BIN)/python tests/benchmarks/tables.py
