@@ -80,6 +80,8 @@ bench-fire: $(VENV)/installed
 	$(BENCH)/fire_stack.py --work $(BENCH_WORK)/fire/stack
 	$(BENCH)/fire_million.py --work $(BENCH_WORK)/fire/million
 	$(BENCH)/fire_loader.py --work $(BENCH_WORK)/fire/loader
+	$(BENCH)/fire_fuzz.py --work $(BENCH_WORK)/fire/fuzz
+	$(BENCH)/fire_numerics.py --work $(BENCH_WORK)/fire/numerics
 	$(BIN)/python tests/benchmarks/tables.py
 
 # without options some twenty hours on two cores: give e.g. PROOF="--sets mix16 --snr 0.1 --seeds 0 --budget-minutes 60";
