@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from sklearn.metrics import adjusted_rand_score
 from tutorial_pages import TUTORIALS, blocks, run_block, run_page
 
+from cryosuite.cli import COMMANDS, app
 from cryosuite.data.select import LASSO
 from cryosuite.formats.mrc import read_map
 from cryosuite.formats.pickles import read_indices, read_labels, read_poses
@@ -56,6 +58,33 @@ def test_links_between_the_pages_lead_somewhere() -> None:
     for page in [*TUTORIALS.glob("*.md"), TUTORIALS.parent / "README.md"]:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def commands_of(text: str) -> list[str]:
+    """Every command of a page: in blocks, run or not, and in backticks."""
+    text = text.replace("\\\n", " ")
+    lines = re.findall(r"^ *(?:srun .*?)?cryosuite ([a-z].*?)(?: +#.*| \|\| true| > .*)?$", text, flags=re.M)
+    return lines + re.findall(r"`cryosuite ([a-z][^`]*)`", text)
+
+
+def test_every_command_of_every_page_takes_its_options() -> None:
+    """Also of those that are only shown; options of the command that `slurm` wraps are that command's."""
+    application, seen = typer.main.get_command(app), 0
+    for page in [*TUTORIALS.glob("*.md"), TUTORIALS / "quickstart.sh", TUTORIALS.parent / "README.md"]:
+        for line in commands_of(page.read_text()):
+            names = [word for word in line.split() if word in COMMANDS]
+            assert names, f"{page.name}: cryosuite {line}"
+            known = {
+                option
+                for name in dict.fromkeys(names[:2] if names[0] == "slurm" else names[:1])
+                for parameter in application.get_command(None, name).params
+                for option in [*parameter.opts, *parameter.secondary_opts, "--help"]
+            }
+            for word in line.split():
+                if re.match(r"--?[A-Za-z]", word):
+                    seen += 1
+                    assert word.split("=")[0].rstrip(")") in known, f"{page.name}: {word} in: cryosuite {line}"
+    assert seen > 150
 
 
 def test_the_quickstart_page_is_the_quickstart_script() -> None:
