@@ -27,7 +27,7 @@ from cryosuite.methods.deco_encoder import encoder_of_state, open_encoder
 from cryosuite.methods.deco_finish import ClassRow, finish
 from cryosuite.methods.deco_model import DecoModel, PoseTable
 from cryosuite.methods.deco_options import FROM_NOTHING, RANDOM, DecoOptions, Preset
-from cryosuite.methods.deco_start import options_of, start_done, start_margins, start_record, voxel_start
+from cryosuite.methods.deco_start import SAVE_SECONDS, options_of, start_done, start_margins, start_record, voxel_start
 from cryosuite.reconstruct.abinitio import AbInitio
 from cryosuite.training.checkpoint import load_into, load_state
 from cryosuite.training.launch import process_rank, resolve_accelerator
@@ -167,7 +167,8 @@ def _started(
     """The voxel start, made by the first process; the others wait for its file."""
     device = resolve_accelerator(training.accelerator)
     if process_rank() == 0:
-        return voxel_start(particles, run, options, training.seed, device, training.max_minutes)
+        every = min(SAVE_SECONDS, 60 * training.checkpoint_every_minutes)
+        return voxel_start(particles, run, options, training.seed, device, training.max_minutes, every=every)
     waited = time.monotonic()
     while time.monotonic() - waited < WAIT_SECONDS:
         if start_done(run):

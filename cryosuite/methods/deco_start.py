@@ -39,8 +39,9 @@ def voxel_start(
     device: str = "cpu",
     max_minutes: float | None = None,
     progress: bool = True,
+    every: float = SAVE_SECONDS,
 ) -> tuple[ParticleSet, str]:
-    """The particles with the poses found, and "" or why it stopped before the end.
+    """The particles with the poses found, and "" or why it stopped before the end; saved every so many seconds.
 
     Whatever is in start.pt is gone on from; a start that is complete is only read. Raises InputError for a start.pt of
     other particles or options.
@@ -64,7 +65,7 @@ def voxel_start(
         state["done"] = engine.done
         checkpoint.save_state(path, state)
 
-    stopped = "" if engine.done else _run(engine, save, max_minutes, progress)
+    stopped = "" if engine.done else _run(engine, save, max_minutes, progress, every)
     if stopped:
         log.write(f"voxel start stopped by {stopped} at unit {engine.position} of {engine.total}")
         return particles, stopped
@@ -73,7 +74,7 @@ def voxel_start(
     return settle_hands(posed, found.label, options.hand), ""
 
 
-def _run(engine: AbInitio, save: Any, max_minutes: float | None, progress: bool) -> str:
+def _run(engine: AbInitio, save: Any, max_minutes: float | None, progress: bool, every: float) -> str:
     """Advance until done or told to stop; saves now and then and at the end."""
     began = saved = time.monotonic()
     late = float("inf") if max_minutes is None else began + 60 * max_minutes
@@ -86,7 +87,7 @@ def _run(engine: AbInitio, save: Any, max_minutes: float | None, progress: bool)
                 bar.advance(engine.position - before)
             now = time.monotonic()
             stopped = signals.received or ("max_minutes" if now > late and not engine.done else "")
-            if stopped or engine.done or now - saved > SAVE_SECONDS:
+            if stopped or engine.done or now - saved > every:
                 save()
                 saved = time.monotonic()
             if stopped:
