@@ -82,6 +82,7 @@ bench-fire: $(VENV)/installed
 	$(BENCH)/fire_loader.py --work $(BENCH_WORK)/fire/loader
 	$(BENCH)/fire_fuzz.py --work $(BENCH_WORK)/fire/fuzz
 	$(BENCH)/fire_numerics.py --work $(BENCH_WORK)/fire/numerics
+	$(BENCH)/fire_distributed.py --work $(BENCH_WORK)/fire/distributed
 	$(BIN)/python tests/benchmarks/tables.py
 
 # without options some twenty hours on two cores: give e.g. PROOF="--sets mix16 --snr 0.1 --seeds 0 --budget-minutes 60";

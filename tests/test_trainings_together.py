@@ -25,10 +25,10 @@ N, D = 78, 16  # 78 = 4 * 16 + 14: the last batch is short
 HYPE = ["--dim", 16, "--depth", 1, "--heads", 2, "--patch", 4, "--groups", 2, "--inr-dim", 16, "--inr-layers", 2,
         "--knn", 4, "-n", 2, "-b", 16, "--log-interval", 1, "--precision", 32, "--encoder-drop", 0.2]  # fmt: skip
 DECO = ["--encoder", "random", "--encoder-size", "micro", "--zdim", 4, "--dim", 32, "--layers", 1, "--features", 16,
-        "--precision", 32, "-n", 2, "-b", 16, "-k", 2, "--cluster", "gmm-direct", "--known-poses"]  # fmt: skip
+        "--precision", 32, "-n", 2, "-b", 16, "-k", 2, "--cluster", "gmm-direct"]  # fmt: skip
 NET = ["--field", "triplane", "--n-codes", 3, "--rank", 3, "-n", 2, "-b", 16, "--em-finish", 2, "--width", 16]
 IEV = ["--preset", "tiny", "--images", 32, "--every", 16, "-b", 8, "--views", 4, "--simulate", "phantom:4",
-       "--hold-out", 2, "--Apix", 6]  # fmt: skip
+       "--hold-out", 2, "--Apix", 6, "--precision", 32]  # fmt: skip
 FASTAR = ["--preset", "micro", "--images", 64, "--every", 32, "-b", 16, "--views", "3:8"]
 CPU = ["--accelerator", "cpu"]
 

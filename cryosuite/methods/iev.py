@@ -23,7 +23,7 @@ from cryosuite.metrics.features import feature_spread, knn_accuracy, pixel_compo
 from cryosuite.nets.ief import IefEncoder, make_spec
 from cryosuite.nets.moco import MoCo, momentum_at, sample_patches, smooth_patches
 from cryosuite.simulate.pool import RINGS, TURNS
-from cryosuite.training.launch import process_rank
+from cryosuite.training.launch import process_rank, world
 from cryosuite.training.logs import write_scores
 
 if TYPE_CHECKING:
@@ -146,13 +146,20 @@ class Iev:
 
 
 def guide_loss(guess: Tensor, shapes: Tensor | None) -> Tensor:
-    """Mean square miss of the ring shapes (2 b, 96), over the rows that have any; 0 where none has."""
+    """Mean square miss of the ring shapes (2 b, 96), over the rows that have any; 0 where none has.
+
+    Of several processes each counts for as many rows as it has: the mean of what they return is that of all rows.
+    """
     if shapes is None:
-        return 0 * guess.float().sum()
+        shapes = guess.new_full((len(guess) // 2, 2, guess.shape[1]), torch.nan)
     truth = shapes.transpose(0, 1).flatten(0, 1)
     known = torch.isfinite(truth)
     miss = torch.where(known, guess.float() - torch.where(known, truth, 0), 0)
-    return miss.square().sum() / known.sum().clamp(min=1)
+    count, processes = known.sum().to(miss.dtype), world()[1]
+    if processes > 1:
+        torch.distributed.all_reduce(count)
+        count = count / processes
+    return miss.square().sum() / count.clamp(min=1 / processes)
 
 
 def grey_values(corpus: Corpus, circle: bool) -> tuple[float, float]:

@@ -329,12 +329,12 @@ class CorpusLoader:
         """Put this process's rows ``index`` of a batch together; ``whole``: the sources of all of its rows."""
         size, count, source = self.corpus.box_size, len(index), whole[self.rank :: self.world_size]
         endless = [s for s, kind in enumerate(self.corpus.sources) if kind.size is None]
-        drawn = np.isin(source, endless)
+        drawn, every = np.isin(source, endless), np.isin(whole, endless)
         label = torch.from_numpy(source.astype(np.int64))
-        if not drawn.any():
+        if not every.any():
             images = torch.from_numpy(np.ascontiguousarray(stacks))[:, None].expand(-1, 2, -1, -1)
             return PairBatch(torch.from_numpy(index), images, torch.from_numpy(drawn), label, "stacks")
-        if drawn.all() and len(endless) == 1:
+        if every.all() and len(endless) == 1:
             pairs, label, shapes = self._simulate(endless[0], whole, epoch, batch)
         else:
             shapes = torch.full((count, 2, RINGS * TURNS), torch.nan)
@@ -349,8 +349,9 @@ class CorpusLoader:
                     pairs[places.to(self.device)] = made
                     label[places] = molecule
         one_image = [self.corpus.sources[s].positives == "augment" for s in endless]
-        apart = drawn & ~np.isin(source, [s for s, one in zip(endless, one_image, strict=True) if one])
-        kind = "simulated" if apart.all() else "mixed" if apart.any() else "stacks"
+        once = [s for s, one in zip(endless, one_image, strict=True) if one]
+        apart, there = drawn & ~np.isin(source, once), every & ~np.isin(whole, once)
+        kind = "simulated" if there.all() else "mixed" if there.any() else "stacks"  # the same in all processes
         return PairBatch(torch.from_numpy(index), pairs, torch.from_numpy(apart), label, kind, shapes)
 
     def _simulate(self, source: int, whole: np.ndarray, epoch: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:

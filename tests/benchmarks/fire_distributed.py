@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -47,14 +48,21 @@ def main() -> None:
     sets.shrink()
     folder = sets.stack(work / "set")
     commands = sets.commands(folder)
-    rows = [compare(name, commands[name], work / name) for name in given.only or commands]
-    if given.kills:
-        rows.append(killed(given.kills, work))
-    if given.only is None:
-        rows.append(one_sided(folder, work))
-    save("fire_distributed", {"seed": SEED, "rows": rows})
+    rows: list[dict] = []
+    for row in tried(folder, work, commands if given.only is None else given.only, given.kills):
+        rows.append(row)
+        save("fire_distributed", {"seed": SEED, "rows": rows})
     if given.work is None:
         shutil.rmtree(work)
+
+
+def tried(folder: Path, work: Path, names: Iterable[str], kills: int) -> Iterator[dict]:
+    """The rows, one after the other."""
+    for name in names:
+        yield compare(name, sets.commands(folder)[name], work / name)
+    yield one_sided(folder, work)
+    if kills:
+        yield killed(kills, work)
 
 
 def compare(name: str, words: list[object], work: Path) -> dict:
@@ -66,7 +74,8 @@ def compare(name: str, words: list[object], work: Path) -> dict:
         ended = together(work / f"said_{run}", [*words, "-o", work / run], count, seconds=900)
         seconds.append(time.monotonic() - began)
         if any(one.code for one in ended):
-            raise SystemExit(f"{name} in {count} processes:\n{ended[0].err[-3000:]}")
+            print(f"{name} in {count} processes:\n{ended[0].err[-3000:]}\n{ended[-1].err[-1000:]}", flush=True)
+            return {"kind": "load", "what": words[0], "tried": 1, "result": f"FAILED in {count} processes"}
     found = distances(work / "one", work / "two")
     print(f"{name}: {found} ({seconds[0]:.0f} s, {seconds[1]:.0f} s)", flush=True)
     what = f"{words[0]}{sets.DETAIL.get(name, '')}: two processes against one"
@@ -77,7 +86,7 @@ def distances(one: Path, two: Path) -> str:
     """What two runs have in common, in words: bytes, losses, latents, maps."""
     names = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
     if names != sorted(path.relative_to(two) for path in two.rglob("*") if path.is_file()):
-        raise SystemExit(f"{one} and {two} hold different files")
+        return "DIFFERENT FILES"
     if (one / "particles.mrcs").exists():
         same = all((one / n).read_bytes().replace(b"/two", b"/one") == (two / n).read_bytes().replace(b"/two", b"/one")
                    for n in names)  # fmt: skip
