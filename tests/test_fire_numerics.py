@@ -89,6 +89,20 @@ def test_a_training_goes_on_without_them(tmp_path: Path) -> None:
     assert np.isfinite(result.model[0].weight.detach().numpy()).all()
 
 
+def test_the_latent_space_is_that_of_the_good_images() -> None:
+    """Principal axes, bank and neighbours of latents of which some rows are NaN."""
+    from cryosuite.methods.hype_latent import centres, nearest_rows, principal_axes
+
+    z = np.random.default_rng(0).normal(size=(200, 6)).astype(np.float32)
+    good = np.setdiff1d(np.arange(200), [3, 150])
+    holes = z.copy()
+    holes[[3, 150]] = np.nan
+    for name in ("mean", "components", "variances"):
+        torch.testing.assert_close(getattr(principal_axes(holes), name), getattr(principal_axes(z[good]), name))
+    np.testing.assert_array_equal(centres(holes, 5), centres(z[good], 5))
+    np.testing.assert_array_equal(nearest_rows(holes, z[:9], 198), good[nearest_rows(z[good], z[:9], 198)])
+
+
 def test_spectra_are_those_of_the_good_images(noisy: ParticleSet) -> None:
     rows = np.arange(len(noisy))
     with pytest.warns(UserWarning, match=TOLD):

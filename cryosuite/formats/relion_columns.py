@@ -12,6 +12,7 @@ from cryosuite.formats.checks import check_ctf, check_shifts, name_rows, read_by
 from cryosuite.formats.relion import ParticleTables
 
 _EULER = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
+MAX_TERMS = 64  # Zernike coefficients; RELION fits a dozen
 
 
 def images_from_star(tables: ParticleTables) -> tuple[list[str], np.ndarray, np.ndarray]:
@@ -219,7 +220,10 @@ def _zernike(tables: ParticleTables, name: str) -> np.ndarray | None:
             raise InputError(
                 f"{tables.path}: column {name}: '{text[:60]}' is no list of numbers such as [0.1,0,2.5]"
             ) from None
-    values = np.zeros((len(lists), max((len(item) for item in lists), default=0)))
+    longest = max((len(item) for item in lists), default=0)
+    if longest > MAX_TERMS:  # every other row would be filled up to it
+        raise InputError(f"{tables.path}: column {name} holds a list of {longest} numbers, expected at most {MAX_TERMS}")
+    values = np.zeros((len(lists), longest))
     for row, item in enumerate(lists):
         values[row, : len(item)] = item
     if not np.isfinite(values).all():

@@ -66,7 +66,9 @@ class LatentSpace:
 
 
 def principal_axes(pooled: np.ndarray, components: int = COMPONENTS) -> LatentSpace:
-    """PCA of pooled tokens (n, d), float64 inside; each axis points where its largest entry is positive."""
+    """PCA of pooled tokens (n, d), float64 inside; each axis points where its largest entry is positive. Rows that are
+    NaN (of broken images) are left out."""
+    pooled = _finite(pooled)
     mean = pooled.mean(0, dtype=np.float64)
     centred = pooled - mean
     covariance = centred.T @ centred / max(len(pooled) - 1, 1)
@@ -83,23 +85,29 @@ def principal_axes(pooled: np.ndarray, components: int = COMPONENTS) -> LatentSp
     )
 
 
+def _finite(rows: np.ndarray) -> np.ndarray:
+    """The rows (n, d) that are numbers throughout."""
+    return rows[np.isfinite(rows).all(1)]
+
+
 def _float(values: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
 
 
 def nearest_rows(z: np.ndarray, targets: np.ndarray, k: int, chunk: int = 64) -> np.ndarray:
-    """Rows of z (n, d) nearest to each target (m, d), exact, nearest first: (m, k)."""
+    """Rows of z (n, d) nearest to each target (m, d), exact, nearest first: (m, k); rows that are NaN come last."""
     cloud = torch.from_numpy(np.ascontiguousarray(z, np.float32))
     found = []
     for part in torch.from_numpy(np.ascontiguousarray(targets, np.float32)).split(chunk):
-        found.append(torch.cdist(part, cloud).topk(min(k, len(cloud)), largest=False).indices)
+        found.append(torch.cdist(part, cloud).nan_to_num(nan=torch.inf).topk(min(k, len(cloud)), largest=False).indices)
     return torch.cat(found).numpy()
 
 
 def centres(z: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
-    """k-means centres of z (n, d) with at most ``count`` clusters, from at most FIT_ROWS rows: (m, d)."""
+    """k-means centres of z (n, d) with at most ``count`` clusters, from at most FIT_ROWS rows without NaN: (m, d)."""
     from sklearn.cluster import MiniBatchKMeans
 
+    z = _finite(z)
     rng = np.random.default_rng(seed)
     rows = rng.choice(len(z), min(len(z), FIT_ROWS), replace=False)
     count = max(1, min(count, len(rows) // 4))

@@ -211,6 +211,7 @@ def main() -> None:
     parser.add_argument("--readers", default="", help="some of them, by name (default: all)")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--report", action="store_true", help="only write the result of what was done so far")
     options = parser.parse_args()
     work = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
@@ -225,7 +226,7 @@ def main() -> None:
     running: dict[str, int] = {}
     while True:
         due = [name for name in names if totals.get(name, {}).get("cpu_s", 0) < share - 0.5]
-        if not due and not running:
+        if options.report or not (due or running):
             break
         due = sorted(set(due) - running.keys(), key=lambda name: totals.get(name, {}).get("cpu_s", 0))
         for name in due[: options.jobs - len(running)]:
@@ -244,6 +245,7 @@ def main() -> None:
             spent = sum(one["cpu_s"] for one in totals.values())
             faults = list(totals[name]["faults"])
             print(f"{time.strftime('%H:%M:%S')} {spent:.0f} s: {name} {totals[name]['tried']} {faults}", flush=True)
+    names = [name for name in names if name in totals]
     rows = [row(name, totals[name]) for name in names]
     spent = sum(totals[name]["cpu_s"] for name in names)
     save("fire_fuzz", {"seed": options.seed, "cpu_s": round(spent), "rows": rows})
