@@ -222,7 +222,7 @@ def _zernike(tables: ParticleTables, name: str) -> np.ndarray | None:
             ) from None
     longest = max((len(item) for item in lists), default=0)
     if longest > MAX_TERMS:  # every other row would be filled up to it
-        raise InputError(f"{tables.path}: column {name} holds a list of {longest} numbers, expected at most {MAX_TERMS}")
+        raise InputError(f"{tables.path}: column {name} has a list of {longest} numbers, expected at most {MAX_TERMS}")
     values = np.zeros((len(lists), longest))
     for row, item in enumerate(lists):
         values[row, : len(item)] = item
