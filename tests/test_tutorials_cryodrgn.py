@@ -87,9 +87,9 @@ def test_the_page_runs(tmp_path: Path) -> None:
     from cryosuite.formats.pickles import read_indices, read_labels
 
     run_page("from_cryodrgn.md", tmp_path)
-    found = read_labels(tmp_path / "run" / "analyze.10" / "labels.pkl")
-    assert adjusted_rand_score(read_labels(tmp_path / "project" / "labels.pkl"), found) > 0.9
+    found = read_labels(tmp_path / "run" / "analyze.12" / "labels.pkl")
+    assert adjusted_rand_score(read_labels(tmp_path / "project" / "labels.pkl"), found) > 0.8
     assert np.array_equal(np.sort(read_indices(tmp_path / "ind.pkl")), np.flatnonzero(found == 0))
     assert (tmp_path / "cluster0" / "fsc-vals.txt").exists() and (
-        tmp_path / "run" / "analyze.10" / "report.html"
+        tmp_path / "run" / "analyze.12" / "report.html"
     ).exists()
