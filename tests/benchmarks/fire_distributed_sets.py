@@ -29,7 +29,7 @@ TRAININGS = {
 }  # fmt: skip
 DETAIL = {"train-kraqen": " (network)", "train-kraqen-voxel": " (voxel field)", "train-fastar": " (target)",
           "train-fastar-star": " (ab initio)", "encode": " --encode"}  # fmt: skip
-COUNT, BOX = 301, 16
+COUNT, FEW, BOX = 301, 78, 16  # neither fills its last batch
 
 
 def shrink() -> None:
@@ -45,15 +45,17 @@ def shrink() -> None:
 
 
 def stack(folder: Path) -> Path:
-    """301 images of two molecules with poses, CTF and labels; a map; an encoder and a pose network, not trained."""
+    """301 images of two molecules with poses, CTF and labels (in ``few`` the first 78 of them), a map, an encoder and a
+    pose network that are not trained."""
     import torch
 
-    folder.mkdir(parents=True, exist_ok=True)
     particles, labels = blob_particles([blobs(BOX, 0), blobs(BOX, 1)], COUNT, noise=0.3)
-    with StackWriter(folder / "particles.mrcs", COUNT, BOX, 6.0) as writer:
-        writer.write(particles.read(np.arange(COUNT)))
-    write_pickle(folder / "poses.pkl", (particles.rotation, particles.shift))
-    write_pickle(folder / "ctf.pkl", particles.ctf)
+    for place, count in ((folder, COUNT), (folder / "few", FEW)):
+        place.mkdir(parents=True, exist_ok=True)
+        with StackWriter(place / "particles.mrcs", count, BOX, 6.0) as writer:
+            writer.write(particles.read(np.arange(count)))
+        write_pickle(place / "poses.pkl", (particles.rotation[:count], particles.shift[:count]))
+        write_pickle(place / "ctf.pkl", particles.ctf[:count])
     write_pickle(folder / "labels.pkl", labels.astype(np.int64))
     write_map(folder / "ref.mrc", blobs(BOX, 0).numpy(), 6.0)
     torch.manual_seed(0)
@@ -75,7 +77,7 @@ def commands(folder: Path) -> dict[str, list[object]]:
                          "--weights", folder / "w.safetensors", *cpu],
         "encode": ["pretrain-iev", images, "--encode", "--weights", folder / "e.safetensors", "-b", 32, *cpu],
     }  # fmt: skip
-    return found | {name: words(short, folder) for name, short in TRAININGS.items()}
+    return found | {name: words(short, folder / "few") for name, short in TRAININGS.items()}
 
 
 def blind_second() -> None:
@@ -87,7 +89,7 @@ def blind_second() -> None:
     whole = ParticleSet.read
 
     def read(particles: ParticleSet, rows: np.ndarray) -> np.ndarray:
-        if process_rank() == 1 and COUNT - 10 in rows:
+        if process_rank() == 1 and len(particles) - 10 in rows:
             raise InputError(f"{particles.path}: the file became shorter while it was read")
         return whole(particles, rows)
 
