@@ -147,6 +147,19 @@ def test_a_training_goes_on_once_there_is_room(small_disk: Path, tmp_path: Path)
     assert steps == [line["step"] for line in read_metrics(RunDir(tmp_path / "undisturbed").metrics)]
 
 
+@pytest.mark.slow
+def test_a_command_leaves_with_code_2_and_one_line(small_disk: Path) -> None:
+    words = ["simulate", "--structures", "phantom:2", "-n", "120", "-D", "24", "-o", str(small_disk / "sim")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "400"}
+    done = subprocess.run(
+        [sys.executable, "-m", "cryosuite", *words], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and str(small_disk / "sim") in said[0] and "need" in said[0] and "are free" in said[0]
+    assert not list((small_disk / "sim").glob(".*")) and not (small_disk / "sim" / "dataset.yaml").exists()
+
+
 def test_a_limit_on_file_sizes_is_said_too(tmp_path: Path) -> None:
     """`ulimit -f`, for those who may not mount: the checkpoint of before stays, the message names file and sizes."""
     path = tmp_path / "checkpoint.pt"

@@ -88,7 +88,7 @@ def trainings(base: Path) -> Iterable[Command]:
               "--classes", "1", *NETWORK, *EVERY_STEP, *ONE, "--precision", "32")  # fmt: skip
     yield one("pretrain-iev", "pretrain-iev", particles, "--preset", "tiny", "--images", "64", "--every", "32",
               "-b", "16", "--views", "4", *logged, again=())  # fmt: skip
-    yield one("train-fastar", "train-fastar", "--preset", "micro", "--images", "32", "--every", "16", "-b", "4",
+    yield one("train-fastar", "train-fastar", "--preset", "micro", "--images", "32", "--every", "16", "-b", "8",
               "--views", "8", *logged, again=())  # fmt: skip
     yield one("pretrain-lvm", "pretrain-lvm", *MAPS, *logged, again=())
     yield one("train-lvm", "train-lvm", "--task", "sharpen", *MAPS, *logged, again=())
