@@ -72,6 +72,12 @@ def test_processes_share_out_a_batch_and_both_are_full():
     a, b = next(first.epoch(0)), next(second.epoch(0))
     assert len(a) == len(b) == 1 and not torch.equal(a.images, b.images)
     assert first.global_size(0) == 16 and first.weight(0) == 8 and len(first) == 5
+    whole = next(SetLoader(molecules(), 16, seed=1).epoch(0))
+    for part, one in enumerate((a, b)):  # the molecules, views and noise that one process alone would make
+        for name in ("index", "rotation", "snr"):
+            assert torch.equal(getattr(one, name), getattr(whole, name)[part::2]), name
+        assert torch.allclose(one.images, whole.images[part::2], atol=1e-4)
+        assert torch.allclose(one.candidates, whole.candidates[part::2], atol=1e-4)
     again = list(SetLoader(molecules(), 16, seed=1).epoch(3, start=2))
     assert len(again) == 3
     for wrong in (6, 15, 200):

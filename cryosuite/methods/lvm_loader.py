@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cryosuite.errors import InputError
+from cryosuite.training.launch import world
 
 if TYPE_CHECKING:
     from cryosuite.simulate.map_options import MapBatch
@@ -144,10 +145,11 @@ class CropLoader:
     def _group(self, group: int) -> CropBatch:
         """All crops of some volumes in random order."""
         drawn = {}
-        for volume in range(self.rank, self.volumes, self.world_size):
+        together = world()[1] == self.world_size > 1  # else (nobody to exchange with) all of them are made here
+        for volume in range(self.rank, self.volumes, self.world_size) if together else range(self.volumes):
             generator = torch.Generator(self.device).manual_seed(self._seed(group, volume))
             drawn[volume] = CropBatch.of([self.crops.pairs.draw(generator, self.device)])
-        if self.world_size > 1:
+        if together:
             drawn = self._exchanged(drawn)
         every = CropBatch.of([drawn[volume] for volume in range(self.volumes)])
         order = np.random.default_rng(self._seed(group, self.volumes)).permutation(len(every.index))
