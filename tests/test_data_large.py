@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 from million_set import make_set
 
 from cryosuite.data import loader as loading
+from cryosuite.data.buffers import Buffers
 from cryosuite.data.images import StackImages
 from cryosuite.data.loader import BatchLoader
 from cryosuite.data.open import open_particles
@@ -140,3 +142,31 @@ def test_rows_of_different_sign_are_read_into_place(tmp_path):
     images.read_into(out, rows, places)
     assert (out[places, 2, 2] == rows * signs[rows]).all()
     assert (out[[1, 2, 4, 6, 7, 9]] == 99).all()
+
+
+def test_memory_of_windows_is_used_again_when_nobody_looks():
+    buffers = Buffers(2)
+    first = buffers.take((4, 8, 8))
+    first[:] = 7
+    kept = torch.from_numpy(first[1:2])[0, 1:]  # as a training holds a part of a batch
+    place = first.ctypes.data
+    del first
+    second = buffers.take((4, 8, 8))
+    second[:] = 1
+    assert second.ctypes.data != place
+    assert (kept == 7).all()
+    del kept
+    smaller = buffers.take((3, 8, 8))
+    assert smaller.ctypes.data == place
+    assert smaller.flags.c_contiguous
+    assert smaller.flags.writeable
+
+
+def test_batches_that_are_kept_stay_what_they_were(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "WINDOW_BYTES", 64 * 16 * 16 * 4)
+    with StackWriter(tmp_path / "a.mrcs", 640, 16, 1.0) as writer:
+        writer.write(np.broadcast_to(np.arange(640, dtype=np.float32)[:, None, None], (640, 16, 16)))
+    loader = BatchLoader(ParticleSet(StackImages.of_stack(tmp_path / "a.mrcs", 640), 16, 1.0), 32)
+    for epoch in (0, 1):
+        for batch in list(loader.epoch(epoch)):
+            assert (batch.images == batch.index[:, None, None]).all()

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from cryosuite.data.broken import Broken
+from cryosuite.data.buffers import Buffers
 from cryosuite.data.particles import ParticleSet
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class BatchLoader:
         self.block = max(1, BLOCK_BYTES // bytes_per_image)
         # whole batches per window, so that a batch never spans two and `start` falls on a window's grid
         self.window = max(1, WINDOW_BYTES // bytes_per_image // batch_size) * batch_size
+        self._buffers = Buffers(3)
 
     @property
     def _rows_per_rank(self) -> int:
@@ -155,7 +157,7 @@ class BatchLoader:
         for batches in self.order(epoch, start):
             rows = np.concatenate(batches)
             stored = np.argsort(rows, kind="stable")
-            images = np.empty((len(rows), D, D), np.float32)
+            images = self._buffers.take((len(rows), D, D))
             for begin in range(0, len(rows), step):
                 part = stored[begin : begin + step]
                 self.particles.read_into(images, rows[part], part)
