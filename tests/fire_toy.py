@@ -50,7 +50,7 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
                       "fastar/weights.safetensors", "--threads", "1"], "posed"),
     "pretrain-lvm": (["-o", "lvm0", *LVM, "--seed", str(SEED)], "lvm0"),
     "train-lvm": (["-o", "lvm", "--task", "sharpen", *LVM, "--seed", str(SEED)], "lvm"),
-    "lvm-sharpen": (["sim/volumes/vol_000.mrc", "-o", "sharp.mrc", "--weights", "lvm", "--precision", "32"],
+    "lvm-sharpen": (["sim/volumes/vol_000.mrc", "-o", "sharp.mrc", "--weights", "lvm", "--apix", "2"],
                     "sharp.mrc"),
 }  # fmt: skip
 

@@ -19,11 +19,14 @@ import pytest
 from hostile import attempt
 
 from cryosuite import console
+from cryosuite.analysis.class_files import write_classes
+from cryosuite.analysis.lists import write_lists
 from cryosuite.cli import main
 from cryosuite.data.export import export_all
 from cryosuite.data.open import open_particles
 from cryosuite.data.preprocess import PreprocessOptions, preprocess
 from cryosuite.data.source import open_source
+from cryosuite.data.workdir import AnalysisDir
 from cryosuite.errors import InputError, notice, one_line
 from cryosuite.formats import cs, star
 from cryosuite.formats.atoms import read_atoms
@@ -65,8 +68,8 @@ def escaping(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["star", "cs"])
 def test_names_with_ways_out_write_nothing_outside(escaping: Path, kind: str) -> None:
-    """preprocess, select's and export's star, cs and pkl: new files appear where they were asked for and nowhere
-    else."""
+    """preprocess, select's and export's star, cs and pkl, those of each class: new files appear where they were asked
+    for and nowhere else."""
     before = tree(escaping.parent)
     particles = open_particles(escaping / f"a.{kind}", datadir=escaping / "images")
     made = preprocess(particles, escaping / "work", PreprocessOptions())
@@ -75,6 +78,11 @@ def test_names_with_ways_out_write_nothing_outside(escaping: Path, kind: str) ->
     (escaping / "made").mkdir()
     for chosen in (particles, open_particles(escaping / "work")):
         export_all(chosen.subset(np.arange(5)), [escaping / "made" / name for name in outs])
+    labels = np.arange(seeds.COUNT) % 2
+    write_lists(AnalysisDir(escaping / "made"), open_particles(escaping / "work"), labels, 2)
+    write_classes(escaping / "made" / "classes", open_particles(escaping / "work"), labels)
+    stars = list((escaping / "made").rglob("cluster_*.*"))
+    assert len(stars) >= 6 and any(path.suffix == f".{kind}" for path in stars)
     after = tree(escaping.parent)
     new = {name for name in after if after[name] != before.get(name)}
     assert before.keys() <= after.keys() and new == after.keys() - before.keys()

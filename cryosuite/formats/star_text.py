@@ -29,6 +29,7 @@ _NEEDS_QUOTES = r"""(?i)\s|^$|^["'#_;]|^(?:data_|loop_)"""
 _NOT_A_NUMBER = ["nan", "NaN", "<NA>"]
 _PIECE = 1 << 24  # bytes of the file held at a time
 _LONGEST_LINE = 1 << 23
+_MAX_BLOCKS, _MAX_COLUMNS = 200, 200  # each is a table of pandas, or a part of it: milliseconds and kilobytes
 _ROWS = 100_000  # rows turned into columns at a time
 _STARFILE_BYTES = 1 << 25  # starfile holds the text of a file several times over
 
@@ -197,8 +198,8 @@ def _scan(path: Path, as_text: set[tuple[str, str]]) -> list[_Block]:
             state = _header_line(path, block, state, values, first, number, as_text)
             block.plain = block.plain and (plain or state == "names")
     if not blocks:
-        what = "is empty (blank lines only)" if not foreign and not number else "has no data_ block: not a STAR file"
-        raise InputError(f"{path}: {what}")
+        empty = not foreign and not number
+        raise InputError(f"{path}: {'is empty (blank lines only)' if empty else 'has no data_ block: not a STAR file'}")
     block.flush(as_text)
     if foreign:
         notice(f"{path}: line {foreign} comes before any data_ block and is ignored")
@@ -208,8 +209,10 @@ def _scan(path: Path, as_text: set[tuple[str, str]]) -> list[_Block]:
 def _new_block(path: Path, blocks: dict[str, _Block], word: bytes, number: int) -> _Block:
     name = word[5:].decode("utf-8")
     if name in blocks:
-        earlier = blocks[name].line
-        raise InputError(f"{path}: block data_{name} comes twice (lines {earlier} and {number}): join or rename them")
+        both = f"lines {blocks[name].line} and {number}"
+        raise InputError(f"{path}: block data_{name} comes twice ({both}): join or rename them")
+    if len(blocks) >= _MAX_BLOCKS:
+        raise InputError(f"{path}: line {number}: more than {_MAX_BLOCKS} blocks: no file of particles has as many")
     blocks[name] = _Block(name, number)
     return blocks[name]
 
@@ -228,6 +231,8 @@ def _header_line(
         if len(values) > 2 or (len(values) == 2 and not values[1].isdigit()) or len(first) < 2:
             raise InputError(f"{path}: line {number}: expected one column name, found {_shown(values)}")
         block.columns.append(first[1:].decode("utf-8"))
+        if len(block.columns) > _MAX_COLUMNS:
+            raise InputError(f"{path}: line {number}: more than {_MAX_COLUMNS} columns: no particles have as many")
         return "names"
     if state == "names":
         _require_width(path, block, values, number)
@@ -260,10 +265,8 @@ def _require_width(path: Path, block: _Block, values: list[bytes], number: int, 
     if len(values) == 1 and values[0].lower() == b"loop_":
         raise InputError(f"{path}: line {number}: a second table in block data_{block.name}: one each is expected")
     if len(values) != len(block.columns):
-        raise InputError(
-            f"{path}: line {number}: {len(values)} values in block data_{block.name}, expected "
-            f"{len(block.columns)}{after}"
-        )
+        found = f"{len(values)} values in block data_{block.name}"
+        raise InputError(f"{path}: line {number}: {found}, expected {len(block.columns)}{after}")
 
 
 def _mixed(block: _Block) -> list[str]:
@@ -283,7 +286,8 @@ def _kind(column: pd.Series) -> str:
 def _from_starfile(path: Path, blocks: list[_Block]) -> dict[str, pd.DataFrame]:
     """The plain tables as the starfile package reads them, where the file is small enough for it."""
     plain = [block for block in blocks if block.loop and block.plain and block.count and not block.gap]
-    if not plain or path.stat().st_size > _STARFILE_BYTES:
+    twice = sum(len(block.columns) - len(set(block.columns)) for block in blocks)
+    if not plain or twice or path.stat().st_size > _STARFILE_BYTES:
         return {}
     import starfile
 
