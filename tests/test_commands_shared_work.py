@@ -121,7 +121,9 @@ def test_poses_are_predicted_and_refined_alike(stack: Path, tmp_path: Path) -> N
     torch.manual_seed(0)
     save_multiview(tmp_path / "w.safetensors", Multiview(TINY), {"mode": "target"})
     words = ["fastar-infer", stack / "particles.mrcs", "--ctf", stack / "ctf.pkl", "--map", stack / "ref.mrc"]
-    words += ["--weights", tmp_path / "w.safetensors", "-b", 64, "--refine", 1, "--accelerator", "cpu"]
+    words += ["--weights", tmp_path / "w.safetensors", "-b", 16, "--refine", 1, "--accelerator", "cpu"]
+    write_pickle(tmp_path / "some.pkl", np.arange(0, COUNT, 4))
+    words += ["--ind", tmp_path / "some.pkl"]
     one, two = one_and_two(tmp_path, words)
     assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in two.iterdir())
     np.testing.assert_allclose(np.load(one / "confidence.npy"), np.load(two / "confidence.npy"), atol=1e-5)

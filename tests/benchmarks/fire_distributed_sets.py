@@ -66,18 +66,18 @@ def stack(folder: Path) -> Path:
 
 def commands(folder: Path) -> dict[str, list[object]]:
     """Name -> words, all but the output."""
-    images, ctf = folder / "particles.mrcs", ["--ctf", folder / "ctf.pkl"]
-    posed = [images, "--poses", folder / "poses.pkl", *ctf]
+    images, few = folder / "particles.mrcs", folder / "few"
+    posed = [images, "--poses", folder / "poses.pkl", "--ctf", folder / "ctf.pkl"]
     labels, cpu = ["--labels", folder / "labels.pkl"], ["--accelerator", "cpu"]
     found: dict[str, list[object]] = {
         "preprocess": ["preprocess", *posed, "-D", 12, "--uninvert"],
         "backproject": ["backproject", *posed, *labels],
         "polish": ["polish", *posed, *labels],
-        "fastar-infer": ["fastar-infer", images, *ctf, "--map", folder / "ref.mrc", "-b", 64, "--refine", 1,
-                         "--weights", folder / "w.safetensors", *cpu],
+        "fastar-infer": ["fastar-infer", few / "particles.mrcs", "--ctf", few / "ctf.pkl", "-b", 16, "--refine", 1,
+                         "--map", folder / "ref.mrc", "--weights", folder / "w.safetensors", *cpu],
         "encode": ["pretrain-iev", images, "--encode", "--weights", folder / "e.safetensors", "-b", 32, *cpu],
     }  # fmt: skip
-    return found | {name: words(short, folder / "few") for name, short in TRAININGS.items()}
+    return found | {name: words(short, few) for name, short in TRAININGS.items()}
 
 
 def blind_second() -> None:
