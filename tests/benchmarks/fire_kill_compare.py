@@ -13,6 +13,7 @@ from common import RESULTS
 
 TIMES = {"seconds", "images_per_s"}  # in metrics.jsonl
 FREE = re.compile(r"(run\.log|timing\.json|.*\.lock)$")  # files that hold times only
+MOMENT = re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d(:\d\d)?")
 TIMED = re.compile(r"started|command|seconds|date|time|particles_relative|source|run\b|written|outdir|folder")
 
 
@@ -70,8 +71,8 @@ def _metrics(path: Path) -> list[dict]:
 
 
 def _lines(path: Path) -> list[str]:
-    """Lines without those that hold a time or the run's own folder."""
-    lines = path.read_text(errors="replace").splitlines()
+    """Lines without times, and without those that hold one or the run's own folder."""
+    lines = MOMENT.sub("", path.read_text(errors="replace")).splitlines()
     return [line for line in lines if not TIMED.search(line) and str(path.parent) not in line]
 
 
