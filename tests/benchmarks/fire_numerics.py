@@ -42,14 +42,20 @@ def call(words: list[str]) -> None:
     """A command in this process; a failure ends the benchmark."""
     from cryosuite.cli import app
 
-    sys.argv = ["cryosuite", *words]
-    app(args=words, prog_name="cryosuite", standalone_mode=False)
+    own, sys.argv = sys.argv, ["cryosuite", *words]
+    try:
+        app(args=words, prog_name="cryosuite", standalone_mode=False)
+    finally:
+        sys.argv = own
 
 
 def row(name: str, differ: list[str], seconds: float) -> dict:
     """The row of a command for the table."""
     result = "the same bits" if not differ else f"{len(differ)} files differ: {', '.join(differ[:4])}"
-    detail = f"{len(contents(Path(COMMANDS[name][1])))} files compared; CPU, {seconds:.0f} s of processor time"
+    made = COMMANDS[name][1]
+    later = [other for _, other in COMMANDS.values() if other.startswith(f"{made}/")]  # put there by other commands
+    files = [file for file in contents(Path(made)) if not file.startswith(tuple(later) or "\0")]
+    detail = f"{len(files)} files compared; CPU, {seconds:.0f} s of processor time"
     return {"kind": "input", "what": f"the same seed twice, {name}", "tried": 2, "result": result, "detail": detail}
 
 
