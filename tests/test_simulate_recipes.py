@@ -88,6 +88,8 @@ def test_blocks_of_a_structure():
     assert np.array_equal(np.bincount(split_blocks(toy, "A,B:1-10;C") + 1), [10, 30, 20])
     left_out = assembly(toy, "1-5,11-20", 2)
     assert [len(s.xyz) for s in left_out.states] == [5, 15]
+    with pytest.raises(InputError, match="part 1 of 2 holds no atoms"):
+        assembly(toy, "900-950,1-20", 2)
 
 
 @pytest.mark.parametrize("text", ["Z", "A:100-200", "A:5", "A B"])

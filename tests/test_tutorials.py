@@ -188,11 +188,11 @@ def test_a_mixture_without_poses(tmp_path: Path) -> None:
     """From images and one map to states, polished maps and their sharpened form."""
     run_page("mixture_without_poses.md", tmp_path)
     truth = read_labels(tmp_path / "sample" / "labels.pkl")
-    found = read_labels(tmp_path / "hype" / "analyze.15" / "labels.pkl")
-    assert adjusted_rand_score(truth, found) > 0.8
+    found = read_labels(tmp_path / "hype" / "analyze.20" / "labels.pkl")
+    assert adjusted_rand_score(truth, found) > 0.6
     assert scores(tmp_path / "posed" / "truth.json")["refined"]["raw"]["median_deg"] < 8
     maps = scores(tmp_path / "maps" / "scores" / "scores.json")
-    assert maps["per_image"]["auc_masked_normalised"] > 0.7 and maps["labels"]["ari"] > 0.8
+    assert maps["per_image"]["auc_masked_normalised"] > 0.7 and maps["labels"]["ari"] > 0.6
     plain, sharp = (read_map(tmp_path / "maps" / f"{name}_000.mrc") for name in ("vol", "sharp"))
     assert sharp.data.shape == plain.data.shape and sharp.pixel_size == pytest.approx(plain.pixel_size)
     assert np.corrcoef(plain.data.ravel(), sharp.data.ravel())[0, 1] > 0.5

@@ -127,6 +127,9 @@ def assembly(structure: Structure, blocks: str = "domain", n_states: int = 16) -
         raise InputError(f"{structure.name}: an assembly needs at least two blocks, found {count} (--blocks).")
     patterns = nested_patterns(count, n_states)
     used = block >= 0
+    empty = np.flatnonzero(np.bincount(block[used], minlength=count) == 0)
+    if len(empty):
+        raise InputError(f"--blocks {blocks}: part {empty[0] + 1} of {count} holds no atoms of {structure.name}.")
     xyz = structure.xyz - np.average(structure.xyz[used], axis=0, weights=structure.weight[used])
     states = []
     for pattern in patterns:
