@@ -82,7 +82,7 @@ def each(path: Path, *calls: Callable[[Path], object]) -> None:
         except InputError as error:
             refusal = error
             judge(error)
-    if not read:
+    if refusal is not None and not read:
         raise refusal
 
 
