@@ -141,7 +141,7 @@ def test_what_is_wrong_with_a_folder_is_said(toy: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="true maps are expected in 128_org"):
         find_published(copy)
     write_map(copy / "vols" / "128_org" / "000.mrc", np.zeros((8, 8, 8), np.float32), 3.0)
-    with pytest.raises(InputError, match="no sorted_particles.128.txt in or below"):
+    with pytest.raises(InputError, match="no sorted_particles.128.txt in it or below"):
         find_published(copy).stacks(copy)
     with pytest.raises(InputError, match="has a state 3, but there are 1 true maps"):
         find_truth(copy).labels_of(np.arange(3))
