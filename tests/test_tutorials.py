@@ -108,7 +108,7 @@ def test_quickstart(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_particles_without_poses(tmp_path: Path) -> None:
     """Simulate, find poses and classes, judge; the poses are right."""
-    run_page("abinitio.md", tmp_path, 1800)
+    run_page("abinitio.md", tmp_path)
     assert scores(tmp_path / "run" / "eval.6" / "scores.json")["poses"]["rotation_median_deg"] < 5
     assert (tmp_path / "run" / "clusters.6" / "cluster_000.star").exists()
 

@@ -16,7 +16,7 @@ def blocks(name: str) -> list[str]:
     return re.findall(r"^```bash\n(.*?)^```", (TUTORIALS / name).read_text(), flags=re.M | re.S)
 
 
-def run_block(command: str, folder: Path, timeout: float = 1200, **more: str) -> str:
+def run_block(command: str, folder: Path, timeout: float = 3600, **more: str) -> str:
     """Run one block in ``folder`` with this Python's `cryosuite` first in the path; what it printed."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **more}
@@ -27,6 +27,6 @@ def run_block(command: str, folder: Path, timeout: float = 1200, **more: str) ->
     return done.stdout + done.stderr
 
 
-def run_page(name: str, folder: Path, timeout: float = 1200) -> list[str]:
+def run_page(name: str, folder: Path, timeout: float = 3600) -> list[str]:
     """Run all blocks of a page; what each printed."""
     return [run_block(command, folder, timeout) for command in blocks(name)]
