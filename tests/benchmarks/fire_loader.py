@@ -155,7 +155,6 @@ def write(given: argparse.Namespace, best: dict[str, Rate]) -> None:
     size = f"{given.images:,} images of {given.box} pixels ({given.images * given.box**2 * 4 / 1e9:.1f} GB)"
     warm = best["warm"].processor / best["memory"].processor
     beside = best["cold, training"].clock / best["memory, training"].clock
-    disk = best["cold"].clock / best["disk"].clock
 
     def line(what: str, share: float, detail: str) -> dict:
         result = f"{100 * share:.0f} % of the rate in memory"
@@ -170,8 +169,8 @@ def write(given: argparse.Namespace, best: dict[str, Rate]) -> None:
         line(
             f"shuffled loader beside a training of {given.step_rate:,.0f} images/s, pages dropped before each epoch",
             beside,
-            f"alone it reads at {100 * disk:.0f} % of the disk's rate from end to end "
-            f"({best['cold'].clock:,.0f} of {best['disk'].clock:,.0f} images/s)",
+            f"alone it reads {best['cold'].clock:,.0f} images/s, the disk from end to end gives "
+            f"{best['disk'].clock:,.0f} (with {os.getloadavg()[0]:.0f} jobs on {os.cpu_count()} processors)",
         ),
     ]  # fmt: skip
     rows[1]["tried"] = 1
