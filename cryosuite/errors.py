@@ -30,6 +30,13 @@ class InputError(Exception):
         super().__init__(one_line(message))
 
 
+class FileError(InputError):
+    """A file itself fails: it is not there any more, shorter than it was, replaced, or the disk is full.
+
+    Code that goes on without a part of its work, where that part's input is not good enough, must let this pass.
+    """
+
+
 class UserNotice(UserWarning):
     """Something the user should know that does not stop the work."""
 

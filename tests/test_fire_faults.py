@@ -15,7 +15,7 @@ import training_toy
 from cryosuite.data.open import open_particles
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.workdir import RunDir
-from cryosuite.errors import InputError, UserNotice
+from cryosuite.errors import FileError, InputError, UserNotice
 from cryosuite.formats.mrc import StackWriter
 from cryosuite.kernels.memory import Portions, out_of_memory
 from cryosuite.methods import LoadedRun, _within_memory
@@ -102,9 +102,30 @@ def test_a_stack_that_vanishes_before_the_first_step_leaves_no_checkpoint(tmp_pa
             truncate(tmp_path / "p.mrcs")
             return super().build(particles)
 
-    with pytest.raises(InputError, match=r"p\.mrcs: the file became shorter"):
+    with pytest.raises(FileError, match=r"p\.mrcs: the file became shorter"):
         trained(tmp_path / "run", tmp_path / "p.mrcs", Early())
     assert not RunDir(tmp_path / "run").checkpoint.exists()
+
+
+@pytest.mark.parametrize("error", [FileError("p.mrcs: the file became shorter"), InputError("too few particles")])
+def test_polishing_forgives_few_particles_but_no_lost_file(
+    tmp_path: Path, error: InputError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that ends without its maps because a stack was away would be taken for a finished one."""
+    from cryosuite.methods import deco_finish
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(deco_finish, "polish_to", fail)
+    run = LoadedRun("deco", None, np.zeros((4, 2), np.float32), 1, 1.0, 4, None, {})
+    labels = np.array([0, 0, 1, 1])
+    if isinstance(error, FileError):
+        with pytest.raises(FileError, match="became shorter"):
+            deco_finish._polish(RunDir(tmp_path), run, labels)
+    else:
+        with pytest.warns(UserNotice, match="no maps were polished: too few particles"):
+            assert deco_finish._polish(RunDir(tmp_path), run, labels) == {}
 
 
 @pytest.mark.slow

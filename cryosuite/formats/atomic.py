@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from cryosuite.errors import InputError
+from cryosuite.errors import FileError, InputError
 
 _FULL = {
     errno.ENOSPC: "the disk is full",
@@ -36,7 +36,7 @@ def _created_mode() -> int:
 _CREATED_MODE = _created_mode()  # asked once: reading the mask sets it for all threads for a moment
 
 
-def write_error(path: str | os.PathLike, error: OSError, needed: int | None = None, least: int = 0) -> InputError:
+def write_error(path: str | os.PathLike, error: OSError, needed: int | None = None, least: int = 0) -> FileError:
     """An OSError while writing ``path`` as a message for the user: for a full disk what is needed and what is free.
 
     ``needed`` bytes in all where that is known; else ``least``, what had been written when it failed.
@@ -46,14 +46,14 @@ def write_error(path: str | os.PathLike, error: OSError, needed: int | None = No
         free = free_space(path)
         have = "" if free is None else f"{readable_bytes(free)} are free"
         space = ", ".join(filter(None, [f"it needs {need}" if need else "", have]))
-        return InputError(
+        return FileError(
             f"{path}: {_FULL[error.errno]}{f'; {space}' if space else ''}: free some space or write elsewhere. "
             "Nothing was changed."
         )
     folder = Path(path).absolute().parent
     if error.errno == errno.ENOENT and not folder.is_dir():
-        return InputError(f"{path}: cannot write: the folder {folder} does not exist")
-    return InputError(f"{path}: cannot write: {error.strerror or error}")
+        return FileError(f"{path}: cannot write: the folder {folder} does not exist")
+    return FileError(f"{path}: cannot write: {error.strerror or error}")
 
 
 def free_space(path: str | os.PathLike) -> int | None:
@@ -75,10 +75,10 @@ def readable_bytes(count: int) -> str:
 
 
 def require_space(path: str | os.PathLike, needed: int) -> None:
-    """Raise InputError when the disk that will hold ``path`` has fewer than ``needed`` bytes free."""
+    """Raise FileError when the disk that will hold ``path`` has fewer than ``needed`` bytes free."""
     free = free_space(path)
     if free is not None and free < needed:  # None: the folder's absence is reported by the write itself
-        raise InputError(
+        raise FileError(
             f"{path}: not enough disk space: needs {readable_bytes(needed)}, {readable_bytes(free)} are free. "
             "Nothing was written."
         )

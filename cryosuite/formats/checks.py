@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cryosuite.errors import InputError, notice
+from cryosuite.errors import FileError, InputError, notice
 
 ROTATION_TOLERANCE = 1e-3  # float32 matrices written with few digits are still rotations
 MAX_SHIFT = 1.0  # fraction of the box; anything larger is a shift in pixels or Angstrom
@@ -32,9 +32,9 @@ def existing_file(path: str | os.PathLike, what: str = "file") -> Path:
         found, folder = path.exists(), path.is_dir()
         size = path.stat().st_size if found else 0
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
-        raise InputError(f"{path}: cannot open this {what}: {error}") from None
+        raise FileError(f"{path}: cannot open this {what}: {error}") from None
     if not found:
-        raise InputError(f"{path}: file not found (looked for {what} at {Path(os.path.abspath(path))})")
+        raise FileError(f"{path}: file not found (looked for {what} at {Path(os.path.abspath(path))})")
     if folder:
         raise InputError(f"{path}: is a folder, expected a {what}")
     if not path.is_file():  # a pipe or device would be waited for, or read for ever
@@ -50,7 +50,7 @@ def read_bytes(path: str | os.PathLike, what: str = "file") -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path}: cannot read this {what}: {error.strerror or error}") from None
+        raise FileError(f"{path}: cannot read this {what}: {error.strerror or error}") from None
 
 
 def name_rows(rows: Sequence[int] | np.ndarray, unit: str = "row", shown: int = 8) -> str:

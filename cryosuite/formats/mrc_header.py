@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 from mrcfile.dtypes import HEADER_DTYPE
 
-from cryosuite.errors import InputError
+from cryosuite.errors import FileError, InputError
 from cryosuite.formats.checks import existing_file
 
 HEADER_BYTES = 1024
@@ -72,7 +72,7 @@ def open_mrc(path: Path) -> BinaryIO:
             compressed = raw.read(2) == _GZIP
         return gzip.open(path, "rb") if compressed else open(path, "rb")
     except OSError as error:
-        raise InputError(f"{path}: cannot open this MRC file: {error.strerror or error}") from None
+        raise FileError(f"{path}: cannot open this MRC file: {error.strerror or error}") from None
 
 
 def read_header(path: str | os.PathLike) -> MrcHeader:
@@ -91,7 +91,7 @@ def parse_header(path: Path, stream: BinaryIO) -> MrcHeader:
     try:
         raw = stream.read(HEADER_BYTES)
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: cannot read this MRC file: {error}") from None
+        raise FileError(f"{path}: cannot read this MRC file: {error}") from None
     if len(raw) < HEADER_BYTES:
         raise InputError(f"{path}: not an MRC file: {len(raw)} bytes, the header alone needs {HEADER_BYTES}")
     compressed = isinstance(stream, gzip.GzipFile)
@@ -180,7 +180,7 @@ def _check_size(path: Path, offset: int, data: int, compressed: bool, shape: str
     if found == offset:
         raise InputError(f"{path}: holds no image data behind the header (expected {expected} bytes, found {found})")
     if found < expected:
-        raise InputError(
+        raise FileError(
             f"{path}: truncated: the header promises {shape}, expected {expected} bytes, found {found}; "
             "copy the file again"
         )

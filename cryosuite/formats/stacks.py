@@ -17,7 +17,7 @@ from types import TracebackType
 import numpy as np
 from mrcfile.dtypes import HEADER_DTYPE
 
-from cryosuite.errors import InputError, notice
+from cryosuite.errors import FileError, InputError, notice
 from cryosuite.formats.atomic import atomic_path, write_error
 from cryosuite.formats.checks import name_rows
 from cryosuite.formats.mrc_header import HEADER_BYTES, MrcHeader, read_header
@@ -46,7 +46,7 @@ class _OpenFiles:
                 entry = [os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)), 0]
                 if _inode(entry[0]) != inode:
                     os.close(entry[0])
-                    raise InputError(f"{path}: the file was replaced while it was in use")
+                    raise FileError(f"{path}: the file was replaced while it was in use")
                 self._files[key] = entry
             entry[1] += 1
             self._files.move_to_end(key)
@@ -150,7 +150,7 @@ class StackReader:
                 for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
                     read(descriptor, int(ordered[start]), out, to[start:end])
         except OSError as error:
-            raise InputError(f"{self.path}: cannot read this stack: {error.strerror or error}") from None
+            raise FileError(f"{self.path}: cannot read this stack: {error.strerror or error}") from None
         return out
 
     def _straight(self, descriptor: int, first: int, out: np.ndarray, places: np.ndarray) -> None:
@@ -175,7 +175,7 @@ class StackReader:
         while left:
             done = os.preadv(descriptor, left, position)
             if done == 0:
-                raise InputError(f"{self.path}: the file became shorter while it was read")
+                raise FileError(f"{self.path}: the file became shorter while it was read")
             position += done
             full = 0
             while full < len(left) and done >= len(left[full]):

@@ -16,7 +16,7 @@ from cryosuite.analysis.polished import polish_to
 from cryosuite.console import say
 from cryosuite.data.results import ClustersDir, PolishDir, run_clusters, run_polish
 from cryosuite.data.workdir import RunDir
-from cryosuite.errors import InputError, notice
+from cryosuite.errors import FileError, InputError, notice
 from cryosuite.formats.atomic import atomic_path
 from cryosuite.formats.mrc import write_map
 from cryosuite.formats.npz import read_npz
@@ -117,6 +117,8 @@ def _settled(loaded: LoadedRun, found: Clusters, options: DecoOptions, seed: int
             loaded.particles, ClassWeights.from_labels(start), count=options.k, progress="settle the classes",
             device=resolve_accelerator("auto"),
         )  # fmt: skip
+    except FileError:
+        raise
     except InputError as error:
         notice(f"the classes stay as the latents gave them: {error}")
         return found
@@ -157,6 +159,8 @@ def _polish(run: RunDir, loaded: LoadedRun, labels: np.ndarray) -> dict[int, flo
             out, loaded.particles, ClassWeights.from_labels(labels), PolishOptions(), source=str(run.path.absolute()),
             classes_from="latents",
         )  # fmt: skip
+    except FileError:
+        raise
     except InputError as error:
         notice(f"no maps were polished: {error}")
         return {}

@@ -256,7 +256,7 @@ def simulate(states: StateSet, options: SimulateOptions, out: Path | str, comman
     renderer = Renderer(states.states, options.optics, options.device)
     _warn_large(states, options.optics)
     noise = NoiseModel(options.optics, options.coloured, renderer.device)
-    clean = work.path / "clean.mrcs"
+    clean = work.path / ("clean.mrcs" if options.keep_clean else ".clean.mrcs")
     try:
         signal = _make_clean(clean, renderer, particles, options)
         scale = _scales(signal, particles.label, len(states), noise, options)

@@ -14,7 +14,7 @@ from common import RESULTS
 TIMES = {"seconds", "images_per_s"}  # in metrics.jsonl
 FREE = re.compile(r"(run\.log|timing\.json|.*\.lock)$")  # files that hold times only
 MOMENT = re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d(:\d\d)?")
-TIMED = re.compile(r"started|command|seconds|date|time|particles_relative|source|run\b|written|outdir|folder")
+TIMED = re.compile(r"started|command|seconds|date|time|timing|particles_relative|source|run\b|written|outdir|folder")
 
 
 def files(folder: Path) -> dict[str, Path]:
