@@ -157,15 +157,22 @@ def stamps(folder: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
+METHODS_TRIED = ("--methods", "consensus", "labels", "kraqen")
+
+
 @pytest.mark.slow
 def test_quick_suite_numbers_resume_and_budget(tmp_path):
-    methods = ("--methods", "consensus", "labels", "kraqen")
-    said = run_proof(tmp_path, *methods, "--budget-minutes", "0.01")
+    said = run_proof(tmp_path, *METHODS_TRIED, "--budget-minutes", "0.01")
     assert "left for another call" in said and said.count("some") >= 4
     assert not (tmp_path / "results").exists() and not (tmp_path / "work" / "runs").exists()
-
     run_interrupted(tmp_path)
-    said = run_proof(tmp_path, *methods, "--budget-minutes", "600")
+    check_numbers(tmp_path)
+    check_nothing_is_repeated(tmp_path)
+
+
+def check_numbers(tmp_path: Path) -> None:
+    """A budget that suffices: floor, ceiling and oracle lie as they must, the interrupted training went on."""
+    said = run_proof(tmp_path, *METHODS_TRIED, "--budget-minutes", "600")
     assert "left for another call" not in said
     found = {p.stem.rpartition("_")[2]: json.loads(p.read_text()) for p in (tmp_path / "results").glob("proof_*.json")}
     assert set(found) == {"consensus", "labels", "kraqen"}
@@ -182,14 +189,17 @@ def test_quick_suite_numbers_resume_and_budget(tmp_path):
     assert all(max(map(len, map(str, walk(one)))) < 400 for one in found.values())  # no lists of images
     check_tables(tmp_path / "work", found)
 
+
+def check_nothing_is_repeated(tmp_path: Path) -> None:
+    """A second call reads what is there; a result that is gone is made from the runs that are there."""
     before = stamps(tmp_path / "work" / "runs") | stamps(tmp_path / "results")
-    said = run_proof(tmp_path, *methods)
+    said = run_proof(tmp_path, *METHODS_TRIED)
     assert said.count("done before") == 3
     assert stamps(tmp_path / "work" / "runs") | stamps(tmp_path / "results") == before
     kept = tmp_path / "results" / "proof_phantom4-d32-snr0.1-n600-s0_kraqen.json"
     old = json.loads(kept.read_text())
-    kept.unlink()  # the run itself is there: it is only read again
-    run_proof(tmp_path, *methods)
+    kept.unlink()
+    run_proof(tmp_path, *METHODS_TRIED)
     assert stamps(tmp_path / "work" / "runs") == {k: v for k, v in before.items() if "/runs/" in k}
     assert json.loads(kept.read_text())["bare"] == old["bare"]
 
@@ -207,7 +217,7 @@ def run_interrupted(tmp_path: Path) -> None:
     options = ["--n-states", "4", "--max-minutes", "0.0001", "--seed", "0"]
     command = [*runs.CRYOSUITE, "train-kraqen", str(source), "-o", str(run), *options]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert done.returncode == 85 and (run / "checkpoint.pt").exists(), done.stdout[-2000:]
+    assert "stopped by max_minutes" in done.stdout and (run / "checkpoint.pt").exists(), done.stdout[-2000:]
 
 
 def walk(value: object) -> list:
