@@ -199,8 +199,17 @@ def row(name: str, total: dict) -> dict:
     result = "each read or refused in one sentence" if not left else f"{left} faults left"
     detail = f"{total['refused']:,} refused, {total['read']:,} read; {total['cpu_s']:.0f} CPU s; slowest "
     detail += f"{total['slowest']:.2f} s; memory at most 4 x file + {max(total['peak'], 0) / 1e6:.1f} MB"
-    detail += f"; {mended} faults found before and mended" if mended else ""
+    detail += f"; {total['fault']} inputs met faults that are mended by now" if total["fault"] and not left else ""
+    detail += f"; {mended} mended faults in tests/corpus" if mended else ""
     return {"kind": "input", "what": f"bent {name} files", "tried": total["tried"], "result": result, "detail": detail}
+
+
+def report(totals: dict, seed: int) -> None:
+    """Write the result of all turns so far."""
+    from common import save
+
+    spent = sum(total["cpu_s"] for total in totals.values())
+    save("fire_fuzz", {"seed": seed, "cpu_s": round(spent), "rows": [row(name, totals[name]) for name in totals]})
 
 
 def main() -> None:
@@ -215,18 +224,20 @@ def main() -> None:
     options = parser.parse_args()
     work = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
+    progress = work / "progress.json"
+    totals = json.loads(progress.read_text()) if progress.exists() else {}
+    if options.report:
+        report(totals, options.seed)
+        return
     guided = prepare()
-    from common import save
     from hostile_readers import READERS
 
     names = [name.strip() for name in options.readers.split(";") if name.strip()] or list(READERS)
-    progress = work / "progress.json"
-    totals = json.loads(progress.read_text()) if progress.exists() else {}
     share = options.seconds / len(names)
     running: dict[str, int] = {}
     while True:
         due = [name for name in names if totals.get(name, {}).get("cpu_s", 0) < share - 0.5]
-        if options.report or not (due or running):
+        if not due and not running:
             break
         due = sorted(set(due) - running.keys(), key=lambda name: totals.get(name, {}).get("cpu_s", 0))
         for name in due[: options.jobs - len(running)]:
@@ -245,10 +256,7 @@ def main() -> None:
             spent = sum(one["cpu_s"] for one in totals.values())
             faults = list(totals[name]["faults"])
             print(f"{time.strftime('%H:%M:%S')} {spent:.0f} s: {name} {totals[name]['tried']} {faults}", flush=True)
-    names = [name for name in names if name in totals]
-    rows = [row(name, totals[name]) for name in names]
-    spent = sum(totals[name]["cpu_s"] for name in names)
-    save("fire_fuzz", {"seed": options.seed, "cpu_s": round(spent), "rows": rows})
+    report(totals, options.seed)
 
 
 if __name__ == "__main__":
