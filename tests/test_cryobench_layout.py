@@ -15,6 +15,7 @@ from cryosuite.cli import app
 from cryosuite.data.cryobench import find_published, open_published
 from cryosuite.data.truth import find_truth
 from cryosuite.errors import InputError
+from cryosuite.formats.config import write_yaml
 from cryosuite.formats.mrc import read_map, write_map
 from cryosuite.formats.pickles import read_ctf, read_labels, read_poses, write_pickle
 from cryosuite.formats.stacks import StackReader, StackWriter
@@ -132,6 +133,15 @@ def test_the_layout_is_found_from_anything_in_it(toy: Path) -> None:
     assert len(particles) == 360 and particles.box_size == 32
     assert np.allclose(particles.pixel_size, 10)
     assert np.bincount(find_truth(toy).labels_of(particles.index)).tolist() == [90, 120, 150]
+
+
+def test_runs_lead_to_the_truth_of_their_particles(toy: Path, tmp_path: Path) -> None:
+    """A run of ours and one of cryoDRGN, each trained on the published files themselves."""
+    stacks = str(toy / "images" / "snr0.01" / "sorted_particles.128.txt")
+    for name, config in (("ours", {"particles": stacks}), ("theirs", {"dataset_args": {"particles": stacks}})):
+        (tmp_path / name).mkdir()
+        write_yaml(tmp_path / name / "config.yaml", config)
+        assert find_truth(tmp_path / name).path == toy
 
 
 def test_what_is_wrong_with_a_folder_is_said(toy: Path, tmp_path: Path) -> None:
