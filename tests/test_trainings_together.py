@@ -65,8 +65,8 @@ def words(name: str, stack: Path) -> list[object]:
         "iev": ["pretrain-iev", stack / "particles.mrcs", *IEV, *CPU],
         "fastar": ["train-fastar", *FASTAR, *CPU],
         "fastar-star": ["train-fastar", *FASTAR, "--mode", "ab-initio", *CPU],
-        "jepa": ["pretrain-lvm", *LVM],
-        "lvm": ["train-lvm", "--task", "sharpen", *LVM],
+        "jepa": ["pretrain-lvm", *LVM, "--precision", 32],
+        "lvm": ["train-lvm", "--task", "sharpen", *LVM, "--precision", 32],
     }[name]
 
 
