@@ -6,7 +6,7 @@ import re
 
 from tables_maps import markdown
 
-NAME = re.compile(r"`[^`]+`")
+NAME = re.compile(r"`[^`]+`|(?<=the same seed twice, )[\w-]+$")  # of a command, in what was tried
 KINDS = {"load": "load held", "fault": "fault survived", "input": "bad input"}  # in the order of the table
 
 
@@ -30,7 +30,7 @@ def fire_table(found: list[dict]) -> str:
 
 
 def _joined(rows: list[dict]) -> list[dict]:
-    """Rows that say the same of different commands (one name between backticks) as one row that names them all."""
+    """Rows that say the same of different commands (a name between backticks, or at the end) as one row that names them all."""
     groups: dict[tuple[str, str], list[dict]] = {}
     for number, row in enumerate(rows):
         named = len(NAME.findall(row["what"])) == 1 and isinstance(row["tried"], int)
