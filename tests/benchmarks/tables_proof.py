@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
@@ -153,8 +154,10 @@ def notes(found: list[dict]) -> str:
 
 
 def commands(found: list[dict]) -> list[str]:
-    """How the results were made, each command once."""
-    return list(dict.fromkeys(f"`{one['command']}` ({one['date']}, {one['versions']['machine']})" for one in found))
+    """How the results were made, each command once; a budget and a folder of results change no number."""
+    made = [re.sub(r" --(budget-minutes|results) \S+", "", one["command"]) for one in found]
+    where = [f"({one['date']}, {one['versions']['machine']})" for one in found]
+    return list(dict.fromkeys(f"`{command}` {place}" for command, place in zip(made, where, strict=True)))
 
 
 def write(found: list[dict], folder: Path) -> None:
