@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from cryosuite.errors import InputError
-from cryosuite.formats.checks import existing_file, printable
+from cryosuite.formats.checks import printable, read_bytes
 
 _MAX_HEADER = 10_000  # bytes of text that describe one array
 
@@ -23,16 +23,16 @@ def read_npz(path: str | os.PathLike, names: Iterable[str]) -> dict[str, np.ndar
     exactly the bytes that its header asks for. Raises InputError for a missing or damaged file, a compressed one, a
     name that is not there, and for arrays of Python objects.
     """
-    path = existing_file(path, "npz file")
-    size, found = path.stat().st_size, {}
+    data = read_bytes(path, "npz file")
+    found: dict[str, np.ndarray] = {}
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:  # of a file it takes at once what its sizes ask for
             members = {info.filename: info for info in archive.infolist()}
             for name in names:
                 info = members.get(f"{name}.npy")
                 if info is None:
                     raise InputError(f"{path}: holds no array {printable(name)}")
-                if info.compress_type != zipfile.ZIP_STORED or info.file_size > size:
+                if info.compress_type != zipfile.ZIP_STORED or info.file_size > len(data):
                     raise InputError(f"{path}: {printable(name)} is compressed, or larger than the file: not ours")
                 found[name] = _array(archive.read(info))
     except InputError:
