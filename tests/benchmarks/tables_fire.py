@@ -30,7 +30,7 @@ def fire_table(found: list[dict]) -> str:
 
 
 def _joined(rows: list[dict]) -> list[dict]:
-    """Rows that say the same of different commands (a name between backticks, or at the end) as one row that names them all."""
+    """Rows that say the same of different commands (named between backticks, or at the end) as one that names all."""
     groups: dict[tuple[str, str], list[dict]] = {}
     for number, row in enumerate(rows):
         named = len(NAME.findall(row["what"])) == 1 and isinstance(row["tried"], int)
