@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,9 @@ from training_toy import Toy, ToyOptions, toy_particles, train
 from cryosuite.data.workdir import RunDir
 from cryosuite.training.checkpoint import load_state
 from cryosuite.training.inference import encode_all
+from cryosuite.training.launch import start_fabric
 from cryosuite.training.logs import read_metrics
+from cryosuite.training.options import TrainOptions
 
 pytestmark = pytest.mark.slow
 
@@ -126,3 +129,36 @@ def test_devices_start_their_own_processes(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     train(tmp_path / "one", Toy(ToyOptions()), epochs=2, batch_size=20, log_every=1)
     np.testing.assert_allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=1e-4)
+
+
+def test_restarted_processes_do_not_call_the_dead() -> None:
+    """With a fixed --master-port the agent's store outlives a restart and holds the addresses of the killed."""
+    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def start(rank: int, attempt: int) -> int:
+        pid = os.fork()
+        if pid:
+            return pid
+        code = 1
+        try:
+            given = {"RUN_ID": "x", "USE_AGENT_STORE": "True", "RESTART_COUNT": attempt}
+            given = {f"TORCHELASTIC_{name}": value for name, value in given.items()}
+            given |= {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+            given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": server.port, "CUDA_VISIBLE_DEVICES": ""}
+            os.environ.update({name: str(value) for name, value in given.items()})
+            time.sleep(0.3 * (1 - rank))  # the first rank comes later, and the second finds the old keys
+            start_fabric(TrainOptions(accelerator="cpu"), timeout=timedelta(seconds=30))
+            torch.distributed.all_reduce(torch.ones(1))
+            if attempt == 0:
+                signal.pause()
+            code = 0
+        finally:
+            os._exit(code)
+
+    first = [start(rank, 0) for rank in (0, 1)]
+    time.sleep(5)
+    for pid in first:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    second = [start(rank, 1) for rank in (0, 1)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in second] == [0, 0]
