@@ -22,7 +22,8 @@ def test_there_with_a_card_and_better_than_the_map_given(task):
     told = found.notes["scores"]
     assert told["cc_mask"] > told["cc_mask_input"] and told["mse"] < told["mse_input"]
     assert f"{told['cc_mask']:.4f}" in card and f"{told['cc_mask_input']:.4f}" in card
-    options = PairOptions(task=task, crop=32, crops_per_volume=3, norm=found.norm, nothing=0.0, clean=0.0)
+    made = {"norm": found.norm, "spectrum": found.spectrum}  # as they are shown maps by lvm-sharpen
+    options = PairOptions(task=task, crop=32, crops_per_volume=3, nothing=0.0, clean=0.0, **made)
     pairs = MapPairs.open("phantom:4", options)
     batch = CropBatch.of([pairs.draw(torch.Generator().manual_seed(seed)) for seed in range(1000, 1005)])
     ours, given = map_scores(restored(found.net, batch.input), batch), map_scores(batch.input, batch)

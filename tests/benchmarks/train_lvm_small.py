@@ -98,7 +98,9 @@ def install(task: str, work: Path, shared: Path) -> None:
     notes = {key: clean(value) if isinstance(value, str) else value for key, value in found.notes.items()}
     notes["made_by"] = "tests/benchmarks/train_lvm_small.py"
     target = WEIGHTS / f"lvm-{task}.safetensors"
-    save_map_weights(target, found.net, task=task, voxel=found.voxel, norm=found.norm, notes=notes)
+    save_map_weights(
+        target, found.net, task=task, voxel=found.voxel, norm=found.norm, notes=notes, spectrum=found.spectrum
+    )
     said = clean(run.card.read_text(encoding="utf-8"))
     minutes = f"- trained for {spent(run):.0f} minutes on one busy core, by tests/benchmarks/train_lvm_small.py\n"
     write_text(target.with_suffix(".md"), said.replace("- seed:", minutes + "- seed:", 1))
