@@ -74,10 +74,12 @@ class TestStream:
 
     def test_processes_share_out_a_batch(self):
         stream = crops()
-        a, b = (next(CropLoader(stream, 4, rank, 2).epoch(0)) for rank in (0, 1))
-        assert len(a.input) == len(b.input) == 2 and not torch.equal(a.input, b.input)
-        whole = next(CropLoader(stream, 4).epoch(0))
-        assert torch.equal(a.input, whole.input[::2]) and torch.equal(b.target, whole.target[1::2])
+        loaders = [CropLoader(stream, 4, rank, 2) for rank in (0, 1)]
+        whole = CropLoader(stream, 4)
+        for number in range(4):
+            a, b, every = (loader.batch(number) for loader in (*loaders, whole))
+            assert len(a.input) == len(b.input) == 2
+            assert torch.equal(a.input, every.input[::2]) and torch.equal(b.target, every.target[1::2])
         for wrong, world in ((5, 2), (17, 1)):
             with pytest.raises(InputError, match="--batch-size"):
                 CropLoader(stream, wrong, 0, world)
