@@ -187,13 +187,10 @@ def test_from_cryosparc_and_back(tmp_path: Path) -> None:
 def test_a_mixture_without_poses(tmp_path: Path) -> None:
     """From images and one map to states, polished maps and their sharpened form."""
     run_page("mixture_without_poses.md", tmp_path)
-    truth = read_labels(tmp_path / "sample" / "labels.pkl")
-    found = read_labels(tmp_path / "hype" / "analyze.20" / "labels.pkl")
-    assert adjusted_rand_score(truth, found) > 0.6
-    assert scores(tmp_path / "posed" / "truth.json")["refined"]["raw"]["median_deg"] < 8
-    maps = scores(tmp_path / "maps" / "scores" / "scores.json")
-    assert maps["per_image"]["auc_masked_normalised"] > 0.7 and maps["labels"]["ari"] > 0.6
-    plain, sharp = (read_map(tmp_path / "maps" / f"{name}_000.mrc") for name in ("vol", "sharp"))
+    assert scores(tmp_path / "posed" / "truth.json")["refined"]["raw"]["median_deg"] < 6
+    found = scores(tmp_path / "run" / "polish.16" / "scores" / "scores.json")
+    assert found["labels"]["ari"] > 0.4 and found["per_image"]["auc_masked_normalised"] > 0.7
+    plain, sharp = (read_map(tmp_path / name) for name in ("run/polish.16/vol_000.mrc", "sharp_000.mrc"))
     assert sharp.data.shape == plain.data.shape and sharp.pixel_size == pytest.approx(plain.pixel_size)
     assert np.corrcoef(plain.data.ravel(), sharp.data.ravel())[0, 1] > 0.5
 
@@ -208,7 +205,7 @@ def test_continuous_motion(tmp_path: Path) -> None:
     assert found["landscape"]["imbalance_z_to_pose"]["10"] > 0.9
     (path,) = (tmp_path / "run").glob("polish.*/scores/scores.json")
     polished = scores(path)["per_image"]["auc_masked"]
-    assert polished > found["oracle"]["consensus_masked"] and polished > found["per_image"]["auc_masked"] + 0.01
+    assert polished > found["oracle"]["consensus_masked"] + 0.01 and polished > found["per_image"]["auc_masked"] + 0.01
     assert len(list((tmp_path / "run").glob("analyze.*/trajectories/*/vol_*.mrc"))) == 8
 
 
