@@ -49,7 +49,7 @@ class StackFinder:
         tried = self.candidates(name)
         path = next((path for path in tried if os.path.isfile(path)), None)  # False for names that no file can have
         if path is None:
-            swapped = (path.with_suffix(SWAPPED.get(path.suffix, path.suffix)) for path in tried)
+            swapped = (path.with_suffix(SWAPPED.get(path.suffix, path.suffix)) for path in tried if path.name)
             path = next((path for path in swapped if os.path.isfile(path)), None)
             if path is None:
                 raise InputError(

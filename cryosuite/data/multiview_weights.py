@@ -11,7 +11,6 @@ import json
 import os
 import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from cryosuite.errors import InputError
 from cryosuite.formats.checks import existing_file, printable
+from cryosuite.formats.pickles import torch_source
 from cryosuite.formats.safetensors import read_safetensors, read_safetensors_header, write_safetensors
 from cryosuite.nets.multiview import SPECS, Multiview, MultiviewSpec, released, spec_name
 from cryosuite.nets.multiview_weights import adapt_released, require_match
@@ -187,14 +187,15 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     """The state dict in a PyTorch file, under "model" or bare."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            said = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            source = torch_source(path)
+            said = torch.load(source, map_location="cpu", weights_only=True, mmap=isinstance(source, Path))
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         why = f"holds {refused.group(1)}, which could run as code" if refused else "is no plain PyTorch file"
         raise InputError(
             f"{path}: refused: it {why}; expected tensors and plain values only, as the released CryoFastAR checkpoint"
         ) from None
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, AttributeError, IndexError, TypeError) as error:
+    except Exception as error:  # torch raises a dozen types for damaged files
         raise InputError(f"{path}: damaged, or not a PyTorch file ({printable(error)})") from None
     if isinstance(said, dict) and isinstance(said.get("model"), dict):
         said = said["model"]

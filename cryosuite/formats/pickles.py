@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import re
@@ -34,6 +35,7 @@ __all__ = [
     "read_poses",
     "read_torch",
     "safe_load",
+    "torch_source",
     "write_pickle",
 ]
 
@@ -245,6 +247,21 @@ def _require_plain(value: Any) -> None:
         raise TypeError(f"cannot pickle a {type(value).__name__}: only numpy arrays, numbers, text and containers")
 
 
+def torch_source(path: str | os.PathLike) -> Path | io.BytesIO:
+    """What ``torch.load`` is to be given for a file: a zip archive by its path, a pickle (the form before 2020) by its
+    bytes, because of a file torch takes at once as much memory as any length in it asks for.
+
+    Raises ValueError for what is neither, OSError for a file that cannot be read.
+    """
+    with open(path, "rb") as stream:
+        start = stream.read(4)
+        if start == b"PK\x03\x04":
+            return Path(path)
+        if start[:1] != pickle.PROTO:
+            raise ValueError("it begins neither as a zip archive nor as a pickle")
+        return io.BytesIO(start + stream.read())
+
+
 def read_torch(path: str | os.PathLike, map_location: str = "cpu") -> Any:
     """A torch checkpoint, through ``torch.load(weights_only=True)``.
 
@@ -255,7 +272,7 @@ def read_torch(path: str | os.PathLike, map_location: str = "cpu") -> Any:
     import torch
 
     try:
-        return torch.load(Path(path), map_location=map_location, weights_only=True)
+        return torch.load(torch_source(path), map_location=map_location, weights_only=True)
     except Exception as error:  # torch raises a dozen types for damaged files
         text = str(error)
         refused = re.search(r"GLOBAL (\S+)", text) or re.search(r"global[: ]+`?([\w.]+)", text)

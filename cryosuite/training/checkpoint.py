@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import pickle
 import resource
 import zlib
 from collections.abc import Iterable
@@ -18,6 +17,7 @@ from cryosuite import __version__
 from cryosuite.errors import InputError
 from cryosuite.formats.atomic import atomic_path, require_space, write_error
 from cryosuite.formats.checks import printable
+from cryosuite.formats.pickles import torch_source
 from cryosuite.training.options import FREE_ON_RESUME
 
 if TYPE_CHECKING:
@@ -53,12 +53,12 @@ def load_state(path: Path, what: str) -> dict[str, Any]:
     Raises InputError for a missing, damaged or foreign file.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(torch_source(path), map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; expected {what}") from None
     except PermissionError:
         raise InputError(f"{path}: no permission to read this file; expected {what}") from None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
+    except Exception as error:  # torch raises a dozen types for damaged files
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"{path}: damaged, or not {what} of cryosuite ({printable(lines[0])})") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
