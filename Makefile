@@ -52,6 +52,7 @@ BENCH_WORK ?= bench
 BENCH := CRYOSUITE_SHARED="$(abspath $(BENCH_SHARED))" CRYODRGN_VENV="$(CURDIR)/$(VENV)-cryodrgn" $(BIN)/python tests/benchmarks
 bench: $(VENV)/installed $(VENV)-cryodrgn/installed
 	$(BENCH)/speed.py
+	$(BENCH)/help_speed.py
 	$(BENCH)/kraqen_speed.py
 	$(BENCH)/pose_search_speed.py
 	$(BENCH)/deco_decoder_speed.py
