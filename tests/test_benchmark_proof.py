@@ -101,7 +101,11 @@ def test_sets_that_were_not_run_are_named(tables):
     assert missing.count(";") == 6  # 4 sets x 2 SNR, one is there
 
 
-def test_budget_counts_the_pace_of_the_machine(proof):
+def test_budget_counts_the_pace_of_the_machine(proof, monkeypatch):
+    monkeypatch.setattr(proof.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(proof.os, "getloadavg", lambda: (8.0, 0.0, 0.0))
+    assert proof.Budget(10).fits(140) and not proof.Budget(10).fits(160)  # eight processes share two cores
+    monkeypatch.setattr(proof.os, "getloadavg", lambda: (0.5, 0.0, 0.0))
     budget = proof.Budget(10)
     assert budget.fits(590) and not budget.fits(610)
     budget.note(expected=100, spent=300)  # three times slower than expected

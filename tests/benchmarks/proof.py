@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,8 +41,10 @@ class Budget:
 
     @property
     def slowness(self) -> float:
-        """Wall seconds per expected CPU second, from the rows made in this call; 1 before the first."""
-        return max(self.spent / self.expected, 0.1) if self.expected else 1.0
+        """Wall seconds per expected CPU second: of the rows made in this call; before the first, by the load."""
+        if self.expected:
+            return max(self.spent / self.expected, 0.1)
+        return max(os.getloadavg()[0] / (os.cpu_count() or 1), 1.0)
 
     def fits(self, seconds: float) -> bool:
         """Whether a row of so many expected CPU seconds ends in time."""
