@@ -156,10 +156,12 @@ def test_v_measure_compares_different_numbers_of_classes():
     assert 0.6 < clustering.v_measure(states, np.arange(40) // 10) < 0.7  # complete halves: 2 h c / (h + c) = 2/3
 
 
-def test_the_cryobench_cut_off_ignores_the_sign():
-    curve = np.array([1.0, -0.9, -0.8, 0.2, 0.1, 0, 0, 0])
-    table = FscTable(D, 2.0, {"unmasked": curve}, compat=True)
-    assert table.resolution("unmasked", 0.5) == pytest.approx(2.0 * D / 3)
+def test_the_cryobench_cut_off_is_that_of_the_signed_curve():
+    """Its get_fsc_cutoff compares the values as they are (its area is that of the absolute curve)."""
+    inverted, plain = np.array([1.0, -0.9, -0.8, 0.2, 0.1, 0, 0, 0]), np.array([1.0, 0.9, 0.8, 0.2, 0.1, 0, 0, 0])
+    for curve, first in ((inverted, 1), (plain, 3)):
+        table = FscTable(D, 2.0, {"unmasked": curve}, compat=True)
+        assert table.resolution("unmasked", 0.5) == pytest.approx(2.0 * D / first)
 
 
 def test_pose_errors_of_each_class():
