@@ -34,7 +34,7 @@ def scores(masked: float, unmasked: float) -> dict:
     """Scores of one kind of maps."""
     return {
         "per_image": {"auc_masked": masked, "auc_unmasked": unmasked, "viou": 0.5},
-        "per_conformation": {"auc_masked": masked + 0.01, "auc_unmasked": unmasked + 0.01},
+        "per_conformation": {"auc_masked": masked + 0.01, "auc_unmasked": unmasked + 0.01, "auc_masked_std": 0.1},
     }
 
 
@@ -92,6 +92,16 @@ def test_table_has_blanks_for_what_was_not_run(tables):
     assert by["cryoDRGN train_vae, polished"][2:] == ["-", *[""] * len(tables.COLUMNS)]
     assert len({line.count("|") for line in lines}) == 1
     assert "Not run yet" not in text  # the only set of that suite was
+
+
+def test_csv_has_every_seed_and_pictures_are_drawn(tables, tmp_path):
+    tables.write(known_results(), tmp_path)
+    with (tmp_path / "proof.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 10 and {row["seed"] for row in rows} == {"0", "1"}
+    assert [row["kmeans_ari"] for row in rows if row["method"] == "consensus"] == ["", ""]
+    assert (tmp_path / "proof_phantom4-d32-snr0.1-n600.png").stat().st_size > 10_000
+    assert "train-hype, polished" in (tmp_path / "proof.md").read_text()
 
 
 def test_sets_that_were_not_run_are_named(tables):

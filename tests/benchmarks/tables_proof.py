@@ -58,6 +58,7 @@ PER_IMAGE = (
     *(f"auc_{curve}{end}" for curve in ("masked", "unmasked") for end in ("", "_normalised", "_std")),
     "resolution_masked_0.5_A", "resolution_unmasked_0.5_A", "chamfer_A", "viou",
 )  # fmt: skip
+PER_CLASS = tuple(f"auc_{curve}{end}" for curve in ("masked", "unmasked") for end in ("", "_normalised"))
 
 
 def flat_rows(found: list[dict]) -> list[dict]:
@@ -76,7 +77,9 @@ def flat_row(result: dict, maps: str, same_set: Callable[[str], dict | None]) ->
     scores, costs = result[maps], result.get("training", {})
     row = {name: result[name] for name in IDENTITY if name in result} | {"maps": maps}
     row |= {name: scores["per_image"][name] for name in PER_IMAGE if name in scores["per_image"]}
-    row |= {f"class_{name}": value for name, value in scores["per_conformation"].items() if name.startswith("auc_")}
+    row |= {
+        f"class_{name}": scores["per_conformation"][name] for name in PER_CLASS if name in scores["per_conformation"]
+    }
     row |= gains(scores["per_image"], same_set("consensus"), same_set("labels"))
     if maps == "bare":  # polish leaves latents as they are
         row |= result.get("latents", {})
