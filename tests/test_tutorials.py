@@ -189,7 +189,7 @@ def test_a_mixture_without_poses(tmp_path: Path) -> None:
     run_page("mixture_without_poses.md", tmp_path)
     assert scores(tmp_path / "posed" / "truth.json")["refined"]["raw"]["median_deg"] < 6
     found = scores(tmp_path / "run" / "polish.16" / "scores" / "scores.json")
-    assert found["labels"]["ari"] > 0.4 and found["per_image"]["auc_masked_normalised"] > 0.7
+    assert found["labels"]["ari"] > 0.6 and found["per_image"]["auc_masked_normalised"] > 0.7
     plain, sharp = (read_map(tmp_path / name) for name in ("run/polish.16/vol_000.mrc", "sharp_000.mrc"))
     assert sharp.data.shape == plain.data.shape and sharp.pixel_size == pytest.approx(plain.pixel_size)
     assert np.corrcoef(plain.data.ravel(), sharp.data.ravel())[0, 1] > 0.5
