@@ -196,9 +196,10 @@ def picture(rows: list[dict], path: Path) -> None:
                         x + offset, mean(of), 0.38, yerr=stdev(of) if len(of) > 1 else None, color=colour, capsize=3
                     )
         axis.set_xticks(range(len(methods)), methods, rotation=30)
+        axis.set_xlim(-0.6, len(methods) - 0.4)
         axis.set_title(COLUMNS[name][0])
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in ("#7f9bb3", "#d9822b")]
-    axes[0].legend(handles, MAPS, loc="lower right")
+    figure.legend(handles, MAPS, loc="outside right upper")
     seeds = sorted({row["seed"] for row in rows})
     figure.suptitle(f"{set_title(rows[0])}; seeds {', '.join(map(str, seeds))}")
     figure.savefig(path, dpi=110)
