@@ -109,7 +109,7 @@ def train_vae(source: Path, out: Path, epochs: int, width: int, depth: int, seed
 
 
 # what does not change a result: where a run lies, how it was started, how many threads it had
-NO_OPTION = {"-o", "--outdir", "--threads", "--max-minutes", "--overwrite", "--resume"}
+NO_OPTION = {"-o", "--outdir", "--threads", "--overwrite", "--resume"}
 
 
 def same_options(before: str, now: list[str]) -> bool:
