@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -168,7 +169,10 @@ def test_images_of_a_run_are_found_by_datadir(golden: Path, tmp_path: Path) -> N
 def test_analyze_takes_datadir_for_any_run(run: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As select and export do; it was known for runs of cryoDRGN only."""
     seen = []
-    monkeypatch.setattr("cryosuite.methods.hype_run.load", lambda folder, config, epoch: seen.append(config["datadir"]))
+    nothing = SimpleNamespace(decode=None)
+    monkeypatch.setattr(
+        "cryosuite.methods.hype_run.load", lambda folder, config, epoch: seen.append(config["datadir"]) or nothing
+    )
     load_run(run.run.path, datadir=tmp_path / "stacks")
     assert seen == [str(tmp_path / "stacks")]
 

@@ -192,16 +192,36 @@ def add(total: dict, score: dict) -> None:
     total.setdefault("faults", {}).update(score["faults"])
 
 
-def row(name: str, total: dict) -> dict:
-    """The row of a reader for the table."""
-    mended = len(list((CORPUS / slug(name)).glob("*"))) if (CORPUS / slug(name)).is_dir() else 0
-    left = len(total["faults"])
-    result = "each read or refused in one sentence" if not left else f"{left} faults left"
-    detail = f"{total['refused']:,} refused, {total['read']:,} read; {total['cpu_s']:.0f} CPU s; slowest "
-    detail += f"{total['slowest']:.2f} s; memory at most 4 x file + {max(total['peak'], 0) / 1e6:.1f} MB"
-    detail += f"; {total['fault']} inputs met faults that are mended by now" if total["fault"] and not left else ""
-    detail += f"; {mended} mended faults in tests/corpus" if mended else ""
-    return {"kind": "input", "what": f"bent {name} files", "tried": total["tried"], "result": result, "detail": detail}
+def rows(totals: dict[str, dict]) -> list[dict]:
+    """Rows for the table: readers with faults left, one each, then all others together."""
+    good = {name: total for name, total in totals.items() if not total["faults"]}
+    found = [
+        {"kind": "input", "what": f"bent {name} files", "tried": total["tried"],
+         "result": f"{len(total['faults'])} faults left", "detail": spent_on([total])}
+        for name, total in totals.items() if name not in good
+    ]  # fmt: skip
+    if good:
+        mended = sum(len(list((CORPUS / slug(name)).glob("*"))) for name in good if (CORPUS / slug(name)).is_dir())
+        met = sum(total["fault"] for total in good.values())
+        detail = (
+            f"{spent_on(list(good.values()))}; {met} inputs met faults that are mended by now; {mended} in tests/corpus"
+        )
+        tried = sum(total["tried"] for total in good.values())
+        found.append(
+            {"kind": "input", "what": f"bent files of {len(good)} kinds: {', '.join(good)}", "tried": tried,
+             "result": "each read or refused in one sentence", "detail": detail}
+        )  # fmt: skip
+    return found
+
+
+def spent_on(totals: list[dict]) -> str:
+    """What some readers did with their inputs and what it took."""
+    refused, read, cpu = (sum(total[key] for total in totals) for key in ("refused", "read", "cpu_s"))
+    slowest, peak = (max(total[key] for total in totals) for key in ("slowest", "peak"))
+    return (
+        f"{refused:,} refused, {read:,} read; {cpu:,.0f} CPU s; slowest {slowest:.2f} s; memory at most 4 x file + "
+        f"{max(peak, 0) / 1e6:.1f} MB"
+    )
 
 
 def report(totals: dict, seed: int) -> None:
@@ -209,7 +229,7 @@ def report(totals: dict, seed: int) -> None:
     from common import save
 
     spent = sum(total["cpu_s"] for total in totals.values())
-    save("fire_fuzz", {"seed": seed, "cpu_s": round(spent), "rows": [row(name, totals[name]) for name in totals]})
+    save("fire_fuzz", {"seed": seed, "cpu_s": round(spent), "rows": rows(totals)})
 
 
 def main() -> None:

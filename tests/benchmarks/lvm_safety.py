@@ -45,11 +45,11 @@ def noise_energy(structures: list[Structure], weights: MapWeights, seeds: int = 
         coloured = soft_lowpass(coloured_noise(like, 1.0, 4.0, generator), 1.0, 4.0)
         for kind, noise in (("white", white), ("of a map", coloured)):
             grid = as_grid(noise[0], 1.0)
-            seen, found = noise[0], enhance(grid, weights, EnhanceOptions(skip=False, resolution=4.0))
+            seen, answer = noise[0], enhance(grid, weights, EnhanceOptions(skip=False, resolution=4.0, flat=False))
             if weights.spectrum == "matched":
                 mask = auto_mask(seen, 1.0)
                 seen = match_spectrum(seen, 1.0, mask if bool(mask.any()) else torch.ones_like(mask), 4.0)
-            seen, made = to_unit(seen, *found.span), found.map.data.astype(np.float64)
+            seen, made = to_unit(seen, *answer.span), answer.map.data.astype(np.float64)
             energy = float((seen - seen.mean()).square().sum())
             share = round(made.var() * made.size / energy, 5)
             found.append({"kind": kind, "seed": seed, "share": share, "refused": refused(grid, weights)})
