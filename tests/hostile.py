@@ -149,6 +149,8 @@ def _allowed(path: Path, size: int) -> int:
     """Bytes that a reader may take for a file: no header may make it more, whatever it says."""
     if path.suffix in (".yaml", ".yml"):  # a node of PyYAML takes about 1 kB, and may be two characters long
         return FLOOR + min(600 * size, YAML_MOST)
+    if path.suffix in (".json", ".jsonl"):  # "1," becomes a number of 28 bytes and a pointer of 8
+        return FLOOR + 20 * size
     return FLOOR + 4 * size
 
 

@@ -22,7 +22,7 @@ from cryosuite.formats.stacks import StackPart, StackReader, StackWriter
 
 __all__ = ["Map", "MrcHeader", "StackPart", "StackReader", "StackWriter", "read_header", "read_map", "write_map"]
 
-_CHUNK = 1 << 20  # taken whole before it is filled: not more than a small file may cost
+_CHUNK = 1 << 18  # taken whole before it is filled: not more than a small file may cost
 _ORDER, _START = ("mapc", "mapr", "maps"), ("nxstart", "nystart", "nzstart")
 
 
