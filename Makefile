@@ -45,7 +45,7 @@ $(VENV)-cryodrgn/installed:
 	$(VENV)-cryodrgn/bin/python -m pip install --quiet cryodrgn
 	touch $@
 
-# some four hours on two cores; what is finished is not repeated. BENCH_SHARED holds data/atomic/{bench,train} with the
+# many hours on two cores; of the trainings what is finished is not repeated. BENCH_SHARED holds data/atomic/{bench,train} with the
 # PDB entries (tests/benchmarks/sets.py), BENCH_WORK keeps sets and runs
 BENCH_SHARED ?= ../shared
 BENCH_WORK ?= bench
@@ -57,6 +57,7 @@ bench: $(VENV)/installed $(VENV)-cryodrgn/installed
 	$(BENCH)/pose_search_speed.py
 	$(BENCH)/deco_decoder_speed.py
 	$(BENCH)/deco_step_speed.py
+	$(BENCH)/hype_published_way.py
 	$(BENCH)/hype_vs_vae.py
 	$(BENCH)/mixture.py --structures $(BENCH_SHARED)/data/atomic/bench
 	$(BENCH)/kraqen.py --work $(BENCH_WORK)
@@ -64,6 +65,7 @@ bench: $(VENV)/installed $(VENV)-cryodrgn/installed
 	$(BENCH)/polish.py --work $(BENCH_WORK) --family polish --seeds 0 --rows true,kraqen
 	$(BENCH)/polish.py --work $(BENCH_WORK) --family methods --seeds 0 --rows true,kraqen,hype,cryodrgn
 	$(BENCH)/ablation.py --work $(BENCH_WORK)
+	$(BENCH)/sets.py --work $(BENCH_WORK) --only methods
 	$(BENCH)/deco.py --work $(BENCH_WORK)/deco --family known --set $(BENCH_WORK)/sim/mix16-d32-snr0.1-n8000-s{seed} --seeds 0,1,2
 	$(BENCH)/deco.py --work $(BENCH_WORK)/deco --family known --set $(BENCH_WORK)/sim/ribo16-d64-snr0.1-n2400-s{seed} --seeds 0,1,2
 	$(BENCH)/fastar.py --work $(BENCH_WORK)/fastar --box 64

@@ -96,7 +96,7 @@ def main() -> None:
     taken = command("analyze", str(run.path), "-o", str(out), threads=options.threads)
     summary: dict[str, Any] = read_yaml(out / "analyze.yaml")
     found = {
-        "particles": options.particles, "zdim": ZDIM, "box": BOX, "threads": options.threads,
+        "seed": 0, "particles": options.particles, "zdim": ZDIM, "box": BOX, "threads": options.threads,
         "volumes": len(list(out.rglob("vol_*.mrc"))), "wall_s": round(taken.wall_s, 1), "cpu_s": round(taken.cpu_s, 1),
         "peak_gib": round(taken.rss_mib / 1024, 3), "steps_s": summary["seconds"],
         "load_before": round(load[0], 2), "limits": LIMITS,

@@ -92,7 +92,8 @@ def save(name: str, result: dict, folder: Path | None = None) -> Path:
     folder = folder or RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    stamp = {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"), "versions": versions()}
+    command = ["python", f"tests/benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]  # from wherever it was started
+    stamp = {"command": " ".join(command), "date": time.strftime("%Y-%m-%d"), "versions": versions()}
     text = json.dumps({**stamp, **result}, indent=1)
     text = re.sub(r"\[[-+\d.,eE\s]+\]", lambda found: re.sub(r"\s+", " ", found[0]), text)  # numbers in one line
     path.write_text(without_paths(text) + "\n")

@@ -11,11 +11,10 @@ goes to results/deco_FAMILY_NAME_sSEED.json. Tune on seeds from 10 on, report 0,
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
-from common import RESULTS, versions, without_paths
+from common import save, without_paths
 from runs import Done, deco_classify
 
 from cryosuite.data.open import open_particles
@@ -44,11 +43,10 @@ def main() -> None:
         for name, more in variants(asked.family, asked.encoder):
             done = deco(source, asked.work / f"{source.name}-{asked.family}-{name}-s{seed}", seed, asked, more)
             record = {"family": asked.family, "variant": name, "set": source.name, "seed": seed}
-            record |= {**judge(source, done.folder), **done.costs(), "versions": versions()}
+            record |= {**judge(source, done.folder), **done.costs()}
             record["command"] = without_paths(record["command"].replace(str(source), source.name))
             label = f"{source.name}_{name}" if name else source.name
-            path = RESULTS / f"deco_{asked.family}_{label}_s{seed}.json"
-            path.write_text(json.dumps(record, indent=1) + "\n")
+            path = save(f"deco_{asked.family}_{label}_s{seed}", record)
             print(path.name, {key: record[key] for key in ("ari", "ami", "knn", "cpu_s")}, flush=True)
 
 

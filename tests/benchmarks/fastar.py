@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import CRYOSUITE, RESULTS, peer, save, timed, versions, without_paths
+from common import CRYOSUITE, peer, save, timed
 
 from cryosuite.data.open import open_particles
 from cryosuite.data.results import PosesDir
@@ -185,7 +185,7 @@ def scaling(arguments: argparse.Namespace) -> dict:
         })  # fmt: skip
         print(rows[-1], flush=True)
         count *= 4
-    return {"molecule": case.molecule, "box": case.box, "rows": rows}
+    return {"seed": case.seed, "molecule": case.molecule, "box": case.box, "rows": rows}
 
 
 def race(case: Case, arguments: argparse.Namespace) -> dict:
@@ -244,11 +244,9 @@ def main() -> None:
         for molecule in molecules:
             case = Case(molecule, arguments.box, arguments.images, seed)
             if "quality" in chosen:
-                record = {"versions": versions(), **quality(case, arguments)}
+                record = quality(case, arguments)
                 print_quality(record)
-                RESULTS.mkdir(exist_ok=True)
-                path = RESULTS / f"fastar_quality_{molecule}_d{case.box}_s{seed}.json"
-                path.write_text(without_paths(json.dumps(record, indent=1)) + "\n")
+                save(f"fastar_quality_{molecule}_d{case.box}_s{seed}", record)
         if "race" in chosen:
             case = Case(molecules[0], arguments.box, arguments.images, seed)
             save(f"fastar_race_{case.molecule}_d{case.box}_s{seed}", race(case, arguments))

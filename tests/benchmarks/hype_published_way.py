@@ -193,7 +193,7 @@ def main() -> None:
         print(name)
         for row in result[name]:
             print(f"  {row['variant']:58s} {row['images_per_s']:9.2f} images/s   x{row['ratio']:.2f}")
-    save("hype_published_way", {"threads": 1, "bf16": fast_bf16(), "sizes": result})
+    save("hype_published_way", {"seed": 0, "threads": 1, "bf16": fast_bf16(), "sizes": result})
 
 
 if __name__ == "__main__":

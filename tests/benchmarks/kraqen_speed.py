@@ -181,7 +181,7 @@ def main() -> None:
     for name in arguments.only.split(","):
         rows[name] = BENCHES[name](arguments.rounds)
         print(name, rows[name], flush=True)
-        save("kraqen_speed", {"threads": 1, "bf16": fast_bf16(), "rounds": arguments.rounds, "rows": rows})
+        save("kraqen_speed", {"seed": 0, "threads": 1, "bf16": fast_bf16(), "rounds": arguments.rounds, "rows": rows})
 
 
 if __name__ == "__main__":

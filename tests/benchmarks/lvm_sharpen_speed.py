@@ -143,7 +143,7 @@ def main() -> None:
         found = speed(options.size, options.net, options.kda, options.device, options.stride)
         name = f"lvm_sharpen_speed_{options.device}_{options.net}_{options.size}"
     print(json.dumps(found, indent=1))
-    save(name, found)
+    save(name, {"seed": 0, **found})
 
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ def main() -> None:
         row["times_faster"] = round(row["published"]["ms_per_image"] / row["cryosuite"]["ms_per_image"], 1)
         results[case.name] = row
         print(case.name, json.dumps(row, indent=1), flush=True)
-    save(args.out, results)
+    save(args.out, {"seed": args.seeds, **results})
 
 
 if __name__ == "__main__":

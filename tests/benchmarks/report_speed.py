@@ -170,7 +170,7 @@ def main() -> None:
     elif arguments.opens:
         result |= opened(work / "analyze.20" / "report.html", arguments.opens)
     print(json.dumps({name: round(value, 2) for name, value in result.items()}, indent=1))
-    save("report_speed", result)
+    save("report_speed", {"seed": 0, **result})
 
 
 if __name__ == "__main__":
