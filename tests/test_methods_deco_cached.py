@@ -24,6 +24,7 @@ from cryosuite.methods.deco_search import Searcher
 from cryosuite.training.checkpoint import load_state
 from cryosuite.training.loop import fit
 from cryosuite.training.options import TrainOptions
+from cryosuite.training.session import Objective
 
 BOX = 24
 CACHED = DecoOptions(
@@ -132,6 +133,15 @@ def test_search_in_cached_volumes_needs_a_search() -> None:
     with pytest.raises(InputError, match="re-search"):
         DecoOptions(search="cached")
     assert DecoOptions(search="cached", research_every=2, refine_poses=True).searches
+
+
+def test_volumes_are_not_sent_from_process_to_process_in_every_step() -> None:
+    """DistributedDataParallel leaves out the buffers that the module which it wraps names."""
+    method = Deco(CACHED, None, 2)
+    objective = Objective(method, method.build(blob_particles([blobs(16, 3, 8)], 32, noise=0.5)[0]))
+    cached = {name for name, _ in objective.named_buffers() if "cached" in name}
+    assert "model.cached.volumes" in cached
+    assert set(objective._ddp_params_and_buffers_to_ignore) == cached
 
 
 @pytest.mark.slow

@@ -89,9 +89,9 @@ class DecoModel(nn.Module):
     def keep_volumes(self, count: int) -> None:
         """Search for poses in ``count`` cached volumes from now on. They are equal in all processes by themselves."""
         self.cached = CachedVolumes(count, self.zdim, self.box_size)
-        # DistributedDataParallel reads this name; hundreds of megabytes need not be sent around in every step
         self.not_in_weights = "cached."
-        self._ddp_params_and_buffers_to_ignore = [f"cached.{name}" for name, _ in self.cached.named_buffers()]
+        # hundreds of megabytes that need not go from process to process in every step
+        self.not_sent_around = [f"cached.{name}" for name, _ in self.cached.named_buffers()]
 
     @property
     def not_averaged(self) -> set[str]:

@@ -42,7 +42,12 @@ class Method(Protocol):
     name: str
 
     def build(self, particles: ParticleSet) -> nn.Module:
-        """The model, on the CPU; called once, after the seed has been set."""
+        """The model, on the CPU; called once, after the seed has been set.
+
+        It may name parameters of which no running average is kept (``not_averaged``), the beginning of names that go
+        into the checkpoint only (``not_in_weights``), and buffers that all processes make alike by themselves
+        (``not_sent_around``).
+        """
         ...
 
     def loss(self, model: nn.Module, batch: Batch, step: Step) -> dict[str, Tensor]:

@@ -55,6 +55,9 @@ class Objective(nn.Module):
     def __init__(self, method: Method, model: nn.Module) -> None:
         super().__init__()
         self.method, self.model = method, model
+        # DistributedDataParallel looks for this on the module that it wraps
+        apart = getattr(model, "not_sent_around", ())
+        self._ddp_params_and_buffers_to_ignore = [f"model.{name}" for name in apart]
 
     def forward(self, work: Work) -> dict[str, Tensor]:
         """Named scalars of one batch at one step."""
