@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -364,6 +365,19 @@ def test_length_of_the_latent_is_chosen_and_kept(two, tmp_path: Path, monkeypatc
         deco_auto.choose_zdim(two[0], run, TINY, QUICK)
     assert deco_auto.choose_zdim(two[0], run, TINY, QUICK) in (2, 4)
     assert tried == [2, 4, 4]
+
+
+def test_trials_of_lengths_search_for_no_pose(two, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They train with poses that are there, so that no option of a search may stand in their way."""
+    from cryosuite.methods import deco_auto
+
+    seen = []
+    stopped = SimpleNamespace(stopped="SIGTERM")
+    monkeypatch.setattr(deco_auto, "fit", lambda method, *rest: seen.append(method.options) or stopped)
+    options = TINY.changed(poses="none", start="voxel", research_every=2, search="cached", zdim_auto=True)
+    with pytest.raises(deco_auto.Interrupted):
+        deco_auto._trial(two[0], options, QUICK, 4)
+    assert seen[0].zdim == 4 and not seen[0].searches
 
 
 def test_learning_rate_of_the_encoder_follows_where_it_begins() -> None:

@@ -77,7 +77,7 @@ def _trial(particles: ParticleSet, options: DecoOptions, training: TrainOptions,
     held = np.sort(order[: min(HELD, len(particles) // 5)])
     rows = np.sort(order[len(held) : len(held) + SUBSET])
     trained = particles.subset(rows)
-    poses = options.changed(zdim=zdim, zdim_auto=False, poses="known", refine_poses=False)
+    poses = options.changed(zdim=zdim, zdim_auto=False, poses="known", refine_poses=False, search="exact")
     epochs = max(2, min(training.epochs, IMAGES_SEEN // len(rows)))
     short = replace(training, epochs=epochs, save_every=epochs, max_minutes=None, requeue=False)
     with tempfile.TemporaryDirectory() as folder:
