@@ -12,10 +12,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import reconstruct_toy as toy
 
-from cryosuite.errors import InputError
+from cryosuite.errors import FileError, InputError
+from cryosuite.kernels import slices
 from cryosuite.reconstruct import class_sums
 from cryosuite.reconstruct.backproject import reconstruct
-from cryosuite.reconstruct.class_sums import accumulate, accumulator_bytes, class_order
+from cryosuite.reconstruct.class_sums import ClassSums, accumulate, accumulator_bytes, class_order
 from cryosuite.reconstruct.solve import solve
 from cryosuite.reconstruct.weights import ClassWeights
 
@@ -102,3 +103,10 @@ def test_wrong_sizes_and_empty_shares_are_refused(images):
 def test_a_class_without_particles_has_empty_sums(images):
     sums = accumulate(images, ClassWeights.from_labels(np.zeros(N, int), 2))
     assert sums.counts[1].sum() == 0 and float(sums.load(1, 0).data.abs().sum()) == 0
+
+
+def test_a_scratch_disk_that_fails_is_no_input_to_be_forgiven(tmp_path):
+    """deco-classify goes on without maps that its input does not allow, but never because a disk was full."""
+    sums = ClassSums(1, BOX, toy.PIXEL, np.ones((1, 2)), BOX // 2, scratch=tmp_path / "gone")
+    with pytest.raises(FileError, match="cannot write the sums of 1 classes"):
+        sums.store(0, 0, slices.new_accumulator(BOX), spill=True)

@@ -25,7 +25,7 @@ from cryosuite.console import Progress
 from cryosuite.data.loader import read_ahead
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.processes import ALONE, Processes
-from cryosuite.errors import InputError
+from cryosuite.errors import FileError, InputError
 from cryosuite.formats.atomic import free_space
 from cryosuite.kernels import slices
 from cryosuite.reconstruct.backproject import POINTS_PER_CHUNK, Accumulator
@@ -77,7 +77,7 @@ class ClassSums:
         except OSError as error:
             need, free = sums.data.numel() * 4 * 2 * self.n_classes / 2**30, free_space(path)
             room = "" if free is None else f"; {free / 2**30:.2g} GiB are free"
-            raise InputError(
+            raise FileError(
                 f"{path.parent}: cannot write the sums of {self.n_classes} classes: it needs about {need:.2g} GiB in "
                 f"all{room} ({error.strerror or error}): make room there, or write to a folder on another disk (-o)"
             ) from None
@@ -129,7 +129,7 @@ def accumulate(
         processes: that share the images; the sums are complete in the first one only.
 
     Raises:
-        InputError: sizes that do not fit, no rotations, no particles, a full scratch disk.
+        InputError: sizes that do not fit, no rotations, no particles; its FileError for a full scratch disk.
     """
     if len(weights) != len(particles):
         raise InputError(f"{len(weights)} rows of class shares for {len(particles)} particles: one each is needed")
