@@ -40,15 +40,19 @@ def output() -> Console:
 
 def say(message: str) -> None:
     """Print one message to stderr, its control characters taken out."""
-    lines = "\n".join(one_line(line) for line in message.split("\n"))
-    messages().print(lines, markup=False, soft_wrap=True)
+    messages().print(_printable(message), markup=False, soft_wrap=True)
 
 
 def complain(message: str) -> None:
-    """Print an error to stderr, in any process."""
+    """Print an error to stderr, in any process, its control characters taken out."""
     from rich.console import Console
 
-    Console(stderr=True, highlight=False).print(message, markup=False, soft_wrap=True)
+    Console(stderr=True, highlight=False).print(_printable(message), markup=False, soft_wrap=True)
+
+
+def _printable(message: str) -> str:
+    """A message of one line or several without what would move a terminal's cursor."""
+    return "\n".join(one_line(line) for line in message.split("\n"))
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

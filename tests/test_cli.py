@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cryosuite.cli import COMMANDS, _describe_os_error
+from cryosuite.console import complain
 
 HEAVY = ("torch", "matplotlib", "sklearn", "umap", "scipy", "pandas", "timm", "numba")
 
@@ -72,3 +73,9 @@ def test_version() -> None:
 def test_full_disk_is_named() -> None:
     message = _describe_os_error(OSError(28, "No space left on device", "maps/vol.mrc"))
     assert message.startswith("maps/vol.mrc:") and "full" in message
+
+
+def test_an_error_does_not_move_the_terminals_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+    """The name of a file, told by the system as it is, may hold escape sequences."""
+    complain(f"error: {_describe_os_error(OSError(13, 'Permission denied', 'a\x1b[2Jb.mrc'))}")
+    assert capsys.readouterr().err == "error: a?[2Jb.mrc: Permission denied\n"
