@@ -77,5 +77,6 @@ def test_full_disk_is_named() -> None:
 
 def test_an_error_does_not_move_the_terminals_cursor(capsys: pytest.CaptureFixture[str]) -> None:
     """The name of a file, told by the system as it is, may hold escape sequences."""
-    complain(f"error: {_describe_os_error(OSError(13, 'Permission denied', 'a\x1b[2Jb.mrc'))}")
+    told = _describe_os_error(OSError(13, "Permission denied", "a\x1b[2Jb.mrc"))
+    complain(f"error: {told}")
     assert capsys.readouterr().err == "error: a?[2Jb.mrc: Permission denied\n"
