@@ -12,7 +12,7 @@ from cryosuite.kernels.local_cc import local_correlation
 from cryosuite.kernels.tiles import turned
 from cryosuite.kernels.wedge import wedge_mask
 from cryosuite.methods import lvm_sharpen_tiles
-from cryosuite.methods.lvm_sharpen import EnhanceOptions, enhance
+from cryosuite.methods.lvm_sharpen import EnhanceOptions, _flattened, enhance
 from cryosuite.nets.scunet import Scunet, ScunetSpec
 
 ALL = EnhanceOptions(skip=False)
@@ -60,6 +60,14 @@ def test_the_blur_that_a_network_was_taught_is_taken_off_unless_asked_for():
     s = np.sqrt(np.fft.fftfreq(60)[:, None, None] ** 2 + np.fft.fftfreq(52)[:, None] ** 2 + np.fft.rfftfreq(66) ** 2)
     low, high, beyond = (np.median(ratio[(s > a) & (s < b)]) for a, b in ((0.01, 0.06), (0.22, 0.25), (0.33, 0.4)))
     assert 2 < high / low < 3 and beyond < 1e-3  # e at 1 / d
+
+
+def test_a_small_molecule_in_a_large_box_is_as_bright_without_its_blur():
+    axis = torch.arange(-32.0, 32.0).square()
+    made = torch.exp(-(axis[:, None, None] + axis[:, None] + axis) / (2 * 1.5**2))
+    made[made < 0.2] = 0.0
+    assert (made > 0).float().mean() < 0.001
+    assert 0.8 < float(_flattened(made, (1.0, 1.0, 1.0), 4.0).max()) < 1.5
 
 
 def test_plain_solvent_is_not_run_and_becomes_zero():

@@ -200,10 +200,14 @@ def _matched(
 
 
 def _flattened(made: Tensor, voxel: tuple[float, float, float], resolution: float) -> Tensor:
-    """The network's map without the blur that it was taught; its brightest per mille as bright as before."""
+    """The network's map without the blur that it was taught; its brightest per mille as bright as before.
+
+    Where the molecule fills less than that of the box: the brighter half of what is above half the maximum.
+    """
     out = flattened(made, voxel, resolution)
-    before, after = (quantile(one, 0.999) for one in (made, out))
-    return out * (before / after) if after > 0 else out
+    share = float((made > made.max() / 2).float().mean())
+    before, after = (quantile(one, 1 - min(0.001, share / 2)) for one in (made, out))
+    return out * (before / after) if before > 0 and after > 0 else out
 
 
 def _span(
