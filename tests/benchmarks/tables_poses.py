@@ -24,7 +24,8 @@ def deco_table(found: list[dict]) -> str:
             ", ".join(str(run["classes"]) for run in runs), spread([run["knn"] for run in runs]),
             f"{median(poses):.1f} deg" if poses else "",
         ])  # fmt: skip
-    columns = ["poses", "set", "seeds", "CPU time", "ARI", "AMI", "classes found", "10-NN accuracy", "pose error"]
+    columns = ["poses", "set", "seeds", "CPU time", "ARI", "AMI", "classes found", "10-NN accuracy"]
+    columns += ["pose error, median of the states"]
     return markdown(columns, rows)
 
 
