@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from cryosuite.cli import _take_part
+from cryosuite.data.broken import Broken
+from cryosuite.data.particles import ParticleSet
 from cryosuite.data.processes import ALONE, Processes
 from cryosuite.errors import InputError
 from cryosuite.formats.stacks import StackPart, StackReader, StackWriter
@@ -63,6 +65,25 @@ def test_arrays_and_mistakes_reach_all(tmp_path: Path) -> None:
         for together in (lambda: processes.everyone(fail), lambda: processes.first_does(Path("/no/such").read_bytes)):
             with pytest.raises(InputError, match="row 5|/no/such"):
                 together()
+
+    each(tmp_path, work)
+
+
+def test_the_first_process_tells_broken_images_of_all(tmp_path: Path) -> None:
+    particles = ParticleSet.from_array(np.ones((9, 4, 4), np.float32), 1.0)
+
+    def work(processes: Processes) -> None:
+        broken = Broken(particles)
+        mine = processes.mine(np.arange(9))
+        images = particles.read(mine)
+        images[0] = np.nan  # rows 0, 3 and 6
+        with pytest.warns(UserWarning) as told:
+            broken.find(mine, images)
+            broken.share(processes)
+        assert np.flatnonzero(broken.rows).tolist() == [0, 3, 6]
+        if processes.first:
+            own, others = (str(one.message) for one in told)
+            assert "image 0 (0-based)" in own and "images 3, 6 (0-based)" in others
 
     each(tmp_path, work)
 

@@ -11,6 +11,7 @@ from cryosuite.errors import notice
 
 if TYPE_CHECKING:
     from cryosuite.data.particles import ParticleSet
+    from cryosuite.data.processes import Processes
 
 NAMED = 20  # images named in notices; what comes after is counted
 
@@ -43,10 +44,18 @@ class Broken:
         """(b,) bool: which of the images (b, D, D) of some rows are broken; new ones are told by their place in the
         original stack, with how many there are by now."""
         bad = not_finite(images)
-        if not bad.any():
-            return bad
+        if bad.any():
+            self._add(np.asarray(rows)[bad])
+        return bad
+
+    def share(self, processes: Processes) -> None:
+        """Take in what the other processes have met, so that the first, which alone speaks, tells all; all call it."""
+        self._add(processes.joined(np.flatnonzero(self.rows)))
+
+    def _add(self, rows: np.ndarray) -> None:
+        """Broken rows; those that are new are told."""
         with self._lock:
-            met = np.unique(np.asarray(rows)[bad])
+            met = np.unique(rows)
             new = met[~self.rows[met]]
             before = len(self)
             self.rows[new] = True
@@ -58,4 +67,3 @@ class Broken:
                 f"{self.particles.path or 'the particles'}: image{many} {', '.join(map(str, names))}{more} (0-based): "
                 f"NaN or infinite pixels; left out ({before + len(new)} so far)"
             )
-        return bad

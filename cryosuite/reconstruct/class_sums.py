@@ -203,6 +203,7 @@ def _run(
     finally:
         torch.set_num_threads(threads)
     if engine.processes.count > 1:
+        engine.broken.share(engine.processes)
         for k, h in _present(weights, half):
             if (k, h) not in sums:
                 sums[k, h] = slices.new_accumulator(engine.map_box)
