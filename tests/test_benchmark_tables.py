@@ -112,3 +112,15 @@ def test_readme_has_markers_for_every_table(tables, monkeypatch, tmp_path):
     saved = common.save("one", {"command_of_run": "cryosuite x -o /somewhere/mine/run", "values": [1, 2.5, -3e-5]})
     assert "/somewhere" not in saved.read_text() and '"values": [ 1, 2.5, -3e-05 ]' in saved.read_text()
     assert json.loads(saved.read_text())["command_of_run"] == "cryosuite x -o WORK/run"
+
+
+def test_every_result_says_when_and_with_what_it_was_made_and_names_no_folder_of_a_machine():
+    found = sorted((BENCHMARKS / "results").glob("*.json"))
+    assert found
+    for path in found:
+        result = json.loads(path.read_text())
+        assert {"date", "versions"} <= set(result), path.name
+        command = result.get("command", "")
+        script = next((word for word in command.split() if word.endswith(".py")), None)
+        assert script is None or (BENCHMARKS.parents[1] / script).is_file(), path.name
+        assert not [root for root in ("/home/", "/root/", "/work/", "/Users/") if root in path.read_text()], path.name
