@@ -107,6 +107,15 @@ def test_one_stack_by_several_writers(tmp_path: Path) -> None:
     assert np.array_equal(StackReader(tmp_path / "two.mrcs").read(), images[kept])
 
 
+def test_a_part_names_images_by_their_place_in_the_whole_stack(tmp_path: Path) -> None:
+    images = np.zeros((3, 6, 6), np.float32)
+    images[1] = 1e6  # too large for half precision
+    with pytest.raises(InputError, match="image 9 "), StackWriter(tmp_path / "s.mrcs", 12, 6, 2.0, np.float16) as whole:
+        whole.allocate()
+        with StackPart(tmp_path / "s.mrcs", whole.temporary, 8, 4, 6, np.float16) as part:
+            part.write(images)
+
+
 def test_commands_of_one_process_leave_the_work_to_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     from cryosuite import console
 

@@ -207,6 +207,8 @@ class StackWriter:
     (with the space needed), a wrong image size, or a wrong number of images at the end.
     """
 
+    first = 0  # number of the first image in the file
+
     def __init__(
         self,
         path: str | os.PathLike,
@@ -270,7 +272,7 @@ class StackWriter:
         wide = stored.astype(np.float64)
         low, high = wide.min(), wide.max()
         if not np.isfinite(low) or not np.isfinite(high):
-            bad = np.flatnonzero(~np.isfinite(wide).all(axis=(1, 2))) + self.written
+            bad = np.flatnonzero(~np.isfinite(wide).all(axis=(1, 2))) + self.first + self.written
             raise InputError(
                 f"{self.path}: {name_rows(bad, 'image')} (0-based) would hold NaN or infinity as {self.dtype}: leave "
                 "such images out, or write float32"
