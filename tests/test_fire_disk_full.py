@@ -175,6 +175,19 @@ def test_a_limit_on_file_sizes_is_said_too(tmp_path: Path) -> None:
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["checkpoint.pt"]
 
 
+@pytest.mark.parametrize("said", ["CUDA out of memory. Tried to allocate 2.00 GiB.", "CUDA error: unspecified failure"])
+def test_a_gpu_that_fails_is_not_taken_for_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(RuntimeError, match=said[:15]):
+        save_state(tmp_path / "checkpoint.pt", {"format": 1})
+    assert not os.listdir(tmp_path)
+
+
 def test_leftovers_of_killed_writers_go_and_those_of_live_ones_stay(tmp_path: Path) -> None:
     path = tmp_path / "z.3.pkl"
     code = (

@@ -18,6 +18,7 @@ from cryosuite.errors import InputError
 from cryosuite.formats.atomic import atomic_path, require_space, write_error
 from cryosuite.formats.checks import printable
 from cryosuite.formats.pickles import torch_source
+from cryosuite.kernels.memory import out_of_memory
 from cryosuite.training.options import FREE_ON_RESUME
 
 if TYPE_CHECKING:
@@ -36,7 +37,9 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     with atomic_path(path) as temporary:
         try:
             torch.save(state, temporary)
-        except RuntimeError:  # how torch reports a failed write of its zip file, in various words
+        except RuntimeError as error:  # how torch reports a failed write of its zip file, in various words
+            if out_of_memory(error) or "CUDA error" in str(error):  # while it copied a tensor from the GPU
+                raise
             full = OSError(errno.EFBIG if _limited(needed) else errno.ENOSPC, "")
             raise write_error(path, full, needed) from None
 
