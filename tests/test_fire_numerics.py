@@ -22,7 +22,7 @@ from cryosuite.data.open import open_particles
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.preprocess import PreprocessOptions, preprocess
 from cryosuite.data.spectra import measure_spectra
-from cryosuite.data.workdir import RunDir
+from cryosuite.data.workdir import RunDir, WorkDir
 from cryosuite.errors import InputError
 from cryosuite.formats.mrc import StackReader
 from cryosuite.formats.pickles import write_pickle
@@ -122,6 +122,17 @@ def test_a_map_is_that_of_the_good_images(noisy: ParticleSet) -> None:
     with pytest.warns(UserWarning, match=TOLD):
         found = reconstruct(spoilt(noisy))
     torch.testing.assert_close(found.map, reconstruct(without(noisy)).map, rtol=0, atol=2e-5)
+
+
+def test_dataset_yaml_names_no_more_broken_images_than_it_may_hold(
+    noisy: ParticleSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hundred thousand names would make a work directory that cannot be opened again."""
+    monkeypatch.setattr("cryosuite.data.preprocess.LISTED", 2)
+    with pytest.warns(UserWarning, match="images 3, 17, 40"):
+        preprocess(spoilt(noisy), tmp_path, PreprocessOptions())
+    said = WorkDir(tmp_path).read_dataset()
+    assert (said["n_excluded"], said["excluded"], said["n_particles"]) == (3, [3, 17], 117)
 
 
 # --- grey values ------------------------------------------------------------------------------------------------------

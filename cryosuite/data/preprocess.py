@@ -32,6 +32,7 @@ from cryosuite.ranks import local_count
 CHUNK_BYTES = 16 << 20  # of float32 images before the crop
 NOISE_IMAGES = 20000  # enough for 0.1 % per shell; more would only cost time
 LARGE = 1e15  # grey values beyond it, or below its inverse, are scaled before their squares overflow or vanish
+LISTED = 10_000  # images left out that dataset.yaml names: it must stay shorter than `read_yaml` takes
 SAME_FIELD = 1e-4  # relative difference of box x pixel size up to which boxes can be brought to one
 
 
@@ -110,7 +111,8 @@ def preprocess(
         "dtype": options.dtype,
         "background_radius_pixels": float(radius),
         "particle_diameter": options.diameter,
-        "excluded": particles.index[bad].tolist(),
+        "n_excluded": len(bad),
+        "excluded": particles.index[bad[:LISTED]].tolist(),
     }
     particles = particles if len(bad) == 0 else particles.subset(kept)
     write_work_files(work, particles, size, pixel_size[kept], spectrum, record)
