@@ -7,6 +7,7 @@ import pytest
 import torch
 from sharpen_toy import Blur, Nothing, Same, apply_wedge, correlation, toy_map, weights
 
+from cryosuite.commands.lvm_sharpen import _solid
 from cryosuite.errors import InputError, UserNotice
 from cryosuite.kernels.local_cc import local_correlation
 from cryosuite.kernels.tiles import turned
@@ -60,6 +61,16 @@ def test_the_blur_that_a_network_was_taught_is_taken_off_unless_asked_for():
     s = np.sqrt(np.fft.fftfreq(60)[:, None, None] ** 2 + np.fft.fftfreq(52)[:, None] ** 2 + np.fft.rfftfreq(66) ** 2)
     low, high, beyond = (np.median(ratio[(s > a) & (s < b)]) for a, b in ((0.01, 0.06), (0.22, 0.25), (0.33, 0.4)))
     assert 2 < high / low < 3 and beyond < 1e-3  # e at 1 / d
+
+
+@pytest.mark.parametrize("b_factor", [0, 200])
+def test_where_the_map_has_density_is_asked_of_the_map_itself(b_factor):
+    """With other amplitudes it is up to three times as bright."""
+    grid, network = toy_map(noise=0.0), weights(Same(), spectrum="matched")
+    squared = sum(axis**2 for axis in np.meshgrid(*map(np.fft.fftfreq, grid.data.shape), indexing="ij"))
+    dull = changed(grid, np.fft.ifftn(np.fft.fftn(grid.data) * np.exp(-b_factor / 4 * squared)).real)
+    solid = _solid(enhance(dull, network, replace(ALL, resolution=4.0)), dull, network)
+    assert 0.002 < solid.mean() < 0.005
 
 
 def test_a_small_molecule_in_a_large_box_is_as_bright_without_its_blur():

@@ -289,7 +289,8 @@ def _report(found: Enhanced, grid: MapGrid, network: MapWeights, outputs: dict[s
         ["grey values", f"{found.span[0]:.4g} to {found.span[1]:.4g} are 0 to 1 for the network"],
         ["seconds", f"{found.seconds:.1f}"],
     ]
-    solid = grid.data > sum(found.span) / 2
+    told = found.uncertainty is not None or found.local_cc is not None
+    solid = _solid(found, grid, network) if told else np.zeros(1, bool)
     if found.uncertainty is not None and solid.any():
         rows.append(
             ["standard deviation", f"{float(np.mean(found.uncertainty[solid])):.4g}, mean where there is density"]
@@ -305,6 +306,18 @@ def _report(found: Enhanced, grid: MapGrid, network: MapWeights, outputs: dict[s
     table(f"lvm-sharpen, {network.task}", ["what", "value"], rows)
     say("The map is a network's prediction: build with it, check against the original, deposit both, and read no")
     say("resolution from it.")
+
+
+def _solid(found: Enhanced, grid: MapGrid, network: MapWeights) -> Any:
+    """Where the map given has density: above the middle of its grey values, (z, y, x) bool."""
+    import torch
+
+    from cryosuite.kernels.map_norm import grey_range
+
+    span = found.span
+    if found.resolution is not None:  # then the span is that of the map with other amplitudes
+        span = grey_range(torch.from_numpy(grid.data), sum(grid.voxel) / 3, network.norm)
+    return grid.data > sum(span) / 2
 
 
 def _score(grid: MapGrid, model: Path, resolution: float | None) -> ModelScores:
