@@ -18,7 +18,7 @@ from cryosuite.data.open import open_particles
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.workdir import AnalysisDir, VolumeDir
 from cryosuite.errors import InputError, UserNotice
-from cryosuite.formats.config import read_yaml
+from cryosuite.formats.config import read_yaml, write_yaml
 from cryosuite.formats.mrc import read_map
 from cryosuite.formats.pickles import read_indices, read_labels, safe_load, write_pickle
 from cryosuite.formats.star import read_star
@@ -323,6 +323,17 @@ def test_volumes_of_other_latents_or_clusters_do_not_stay(tmp_path: Path) -> Non
     assert not any(path.exists() for path in shown) and len(out.pc(1).volumes()) == 2
     analyze(2 * z, decode, out, PIXEL, D, none)
     assert not out.pc(1).path.exists() and [path.name for path in out.pc(2).path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("bent", [{"volumes": "x", "kmeans": [1]}, {"kmeans": {"levels": 3, "folder": "kmeans3"}}])
+def test_a_bent_summary_of_an_earlier_analysis_counts_as_none(tmp_path: Path, bent: dict) -> None:
+    z, _ = latents(30)
+    out = AnalysisDir(tmp_path)
+    few = AnalyzeOptions(ksample=3, components=1, per_component=2, skip_umap=True)
+    analyze(z, decode, out, PIXEL, D, few)
+    write_yaml(out.summary, read_yaml(out.summary) | bent)
+    analyze(z, decode, out, PIXEL, D, replace(few, skip_volumes=True))
+    assert read_yaml(out.summary)["kmeans"]["levels"] == []
 
 
 def test_volumes_that_stay_are_told_with_the_options_they_were_made_with(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def drop_volumes_of_others(
     if not out.summary.is_file():
         return asked, []  # no earlier analysis of ours
     before = read_yaml(out.summary)
-    made, known = before.get("volumes") or {}, before.get("kmeans") or {}
+    made, known = (part if isinstance(part, dict) else {} for part in map(before.get, ("volumes", "kmeans")))
     same = before.get("latents") == fingerprint(z)
     component = walks + 1
     while (not same or (drawn and made != asked)) and out.pc(component).path.is_dir():
@@ -71,7 +71,8 @@ def drop_volumes_of_others(
         return asked, []
     if asked != made and options != VolumeOptions():
         notice(f"{out.path}: its volumes were made with other options and stay; without --skip-vol they are made anew")
-    return made, list(known.get("levels") or []) if of_these else []
+    levels = known.get("levels")
+    return made, levels if of_these and isinstance(levels, list) else []
 
 
 def shows_centres(folder: VolumeDir) -> bool:
