@@ -233,13 +233,14 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
 
 def _options(values: dict[str, Any], particles: Any) -> tuple[Any, Any, str]:
     """(options of the method, of the training, name of the preset)."""
-
-    from cryosuite.errors import notice
+    from cryosuite.errors import InputError, notice
     from cryosuite.methods.deco_options import preset
     from cryosuite.methods.deco_run import available_encoder
     from cryosuite.training.launch import fast_bf16, resolve_accelerator
     from cryosuite.training.options import TrainOptions
 
+    if values["cached_volumes"] is not None and values["search"] != "cached":
+        raise InputError("--cached-volumes: goes with --search cached")
     gpu = resolve_accelerator(values["accelerator"]) == "cuda"
     changes = {RENAMED.get(name, name): values[name] for name in METHOD}
     changes["k"] = _number("--k", values["k"], 0)

@@ -207,6 +207,7 @@ def _looked_at(inputs: Inputs, network: MapWeights, options: EnhanceOptions) -> 
 
     from cryosuite.console import say
     from cryosuite.errors import InputError
+    from cryosuite.kernels.map_spectrum import COARSEST
     from cryosuite.methods.lvm_sharpen_checks import ZEROS, inspect_map
     from cryosuite.methods.lvm_sharpen_files import half_fsc
 
@@ -215,7 +216,8 @@ def _looked_at(inputs: Inputs, network: MapWeights, options: EnhanceOptions) -> 
         curve = half_fsc(inputs.halves[0].data, inputs.halves[1].data, grid)
         fine, coarse = (curve.resolution(level) for level in (0.143, 0.5))
         say(f"half maps: FSC .143 at {fine:.2f} A, .5 at {coarse:.2f} A, without mask")
-        options = replace(options, resolution=options.resolution or fine)
+        if options.resolution is None and fine <= COARSEST:  # else the halves agree nowhere
+            options = replace(options, resolution=fine)
     facts = inspect_map(grid, network.task, network.voxel, options.resolution)
     if network.spectrum == "matched" and options.resolution is None and facts.empty > ZEROS:
         raise InputError(

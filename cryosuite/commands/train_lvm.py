@@ -252,13 +252,13 @@ def _network(values: dict[str, Any], gpu: bool, chosen: dict[str, Any]) -> dict[
     norm = chosen.get("norm") or start.norm or "robust"
     if start.norm is not None and norm != start.norm:
         notice(f"{start.path} was trained on grey values by --norm {start.norm}; it is going to see {norm} now")
-    spectrum = chosen.get("spectrum") or ("as-is" if values["task"] == "wedge" else "matched")
+    spectrum = chosen.get("spectrum") or ("as-is" if values["task"] == "wedge" else start.spectrum or "matched")
     if start.spectrum is not None and spectrum != start.spectrum:
         notice(f"{start.path} was trained on amplitudes {start.spectrum}; it is going to see them {spectrum} now")
     frozen = (FROZEN if start.pretrained else 0.0) if values["frozen"] is None else values["frozen"]
     return {
         "net": start.net, "spec": spec, "start": start.path, "pretrained": start.pretrained, "norm": norm,
-        "frozen": frozen,
+        "spectrum": spectrum, "frozen": frozen,
     }  # fmt: skip
 
 

@@ -115,7 +115,7 @@ def load_volume(entry: MapEntry, voxel: float, norm: str, spectrum: str = "as-is
         if spectrum == "matched" and float(values.std()) > 0:
             inside = auto_mask(values, voxel)
             known = entry.resolution or estimate_resolution(values, grid.voxel[::-1], inside)
-            values = match_spectrum(values, grid.voxel[::-1], inside, known)
+            values = match_spectrum(values, grid.voxel[::-1], inside, known)[0]
         unit = to_unit(values, *grey_range(values, voxel, norm)).numpy()
     except ValueError as error:
         raise InputError(f"{entry.map}: {error}") from None

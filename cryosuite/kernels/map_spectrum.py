@@ -47,8 +47,10 @@ def match_spectrum(
     voxel_size: Voxel,  # A; one, or of z, y, x
     mask: Tensor,  # (z, y, x) bool
     resolution: float,  # A
-) -> Tensor:  # (z, y, x)
+) -> tuple[Tensor, float]:  # (z, y, x), A
     """The map with the amplitudes of a molmap of this resolution, low-passed there; phases are kept.
+
+    The second is the resolution that was used: never finer than 2.2 voxels, nor than where a filter ends the map.
 
     The scale is such that frequencies below 1/15 A stay as they are. Beyond the resolution the gain grows no more, and
     at .8 of it the map ends: what little lies between is signal in part. A map that is empty inside the mask, or too
@@ -64,7 +66,7 @@ def match_spectrum(
         beyond = (square.sqrt() - 1 / (BEYOND * resolution)) * (size / EDGE)
         log = _log_gain(square, fit, resolution)
         spectrum[part] *= log.exp_() * (0.5 - 0.5 * torch.cos(math.pi * (0.5 - beyond).clamp_(0, 1)))
-    return torch.fft.irfftn(spectrum, s=volume.shape)
+    return torch.fft.irfftn(spectrum, s=volume.shape), resolution
 
 
 def flattened(

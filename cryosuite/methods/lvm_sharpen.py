@@ -98,7 +98,8 @@ class Enhanced:
 
     Attributes:
         map: on the input's grid; grey values 0 .. 1, or the input's.
-        uncertainty: (z, y, x) standard deviation over the rotations, in the same grey values; None with one rotation.
+        uncertainty: (z, y, x) standard deviation over the rotations, of the network's map before its blur
+            is taken off; None with one rotation.
         local_cc: (z, y, x) local correlation of input and output, or None.
         tiles, run: of the whole volume, and those that were not plain solvent.
         span: grey values that the network saw as 0 and 1: the input's, or where amplitudes were matched, those of that.
@@ -186,7 +187,7 @@ def enhance(
 def _matched(
     volume: Tensor, voxel: tuple[float, float, float], inside: Tensor | None, options: EnhanceOptions
 ) -> tuple[Tensor, Tensor, float]:
-    """The map with the amplitudes that the network knows, the mask that they were measured in, the resolution (A)."""
+    """The map with the amplitudes that the network knows, the mask they were measured in, the resolution used (A)."""
     if not float(volume.max()) > float(volume.min()):
         return volume, torch.ones_like(volume, dtype=torch.bool), 0.0
     if inside is None:
@@ -196,7 +197,8 @@ def _matched(
     resolution = options.resolution
     if resolution is None:
         resolution = estimate_resolution(volume, voxel, inside)
-    return match_spectrum(volume, voxel, inside, resolution), inside, resolution
+    matched, resolution = match_spectrum(volume, voxel, inside, resolution)
+    return matched, inside, resolution
 
 
 def _flattened(made: Tensor, voxel: tuple[float, float, float], resolution: float) -> Tensor:

@@ -138,7 +138,7 @@ class MapPairs:
             return found
         resolution = found.drawn["resolution"] * Draws(generator, 1).uniform(options.misjudged)
         mask = found.mask if bool(found.mask.any()) else torch.ones_like(found.mask)
-        return replace(found, input=match_spectrum(found.input, options.voxel_size, mask, resolution))
+        return replace(found, input=match_spectrum(found.input, options.voxel_size, mask, resolution)[0])
 
     def _together(self, index: int, generator: torch.Generator) -> list[Molecule]:
         """The molecule and others of its own group (held out or not) in random order, for one scene."""

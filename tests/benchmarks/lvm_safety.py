@@ -48,7 +48,7 @@ def noise_energy(structures: list[Structure], weights: MapWeights, seeds: int = 
             seen, answer = noise[0], enhance(grid, weights, EnhanceOptions(skip=False, resolution=4.0, flat=False))
             if weights.spectrum == "matched":
                 mask = auto_mask(seen, 1.0)
-                seen = match_spectrum(seen, 1.0, mask if bool(mask.any()) else torch.ones_like(mask), 4.0)
+                seen = match_spectrum(seen, 1.0, mask if bool(mask.any()) else torch.ones_like(mask), 4.0)[0]
             seen, made = to_unit(seen, *answer.span), answer.map.data.astype(np.float64)
             energy = float((seen - seen.mean()).square().sum())
             share = round(made.var() * made.size / energy, 5)
