@@ -75,7 +75,8 @@ def _npy_header(path: Path, stream: io.BufferedReader) -> tuple[np.dtype, tuple[
         else:  # 3.0 differs in names that are not ASCII, which cryoSPARC does not write
             header = np.lib.format.read_array_header_2_0(stream, max_header_size=_MAX_HEADER)
     except Exception as error:  # the header is text that numpy parses; its errors are of many kinds
-        raise InputError(f"{path}: damaged or truncated .cs header: {printable(error)}") from None
+        said = printable(error) or "it cannot be parsed"  # of too many brackets Python itself says nothing
+        raise InputError(f"{path}: damaged or truncated .cs header: {said}") from None
     shape, _, dtype = header
     if dtype.hasobject:
         _refuse_objects(path, stream)

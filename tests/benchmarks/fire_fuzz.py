@@ -197,7 +197,7 @@ def rows(totals: dict[str, dict]) -> list[dict]:
     good = {name: total for name, total in totals.items() if not total["faults"]}
     found = [
         {"kind": "input", "what": f"bent {name} files", "tried": total["tried"],
-         "result": f"{len(total['faults'])} faults left", "detail": spent_on([total])}
+         "result": f"{len(total['faults'])} faults left to mend", "detail": spent_on([total])}
         for name, total in totals.items() if name not in good
     ]  # fmt: skip
     if good:
