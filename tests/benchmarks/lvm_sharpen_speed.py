@@ -91,7 +91,7 @@ def peer_seconds(device: str, bf16: bool, rounds: int = 4) -> float:
 def speed(size: int, net: str, kda: float, device: str, stride: int) -> dict:
     """Ours whole, the published way by its sample."""
     grid = phantom_map(size, kda)
-    weights = MapWeights(Scunet(SPECS[net]).eval(), "sharpen", 1.0, "robust", {})
+    weights = MapWeights(Scunet(SPECS[net]).eval(), "sharpen", 1.0, "robust", {}, "matched")
     now, wall = clock(device), time.perf_counter()
     began = now()
     found = enhance(grid, weights, EnhanceOptions(stride=stride), device)
@@ -115,7 +115,9 @@ def memory(size: int, net: str, kda: float) -> dict:
         folder = Path(name)
         write_map(folder / "map.mrc", phantom_map(size, kda).data, 1.0)
         network = Scunet(SPECS[net])
-        save_map_weights(folder / "w.safetensors", network, task="sharpen", voxel=1.0, norm="robust")
+        save_map_weights(
+            folder / "w.safetensors", network, task="sharpen", voxel=1.0, norm="robust", spectrum="matched"
+        )
         more = ["--tta", "2", "--uncertainty", str(folder / "std.mrc"), "--local-cc", str(folder / "cc.mrc")]
         for title, extra in (("plain", []), ("with uncertainty and local correlation", more)):
             command = ["lvm-sharpen", str(folder / "map.mrc"), "-o", str(folder / "out.mrc"), *extra]
