@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from cryosuite.analysis.latents import Pca, ordered, pca, umap
+from cryosuite.console import Progress
 from cryosuite.errors import InputError, notice
 
 KINDS = ("gmm-umap16", "gmm-direct", "kmeans")
@@ -177,11 +178,13 @@ def choose(points: np.ndarray, kinds: list, seed: int = 0) -> tuple[int, dict[in
     best, fit = None, kinds[0]
     for kind in kinds:
         scores: dict[int, float] = {}
-        for k in _steps(most):
-            scores[k] = kind(some, k, seed)[2]
-            behind = best is not None and min(scores.values()) > min(best.values())
-            if list(scores).index(min(scores, key=scores.get)) < len(scores) - (2 if behind else 4):
-                break
+        with Progress(len(_steps(most)), "numbers of clusters", "numbers") as progress:  # may end before all are tried
+            for k in _steps(most):
+                scores[k] = kind(some, k, seed)[2]
+                progress.advance(1)
+                behind = best is not None and min(scores.values()) > min(best.values())
+                if list(scores).index(min(scores, key=scores.get)) < len(scores) - (2 if behind else 4):
+                    break
         if best is None or min(scores.values()) < min(best.values()):
             best, fit = scores, kind
     scores = best
@@ -192,7 +195,11 @@ def choose(points: np.ndarray, kinds: list, seed: int = 0) -> tuple[int, dict[in
     lowest = min(scores.values())
     fall = max(scores.values()) - lowest
     close = sorted((k for k, score in scores.items() if score <= lowest + ALMOST * fall), key=scores.get)[:JUDGED]
-    stability = {k: stability_of(some, fit, k, seed) for k in sorted(close)}
+    stability = {}
+    with Progress(len(close), "found again by other seeds", "numbers") as progress:
+        for k in sorted(close):
+            stability[k] = stability_of(some, fit, k, seed)
+            progress.advance(1)
     level = max(stability.values()) - LEVEL
     return min((k for k in close if stability[k] >= level), key=scores.get), scores, stability, [fit]
 

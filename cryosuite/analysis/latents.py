@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cryosuite.console import say
+from cryosuite.console import Progress, say
 from cryosuite.errors import InputError, notice
 
 UMAP_FIT_LIMIT = 100_000  # above this UMAP is fitted on that many particles and the others are placed into it
@@ -251,13 +251,15 @@ def mixture(z: np.ndarray, model: Pca, count: int | None = None, most: int = 30,
     fit = scores if len(scores) <= MIXTURE_FIT_LIMIT else scores[rng.choice(len(scores), MIXTURE_FIT_LIMIT, False)]
     counts = [count] if count is not None else _candidates(min(most, len(fit) // 5))
     best, bic, rises = None, {}, 0
-    for k in counts:
-        fitted = _fit_mixture(fit, min(k, len(fit)), seed)
-        bic[k] = float(fitted.bic(fit))
-        rises = 0 if best is None or bic[k] < min(list(bic.values())[:-1]) else rises + 1
-        best = fitted if rises == 0 else best
-        if rises == 3:
-            break
+    with Progress(len(counts), "Gaussian mixture", "sizes") as progress:  # may end before all are tried
+        for k in counts:
+            fitted = _fit_mixture(fit, min(k, len(fit)), seed)
+            bic[k] = float(fitted.bic(fit))
+            rises = 0 if best is None or bic[k] < min(list(bic.values())[:-1]) else rises + 1
+            best = fitted if rises == 0 else best
+            progress.advance(1)
+            if rises == 3:
+                break
     asked = len(best.means_)
     probability = best.predict_proba(scores)
     labels = probability.argmax(axis=1)
