@@ -187,6 +187,8 @@ def test_a_run_that_was_stopped_says_how_to_go_on(mixture, tmp_path, capsys, mon
     said = " ".join(capsys.readouterr().err.split())
     assert "max_minutes" in said and "--resume" in said
     assert not list((tmp_path / "run").glob("z.*.pkl"))
+    assert run(monkeypatch, "train-kraqen", mixture / "p.mrcs", "-o", tmp_path / "run", "--resume") == 0
+    assert list((tmp_path / "run").glob("z.*.pkl"))  # the limit was of the first call
 
 
 def test_missing_poses_are_named(mixture, tmp_path, capsys, monkeypatch):

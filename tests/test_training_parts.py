@@ -175,6 +175,16 @@ def test_config_is_written_once_and_found_again(tmp_path: Path) -> None:
         particles_path(written, there)
 
 
+def test_a_limit_of_minutes_is_of_the_call_it_was_given_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDir(tmp_path / "run")
+    limited = make_config("toy", tmp_path, run, {}, TrainOptions(max_minutes=5.0))
+    assert train_options(start_run(run, limited)).max_minutes == 5
+    run.checkpoint.write_bytes(b"x")
+    assert train_options(start_run(run, config_of(run, tmp_path), resume=True)).max_minutes is None
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # the same job once more, with the words it was submitted with
+    assert train_options(start_run(run, limited)).max_minutes == 5
+
+
 def test_a_run_is_never_overwritten_by_accident(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     with pytest.raises(InputError, match="it holds no run"):

@@ -200,7 +200,14 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     from cryosuite.methods.deco_options import DecoOptions
     from cryosuite.methods.deco_run import can_resume, check, open_for, train
     from cryosuite.training.launch import process_rank, was_restarted
-    from cryosuite.training.runs import make_config, particles_path, read_run_config, start_run, train_options
+    from cryosuite.training.runs import (
+        make_config,
+        particles_path,
+        read_run_config,
+        start_run,
+        train_options,
+        without_limit,
+    )
 
     run = RunDir(values["outdir"])
     tune_process()
@@ -210,6 +217,7 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     how = {key: values[key] for key in WAYS_IN} | {"sign": -1 if values["invert_data"] else None}
     if resume and can_resume(run):
         config = read_run_config(run)
+        config = without_limit(config) if values["resume"] else config
         kept = sorted(typed & {*METHOD, *WAYS_IN, "preset", "k", "zdim", "ab_initio", "invert_data"})
         if kept:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in kept)

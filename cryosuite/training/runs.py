@@ -51,12 +51,13 @@ def start_run(
     Fresh: writes ``config`` and returns it. With ``resume`` the stored config is returned, so that no option needs to
     be typed again; "auto" resumes where there is a checkpoint and starts (over) where there is none, as a job that may
     be requeued at any moment wants it; a job that torchrun or SLURM started again does so unasked. ``overwrite``
-    deletes the files of the run of before (not the analyses).
+    deletes the files of the run of before (not the analyses). A limit of minutes is of the call it was given to:
+    ``resume`` forgets that of before, a job that was started again keeps its own.
 
     Raises InputError for a folder that holds a run (without resume or overwrite), one that holds none (with resume)
     and one that belongs to another method. Under torchrun or srun only the first process writes or deletes.
     """
-    first = process_rank() == 0
+    first, asked = process_rank() == 0, resume is True
     if not resume and was_restarted():
         resume, overwrite = "auto", False
     if resume is True and not run.checkpoint.exists():
@@ -69,7 +70,7 @@ def start_run(
         stored = read_run_config(run)
         if stored["method"] != config["method"]:
             raise InputError(f"{run.path}: is a run of train-{stored['method']}, not of train-{config['method']}")
-        return stored
+        return without_limit(stored) if asked else stored
     if not first:
         return config
     if run.exists() and not overwrite and resume is False:
@@ -81,6 +82,11 @@ def start_run(
     remove_run(run)
     write_yaml(run.config, config)
     return config
+
+
+def without_limit(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of a run that is gone on with until its end, however long it may take."""
+    return config | {"training": config["training"] | {"max_minutes": None}}
 
 
 def remove_run(run: RunDir) -> None:
