@@ -1,6 +1,6 @@
 """Tuning on one molecule: particles of a map, and real ones with known poses, are those of their projections."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -76,6 +76,23 @@ def test_real_particles_are_used_with_their_poses(ref, monkeypatch):
     held = target.stream(CLEAN, HELD_OUT, torch.device("cpu"), 1)
     assert not set(held.rows) & set(stream.rows) and len(held.rows) + len(stream.rows) == 200
     assert torch.equal(batch.images, target.stream(CLEAN, 0, torch.device("cpu"), 1).batch(0).images)
+
+
+def test_two_processes_share_the_sets_of_one(ref, monkeypatch):
+    """Particles, candidates and all that is drawn are those of one process; each has every second set."""
+    particles, _ = blob_particles([blobs(D, 3, count=12)], 200, 0.3, seed=1)
+    monkeypatch.setattr(fastar_target, "open_particles", lambda path: particles)
+    target = open_target(FastarOptions("micro", map=str(ref), finetune="p.star"), D)
+    four = replace(CLEAN, images=32, views=(8, 8), jitter_deg=4.0, low_pass=(12.0, 28.0))
+    whole = target.stream(four, 0, torch.device("cpu"), 1).batch(5)
+    assert whole.images.shape == (4, 8, 2, D, D) and whole.candidates.shape == (4, 16, 2, D, D)
+    own = replace(four, images=16)  # of each process
+    for part in (0, 1):
+        batch = target.stream(own, 0, torch.device("cpu"), 2).batch(5, part=part)
+        for field in fields(whole):
+            ours, theirs = getattr(batch, field.name), getattr(whole, field.name)[part::2]
+            assert torch.allclose(ours, theirs, atol=1e-4), field.name
+    assert not torch.allclose(whole.images[0], whole.images[1])
 
 
 def test_too_few_particles_are_refused(ref, monkeypatch):

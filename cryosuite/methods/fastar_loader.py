@@ -61,8 +61,7 @@ class Molecules:
 class SetLoader:
     """Batches of molecules as the training loop takes them; of several processes each makes some of the molecules.
 
-    (Of real particles, which are one set, each draws its own.) Batch k of epoch n is batch n * len(self) + k of the
-    stream, a pure function of the seed and that number.
+    Batch k of epoch n is batch n * len(self) + k of the stream, a pure function of the seed and that number.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ from cryosuite.data.open import open_particles
 from cryosuite.data.particles import ParticleSet
 from cryosuite.errors import InputError, notice
 from cryosuite.formats.mrc import read_map
-from cryosuite.kernels import fourier
+from cryosuite.kernels import chance, fourier
 from cryosuite.kernels.slices import extract_slices
 from cryosuite.methods.fastar_images import Preparation, Window, choose_window
 from cryosuite.methods.fastar_options import FastarOptions
@@ -91,25 +91,28 @@ class PosedViews(MapViews):
         self.loader = BatchLoader(particles, 1, prefetch=0)
 
     def batch(self, number: int, seen: int | None = None, part: int = 0) -> FastarBatch:
-        """Batch ``number``: particles drawn at random, one set."""
-        rng = np.random.default_rng([ENTROPY, REAL_STREAM, self.seed, number, part])
-        rows = np.sort(rng.choice(self.rows, self.options.images, replace=len(self.rows) < self.options.images))
-        unique, back = np.unique(rows, return_inverse=True)
+        """Batch ``number``: sets of particles drawn at random; process r of w has the sets r, r + w, ..."""
+        rng = np.random.default_rng([ENTROPY, REAL_STREAM, self.seed, number])
+        total, count = self.sets_of(number * self.options.images * self.parts if seen is None else seen)
+        drawn = rng.choice(self.rows, total * count, replace=len(self.rows) < total * count).reshape(total, count)
+        own = slice(part, total, self.parts)
+        unique, back = np.unique(drawn[own].ravel(), return_inverse=True)
         real = self.loader.batch(unique)
         images, good = self.preparation(real)
-        again = torch.from_numpy(back).to(images.device)
-        generator = self.generator(number, part)
-        molecule, edge = self.molecules(1, generator)
-        rotation = real.rotation.to(self.device)[again][None]
-        near = self.candidates(rotation, generator)
-        marks = self.template_rotation.expand(1, -1, -1, -1)
-        clear = self.noise_free(molecule, edge, torch.cat([near, marks], 1), generator)
+        again = torch.from_numpy(back).to(images.device).view(-1, count)
+        generator, sets = self.generator(number), len(again)
+        rotation = real.rotation.to(self.device)[again]
+        molecule, edge = self.molecules(sets, generator)
+        with chance.sharing(chance.Share(own, total) if self.parts > 1 else None):
+            near = self.candidates(rotation, generator)
+            marks = self.template_rotation.expand(sets, -1, -1, -1)
+            clear = self.noise_free(molecule, edge, torch.cat([near, marks], 1), generator)
         split = near.shape[1]
         return FastarBatch(
-            index=torch.tensor([number], device=self.device), images=images[again][None], rotation=rotation,
-            shift=real.shift.to(self.device)[again][None] / self.preparation.window.share, known=good[again][None],
-            candidates=clear[:, :split], candidate_rotation=near, templates=clear[:, split:], template_rotation=marks,
-            mates=molecule.mates, snr=torch.full((1,), REAL_SNR, device=self.device),
+            index=torch.arange(total, device=self.device)[own] + number * total, images=images[again],
+            rotation=rotation, shift=real.shift.to(self.device)[again] / self.preparation.window.share,
+            known=good[again], candidates=clear[:, :split], candidate_rotation=near, templates=clear[:, split:],
+            template_rotation=marks, mates=molecule.mates, snr=torch.full((sets,), REAL_SNR, device=self.device),
         )  # fmt: skip
 
 

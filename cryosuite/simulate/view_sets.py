@@ -195,6 +195,11 @@ class ViewSets:
         start, end = self.options.views
         return int(round(start * (end / start) ** self.progress(seen)))
 
+    def sets_of(self, seen: int) -> tuple[int, int]:
+        """How many sets the batch of all processes has after ``seen`` images, and the views of each."""
+        count = min(self.view_count(seen), self.options.images)
+        return self.options.images * self.parts // count, count
+
     def molecules(self, sets: int, generator: torch.Generator) -> tuple[Beads, Tensor]:
         """S molecules in random orientation, in fractions of the box; edge of the box (S,) A."""
         o, device = self.options, self.device
@@ -245,8 +250,7 @@ class ViewSets:
         o, device = self.options, self.device
         generator = self.generator(number)
         seen = number * o.images * self.parts if seen is None else seen
-        count = min(self.view_count(seen), o.images)
-        total = o.images * self.parts // count
+        total, count = self.sets_of(seen)
         beads, edge = self.molecules(total, generator)
         rotation = self.directions(total, count, generator)
         shift = (2 * torch.rand(total, count, 2, generator=generator, device=device) - 1) * o.shift
