@@ -2,6 +2,7 @@
 # make test-all    the slow tests too
 # make test-slurm  trainings under a real SLURM on this machine (root, Debian)
 # make quickstart  from nothing to volumes in one command, with simulated data
+# make bench-speed every ratio of speed and memory in one run
 # make bench       the tables of speed and quality (needs cryoDRGN and RELION for the peers' columns)
 # make bench-fire  the table of loads, faults and bad inputs
 # make proof       every method side by side on the same sets: make proof PROOF="--suite quick"
@@ -9,7 +10,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: test test-all test-slurm lint quickstart bench bench-fire proof clean
+.PHONY: test test-all test-slurm lint quickstart bench bench-speed bench-fire proof clean
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -50,14 +51,7 @@ $(VENV)-cryodrgn/installed:
 BENCH_SHARED ?= ../shared
 BENCH_WORK ?= bench
 BENCH := CRYOSUITE_SHARED="$(abspath $(BENCH_SHARED))" CRYODRGN_VENV="$(CURDIR)/$(VENV)-cryodrgn" $(BIN)/python tests/benchmarks
-bench: $(VENV)/installed $(VENV)-cryodrgn/installed
-	$(BENCH)/speed.py
-	$(BENCH)/help_speed.py
-	$(BENCH)/kraqen_speed.py
-	$(BENCH)/pose_search_speed.py
-	$(BENCH)/deco_decoder_speed.py
-	$(BENCH)/deco_step_speed.py
-	$(BENCH)/hype_published_way.py
+bench: bench-speed
 	$(BENCH)/hype_vs_vae.py
 	$(BENCH)/mixture.py --structures $(BENCH_SHARED)/data/atomic/bench
 	$(BENCH)/kraqen.py --work $(BENCH_WORK)
@@ -70,11 +64,11 @@ bench: $(VENV)/installed $(VENV)-cryodrgn/installed
 	$(BENCH)/deco.py --work $(BENCH_WORK)/deco --family known --set $(BENCH_WORK)/sim/ribo16-d64-snr0.1-n2400-s{seed} --seeds 0,1,2
 	$(BENCH)/fastar.py --work $(BENCH_WORK)/fastar --box 64
 	$(BENCH)/lvm.py sharpen superres wedge safety --keep $(BENCH_WORK)/lvm
-	$(BENCH)/lvm_sharpen_speed.py --size 300
-	$(BENCH)/analyze_speed.py --folder $(BENCH_WORK)/analyze
-	$(BENCH)/report_speed.py --work $(BENCH_WORK)/report
-	$(BENCH)/lvm_speed.py
 	$(BIN)/python tests/benchmarks/tables.py
+
+# every figure of speed and memory in one run, some forty minutes on two cores that do nothing else
+bench-speed: $(VENV)/installed $(VENV)-cryodrgn/installed
+	$(BENCH)/bench_speed.py --work $(BENCH_WORK)/speed
 
 # loads, faults, bad inputs: a script a line, each writes its results/fire_*.json and can be run alone
 bench-fire: $(VENV)/installed

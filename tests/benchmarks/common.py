@@ -94,6 +94,8 @@ def save(name: str, result: dict, folder: Path | None = None) -> Path:
     path = folder / f"{name}.json"
     command = ["python", f"tests/benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]  # from wherever it was started
     stamp = {"command": " ".join(command), "date": time.strftime("%Y-%m-%d"), "versions": versions()}
+    if run := os.environ.get("BENCH_RUN"):  # several results of one run: bench_speed.py
+        stamp["run"] = run
     text = json.dumps({**stamp, **result}, indent=1)
     text = re.sub(r"\[[-+\d.,eE\s]+\]", lambda found: re.sub(r"\s+", " ", found[0]), text)  # numbers in one line
     path.write_text(without_paths(text) + "\n")

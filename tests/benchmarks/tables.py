@@ -23,6 +23,7 @@ from tables_maps import (
 )
 from tables_poses import deco_table, search_table
 from tables_proof import proof_table
+from tables_speed import ratios_table
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 SPEED = {
@@ -129,6 +130,7 @@ def latest() -> dict[str, str]:
     tables: dict[str, str] = {}
     if (RESULTS / "speed.json").exists():
         tables["speed"] = speed_table()
+        tables["ratios"] = ratios_table(RESULTS)
     if (RESULTS / "hype_published_way.json").exists():
         tables["hype"] = hype_table()
     if list(RESULTS.glob("mix16_*.json")):
