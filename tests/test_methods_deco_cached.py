@@ -82,6 +82,7 @@ def searched(search: str, z: Tensor, centres: int = 4):
         found = pose_search.search(source, target.values, target.ctf, index, searcher.search_options)
     else:
         model.cached = CachedVolumes(centres, z.shape[1], BOX)
+        searcher.note(index, z)
         found = searcher._in_cached(source, target, index, z)
     return found, truth, model.exact
 

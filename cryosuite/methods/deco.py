@@ -27,7 +27,7 @@ from cryosuite.methods.deco_encoder import open_encoder
 from cryosuite.methods.deco_images import encoder_cache
 from cryosuite.methods.deco_model import DecoModel, PoseTable
 from cryosuite.methods.deco_options import RANDOM, DecoOptions
-from cryosuite.methods.deco_search import Searcher, Stage, everywhere, held, rows_of, searched_again, stage_of
+from cryosuite.methods.deco_search import Searcher, Stage, everywhere, held, rows_of, searched_again, stage_of, worst
 from cryosuite.training.inference import autocast, evaluating
 from cryosuite.training.launch import world
 from cryosuite.training.method import Step
@@ -151,8 +151,8 @@ class Deco:
         if stage is Stage.SEARCH:
             self.searcher.search(batch, z.detach())
         elif searched_again(step, self.epochs, self.options):
-            worst = model.table.misfit[batch.index].topk(math.ceil(self.options.research_share * len(batch))).indices
-            self.searcher.search(rows_of(batch, worst), z.detach()[worst])
+            rows = worst(model.table.misfit, batch.index, self.options.research_share)
+            self.searcher.search(rows_of(batch, rows), z.detach()[rows])
         rotation, shift = model.table(batch.index)
         if stage is Stage.SEARCH or held(step, self.options):
             rotation, shift = rotation.detach(), shift.detach()

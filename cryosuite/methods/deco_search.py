@@ -81,25 +81,33 @@ class Searcher:
 
     @torch.no_grad()
     def search(self, batch: Batch, z: Tensor) -> None:
-        """Search for the poses of all images of a batch, whose latents are z (b, zdim)."""
+        """Search for the poses of all images of a batch, whose latents are z (b, zdim); of several processes one may
+        have none, but all of them call this."""
         model, D = self.model, self.model.box_size
         training = model.training
         model.eval()
-        target = model.target(replace(batch, shift=None))
-        source = PointSource(lambda q, index: self._values(q, z[index]), D)
-        index = torch.arange(len(batch), device=z.device)
-        if model.cached is None:
-            found = pose_search.search(source, target.values, target.ctf, index, self.search_options)
-        else:
-            found = self._in_cached(source, target, index, z)
+        if model.cached is not None:
+            self.note(batch.index, z)
+        found = Candidates(z.new_zeros(0, 1, 3, 3), z.new_zeros(0, 1, 2), z.new_zeros(0, 1))
+        if len(batch):
+            target = model.target(replace(batch, shift=None))
+            source = PointSource(lambda q, index: self._values(q, z[index]), D)
+            index = torch.arange(len(batch), device=z.device)
+            if model.cached is None:
+                found = pose_search.search(source, target.values, target.ctf, index, self.search_options)
+            else:
+                found = self._in_cached(source, target, index, z)
         model.train(training)
         self._keep(batch.index, found)
+
+    def note(self, index: Tensor, z: Tensor) -> None:
+        """Show the cached volumes the latents z (b, zdim) of the particles of a batch, of all processes."""
+        everyone = of_all(index, z)[1]
+        self.model.cached.note(everyone, len(self.model.table.margin), self.model.volumes)
 
     def _in_cached(self, source: PointSource, target: Target, index: Tensor, z: Tensor) -> Candidates:
         """Search in the volumes of the nearest centres, then score exactly; the exact way for what lies far off."""
         cached, options = self.model.cached, self.search_options
-        everyone = torch.cat([rows[0] for rows in everywhere((z,))])
-        cached.note(everyone, len(self.model.table.margin), self.model.volumes)
         which, far = cached.nearest(z)
         parts = []
         for rows, exact in ((index[~far], False), (index[far], True)):
@@ -127,6 +135,31 @@ class Searcher:
         rows = (index, found.rotation[:, 0], found.shift[:, 0] / self.model.box_size, pose_search.margin(found))
         for part in everywhere(rows):
             self.model.table.put(*part)
+
+
+def worst(misfit: Tensor, index: Tensor, share: float) -> Tensor:
+    """Places (n,) in a batch of the images that fit worst, of the whole batch where several processes share it.
+
+    Args:
+        misfit: (N,) of all particles, the same in every process. index: (b,) of the particles of the batch.
+        share: of the images of the whole batch that are chosen, rounded up; this process may have none of them.
+    """
+    (everyone,) = of_all(index)
+    count = math.ceil(share * len(everyone))
+    chosen = everyone[misfit[everyone].argsort(descending=True, stable=True)[:count]]
+    return torch.nonzero(torch.isin(index, chosen)).flatten()
+
+
+def of_all(index: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+    """Particle numbers (b,) and what belongs to them of all processes, in the order of the numbers, each once.
+
+    So what is made of them does not depend on how a batch is shared out.
+    """
+    joined = [torch.cat(parts) for parts in zip(*everywhere((index, *values)), strict=True)]
+    order = joined[0].argsort(stable=True)
+    number = joined[0][order]
+    order = order[torch.cat([number.new_ones(1, dtype=torch.bool), number[1:] != number[:-1]])[: len(order)]]
+    return tuple(one[order] for one in joined)
 
 
 def everywhere(values: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
