@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from tables_maps import markdown
+from statistics import mean
+
+from tables_maps import grouped, markdown, spread
 
 
 def quality_table(found: list[dict]) -> str:
-    """A row per molecule and box: as predicted, chance, refined, the map, and a search without a network."""
+    """A row per molecule and box, over seeds: predicted, chance, refined, the map, and a search without a network."""
     rows = []
-    for one in sorted(found, key=lambda r: (r["box"], r["molecule"], r["seed"])):
-        before, after = (one[name]["errors"]["raw"] for name in ("predicted", "refined"))
-        chance, plain = one["predicted"]["errors"]["chance_raw"], one["search_without_network"]
+    found = sorted(found, key=lambda one: (one["box"], one["molecule"], one["seed"]))
+    for runs in grouped(found, lambda one: (one["box"], one["molecule"], one["images"])):
+        box, molecule, images = (runs[0][key] for key in ("box", "molecule", "images"))
+        before, after = ([one[name]["errors"]["raw"] for one in runs] for name in ("predicted", "refined"))
+        chance = mean(one["predicted"]["errors"]["chance_raw"]["median_deg"] for one in runs)
+        plain = [one["search_without_network"] for one in runs]
+        cpu = [mean(one[name]["cpu_s"] for one in runs) for name in ("predicted", "refined")]
         rows.append([
-            f"{one['molecule']}, D = {one['box']}", f"{one['images']:,}, seed {one['seed']}",
-            f"**{before['median_deg']:.1f}** ({chance['median_deg']:.0f})",
-            f"{100 * before['under_20_deg']:.0f} %", f"{one['predicted']['cpu_s']:.0f}, {one['refined']['cpu_s']:.0f}",
-            f"**{after['median_deg']:.2f}**", f"{after['shift_median_px']:.2f}",
-            f"{one['refined']['map']['in_nyquist']:.2f}",
-            f"{plain['errors']['median_deg']:.2f}, {plain['cpu_s']:.0f}",
+            f"{molecule}, D = {box}", f"{images:,}", ", ".join(str(one["seed"]) for one in runs),
+            f"**{spread([one['median_deg'] for one in before], 1)}** ({chance:.0f})",
+            f"{100 * mean(one['under_20_deg'] for one in before):.0f} %", f"{cpu[0]:.0f}, {cpu[1]:.0f}",
+            f"**{spread([one['median_deg'] for one in after], 2)}**",
+            f"{mean(one['shift_median_px'] for one in after):.2f}",
+            f"{mean(one['refined']['map']['in_nyquist'] for one in runs):.2f}",
+            f"{spread([one['errors']['median_deg'] for one in plain], 2)}, {mean(one['cpu_s'] for one in plain):.0f}",
         ])  # fmt: skip
     columns = [
-        "bench molecule", "images", "predicted, median deg (chance)", "within 20 deg",
+        "bench molecule", "images", "seeds", "predicted, median deg (chance)", "within 20 deg",
         "CPU s of the command without, with refinement",
         "refined, median deg", "shift, px", "map with truth, FSC 0.5 (x Nyquist)",
         "search without network: deg, CPU s",
