@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import warnings
 from pathlib import Path
 
@@ -307,21 +306,6 @@ def test_a_folder_that_is_not_there_and_a_full_disk(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("cryosuite.formats.atomic.shutil.disk_usage", lambda _: type("Usage", (), {"free": 5})())
     with pytest.raises(InputError, match="not enough disk space: needs .*9408 bytes"):
         EncoderCache(toy_set(), 28, "ief", tmp_path / "images.u8", progress=False)
-
-
-def test_other_processes_wait_for_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, main = tmp_path / "images.u8", threading.main_thread()
-    monkeypatch.setattr(encoder_cache, "_rank", lambda: int(threading.current_thread() is not main))
-    found: list[EncoderCache] = []
-    waiting = threading.Thread(target=lambda: found.append(EncoderCache(toy_set(), 28, "ief", path, progress=False)))
-    waiting.start()
-    first = EncoderCache(toy_set(), 28, "ief", path, progress=False)
-    waiting.join(timeout=20)
-    assert np.array_equal(found[0].images, first.images)
-    monkeypatch.setattr(encoder_cache, "_rank", lambda: 1)
-    monkeypatch.setattr(encoder_cache, "STALE_SECONDS", 0.3)
-    with pytest.raises(InputError, match="has not moved"):
-        EncoderCache(toy_set(), 28, "ief", tmp_path / "never.u8", progress=False)
 
 
 def test_features_do_not_depend_on_how_they_are_streamed(tmp_path: Path) -> None:

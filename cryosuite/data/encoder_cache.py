@@ -10,9 +10,9 @@ import json
 import os
 import time
 import zlib
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from cryosuite.console import Progress
 from cryosuite.data.encoder_read import read_encoder_images, stored_sign
 from cryosuite.data.loader import read_ahead
+from cryosuite.data.processes import ALONE, Processes
 from cryosuite.errors import InputError, notice
 from cryosuite.formats.atomic import require_space, write_error, write_text
 from cryosuite.formats.checks import name_rows
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 CHUNK_BYTES = 8 << 20  # of float32 images read at once
 SAVE_SECONDS = 3.0  # between notes of how far the work is
-STALE_SECONDS = 600.0  # other processes wait this long for a sign of life of the one that writes
+STRETCH = 32  # chunks of each process between two notes, where several share the work
 CHECKED = 16  # images compared with their particles before an old cache is believed
 
 
@@ -46,7 +47,8 @@ class EncoderCache:
         circle: zero outside the circle.
         progress: show a progress display.
 
-    Of several processes (torch.distributed) the first writes the file and the others wait for it.
+    Several processes (torch.distributed) share the preparation of a file, each has neighbouring rows; all of them must
+    see the same folder. A mistake of one of them is raised in all.
 
     Attributes:
         images: (N, s, s) uint8. bad: (N,) bool, images with pixels that are not finite; they are 0 everywhere.
@@ -68,11 +70,12 @@ class EncoderCache:
         self.bad = np.zeros(len(particles), bool)
         if self.path is None:
             self.images = np.empty((len(particles), size, size), np.uint8)
-            self._make(0, progress, self._keep)
-        elif _rank() == 0:
-            self._complete(progress)
+            rows = np.arange(len(particles))
+            with self._progress(rows, progress) as bar:
+                self._make(rows, self._keep, bar)
         else:
-            self._await()
+            self.processes = _processes()
+            self._complete(progress)
         if self.bad.any():
             notice(
                 f"{particles.path or 'the particle set'}: {name_rows(np.flatnonzero(self.bad), 'image')} (0-based) "
@@ -137,53 +140,91 @@ class EncoderCache:
 
     def _complete(self, progress: bool) -> None:
         """Write what is missing of the file, then map it."""
+        done, bad = self.processes.first_does(self._begin)
+        self.bad[:] = False
+        self.bad[bad] = True
+        if done < len(self.particles):
+            self._write(done, progress)
+        self._map()
+
+    def _begin(self) -> tuple[int, np.ndarray]:
+        """How many images the file has, which is as long as it is going to be from now on, and the broken ones."""
         count, needed = len(self.particles), len(self.particles) * self.size**2
         done, why = self._found()
         if why:
             notice(f"{self.path}: this cache of images {why}: it is made anew")
         if done < count or not self.path.is_file() or self.path.stat().st_size != needed:
-            self._write(done, needed, progress)
-        self._map()
-
-    def _write(self, done: int, needed: int, progress: bool) -> None:
-        try:
-            if done == 0:
-                self.record.unlink(missing_ok=True)
-                self.path.unlink(missing_ok=True)
-            require_space(self.path, needed - done * self.size**2)
-            with open(self.path, "r+b" if done else "wb") as file:
-                file.truncate(done * self.size**2)
-                file.seek(0, os.SEEK_END)
+            try:
+                if done == 0:
+                    self.record.unlink(missing_ok=True)
+                    self.path.unlink(missing_ok=True)
+                require_space(self.path, needed - done * self.size**2)
+                with open(self.path, "r+b" if done else "wb") as file:
+                    file.truncate(done * self.size**2)
+                    file.truncate(needed)
                 self._note(done)
+            except OSError as error:
+                raise write_error(self.path, error, needed) from None
+        return done, np.flatnonzero(self.bad[:done])
+
+    def _write(self, done: int, progress: bool) -> None:
+        """Write the images from row ``done`` on, stretch by stretch: every process a part of each."""
+        everyone, count, alone = self.processes, len(self.particles), self.processes.count == 1
+        length = count - done if alone else STRETCH * self._step * everyone.count
+        stretches = [np.arange(begin, min(begin + length, count)) for begin in range(done, count, length)]
+        mine = [everyone.mine(rows, self._step) for rows in stretches]
+        saved, opened = time.monotonic(), []
+
+        def keep(begin: int, images: np.ndarray) -> None:
+            nonlocal saved
+            opened[0].seek(begin * self.size**2)
+            opened[0].write(images.data)
+            if alone and time.monotonic() - saved > SAVE_SECONDS:
+                _flush(opened[0])
+                self._note(begin + len(images))
                 saved = time.monotonic()
 
-                def keep(begin: int, images: np.ndarray) -> None:
-                    nonlocal saved
-                    file.write(images.data)
-                    if time.monotonic() - saved > SAVE_SECONDS:
-                        _flush(file)
-                        self._note(begin + len(images))
-                        saved = time.monotonic()
+        def make(rows: np.ndarray) -> np.ndarray:
+            try:
+                self._make(rows, keep, bar)
+                _flush(opened[0])
+            except OSError as error:
+                raise write_error(self.path, error, count * self.size**2) from None
+            return rows[self.bad[rows]]
 
-                self._make(done, progress, keep)
-                _flush(file)
-            self._note(len(self.particles))
-        except OSError as error:
-            raise write_error(self.path, error, needed) from None
+        with ExitStack() as stack:
+            everyone.everyone(lambda: opened.append(stack.enter_context(self._opened())))
+            bar = stack.enter_context(self._progress(np.concatenate(mine), progress and everyone.first))
+            for rows, own in zip(stretches, mine, strict=True):
+                for bad in everyone.everyone(lambda own=own: make(own)):
+                    self.bad[bad] = True
+                everyone.first_does(lambda last=int(rows[-1]): self._note(last + 1))
 
-    def _make(self, done: int, progress: bool, keep: Any) -> None:
-        """Prepare the images from row ``done`` on and hand them to ``keep(first row, images)``."""
-        particles, count = self.particles, len(self.particles)
-        step = max(1, CHUNK_BYTES // (4 * particles.box_size**2))
-        parts = (np.arange(begin, min(begin + step, count)) for begin in range(done, count, step))
-        made = ((part, *read_encoder_images(particles, part, self.size, self.prep, self.circle)) for part in parts)
-        shown = Progress(count, "prepare images", done=done) if progress and done < count else nullcontext()
-        with shown as bar:
-            for rows, images, finite in read_ahead(made, 2):
-                self.bad[rows] = ~finite
-                keep(int(rows[0]), images)
-                if bar is not None:
-                    bar.advance(len(rows))
+    def _opened(self) -> BinaryIO:
+        """The file that the first process has made."""
+        try:
+            return open(self.path, "r+b")
+        except FileNotFoundError:
+            raise InputError(f"{self.path}: is not there: do all processes see the same folder?") from None
+
+    def _progress(self, rows: np.ndarray, shown: bool) -> AbstractContextManager[Progress | None]:
+        return Progress(len(rows), "prepare images") if shown and len(rows) else nullcontext()
+
+    @property
+    def _step(self) -> int:
+        """Images read at once."""
+        return max(1, CHUNK_BYTES // (4 * self.particles.box_size**2))
+
+    def _make(self, rows: np.ndarray, keep: Any, bar: Progress | None) -> None:
+        """Prepare the images of neighbouring rows and hand them to ``keep(first row, images)``."""
+        step = self._step
+        parts = (rows[begin : begin + step] for begin in range(0, len(rows), step))
+        made = ((part, *read_encoder_images(self.particles, part, self.size, self.prep, self.circle)) for part in parts)
+        for part, images, finite in read_ahead(made, 2):
+            self.bad[part] = ~finite
+            keep(int(part[0]), images)
+            if bar is not None:
+                bar.advance(len(part))
 
     def _keep(self, begin: int, images: np.ndarray) -> None:
         self.images[begin : begin + len(images)] = images
@@ -192,25 +233,6 @@ class EncoderCache:
         """Record that the first ``done`` images are on disk."""
         said = self._key() | {"done": done, "bad": np.flatnonzero(self.bad[:done]).tolist()}
         write_text(self.record, json.dumps(said) + "\n")
-
-    def _await(self) -> None:
-        """Wait until the first process has completed the file."""
-        last, seen = None, time.monotonic()
-        while True:
-            try:
-                now = self.record.stat().st_mtime_ns
-            except OSError:
-                now = None
-            if now != last:
-                last, seen = now, time.monotonic()
-                if self._found()[0] == len(self.particles):
-                    return self._map()
-            if time.monotonic() - seen > STALE_SECONDS:
-                raise InputError(
-                    f"{self.path}: the process that writes it has not moved for {STALE_SECONDS / 60:.0f} minutes. "
-                    "Do all processes see the same folder?"
-                )
-            time.sleep(0.2)
 
     def _map(self) -> None:
         shape = (len(self.particles), self.size, self.size)
@@ -222,7 +244,9 @@ def _flush(file: Any) -> None:
     os.fsync(file.fileno())
 
 
-def _rank() -> int:
-    """The number of this process."""
+def _processes() -> Processes:
+    """Those of the process group that there is."""
     distributed = torch.distributed
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    if distributed.is_available() and distributed.is_initialized():
+        return Processes(distributed.get_rank(), distributed.get_world_size())
+    return ALONE
