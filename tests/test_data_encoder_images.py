@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -16,17 +17,20 @@ from cryosuite.data.encoder_images import (
     circle_mask,
     encoder_images,
     features,
+    features_to_file,
     normalise,
     read_encoder_images,
     stored_sign,
 )
 from cryosuite.data.encoder_pixels import resize
+from cryosuite.data.encoder_weights import shipped_encoder
 from cryosuite.data.images import StackImages
 from cryosuite.data.open import open_particles
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.preprocess import PreprocessOptions, preprocess
-from cryosuite.errors import InputError, UserNotice
+from cryosuite.errors import FileError, InputError, UserNotice
 from cryosuite.formats.mrc import StackWriter
+from cryosuite.formats.pickles import read_latent
 from cryosuite.nets.ief import IefEncoder, IefSpec
 from cryosuite.nets.ief_weights import LoadedEncoder
 
@@ -329,6 +333,47 @@ def test_features_of_broken_images_are_named() -> None:
     with pytest.warns(UserNotice, match=r"image 7 \(0-based\)"):
         found = features(ParticleSet.from_array(images, 2.0), toy_encoder(), 5, progress=False)
     assert np.isfinite(found).all()
+
+
+def test_features_on_disk_are_those_in_memory_and_take_no_memory(tmp_path: Path) -> None:
+    images = toy_images(4000)
+    images[[7, 3999], 0, 0] = np.nan
+    particles, spec = ParticleSet.from_array(images, 2.0), IefSpec("wide", dim=512, depth=1, heads=2, image_size=28)
+    torch.manual_seed(0)
+    loaded = LoadedEncoder(IefEncoder(spec).eval(), spec, "robust", 0.5, 0.15, "toy")
+    tracemalloc.start()
+    with pytest.warns(UserNotice, match=r"images 7 and 3999 \(0-based\)"):
+        found = features_to_file(tmp_path / "z.1.pkl", particles, loaded, 50, progress=False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.5e6, "the features are 8 MB"
+    assert [path.name for path in tmp_path.iterdir()] == ["z.1.pkl"] and found.shape == (4000, 512)
+    some = np.array([3999, 0, 1234])
+    wanted = features(particles.subset(some), loaded, progress=False)
+    np.testing.assert_allclose(found.take(some), wanted, atol=1e-5)
+    np.testing.assert_array_equal(read_latent(tmp_path / "z.1.pkl")[0][some], found.take(some))
+
+
+def test_features_of_half_precision_point_the_same_way() -> None:
+    """Images with something on them, the shipped encoder: cosine above 0.999, but not the same numbers."""
+    rng, axis = np.random.default_rng(0), np.arange(48) - 24.0
+    x, y = rng.uniform(-8, 8, (2, 12, 3))
+    waves = [np.exp(-((axis - v[..., None]) ** 2) / 18) for v in (x, y)]
+    images = np.einsum("nki,nkj->nij", *waves) + 0.3 * rng.standard_normal((12, 48, 48))
+    particles, loaded = ParticleSet.from_array(images.astype(np.float32), 3.0), shipped_encoder()
+    whole, half = (torch.from_numpy(features(particles, loaded, progress=False, half=bf16)) for bf16 in (False, True))
+    cosine = torch.nn.functional.cosine_similarity(whole, half)
+    assert float(cosine.min()) > 0.999 and not torch.equal(whole, half)
+    assert torch.equal(whole, torch.from_numpy(features(particles, loaded, progress=False))), (
+        "a CPU is exact by default"
+    )
+
+
+def test_features_that_do_not_fit_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cryosuite.formats.atomic.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    with pytest.raises(FileError, match=r"z.1.pkl: not enough disk space: needs .*, 1000 bytes are free"):
+        features_to_file(tmp_path / "z.1.pkl", toy_set(), toy_encoder(), progress=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_cache_of_another_size_is_no_source_of_features() -> None:

@@ -106,11 +106,11 @@ def test_writer_keeps_nothing_of_an_unfinished_stack(tmp_path: Path) -> None:
 
 
 def test_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: StackWriter, data: bytes) -> None:
+    def full(file: object, data: bytes) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(InputError, match=r"disk is full.*8\.\d KiB"), StackWriter(tmp_path / "a.mrcs", 7, 16, 1.0) as w:
-        monkeypatch.setattr(StackWriter, "_put", full)
+        monkeypatch.setattr("cryosuite.formats.stacks.write_all", full)
         w.write(images())
     assert not os.listdir(tmp_path)
 

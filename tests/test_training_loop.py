@@ -13,7 +13,7 @@ from training_toy import Toy, ToyOptions, options, toy_particles, train
 from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError, UserNotice
 from cryosuite.training import session
-from cryosuite.training.checkpoint import load_state, load_weights
+from cryosuite.training.checkpoint import load_into, load_state
 from cryosuite.training.guard import TrainingDiverged
 from cryosuite.training.logs import read_metrics
 from cryosuite.training.loop import fit
@@ -35,7 +35,9 @@ def test_learns_and_writes_what_a_run_holds(tmp_path: Path) -> None:
     log = run.log.read_text()
     assert "torch" in log and "seed 0" in log and "finished 30 epochs" in log
     model = Toy().build(toy_particles())
-    assert load_weights(run.weights(30), model) == 30
+    stored = load_state(run.weights(30), "weights")
+    load_into(model, stored["model_state_dict"], run.weights(30))
+    assert stored["epoch"] == 30
     for ours, theirs in zip(model.parameters(), result.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 

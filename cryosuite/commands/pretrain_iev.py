@@ -132,7 +132,9 @@ def main(
         None, "--low-memory/--keep-activations", help="Need less memory and a third more time.", panel=SPEED
     ),
     precision: str = _option(
-        "auto", help="Precision of numbers: 32 or bf16; auto: bf16 where the machine is fast at it.", panel=SPEED
+        "auto",
+        help="Precision of numbers: 32 or bf16; auto: bf16 where the machine is fast at it (--encode: on a GPU only).",
+        panel=SPEED,
     ),
     accelerator: str = _option("auto", help="Where to compute: auto, cpu or gpu.", panel=SPEED),
     devices: int = _option(1, help="GPUs on each machine (processes without GPUs).", panel=SPEED),
@@ -282,9 +284,9 @@ def _encode(values: dict[str, Any]) -> int:
         raise InputError("--encode takes one particle set: a work folder, or a .star, .cs or .mrcs file")
     encode_to_run(
         values["sets"][0], values["outdir"], values["weights"] or "iev-tiny", overwrite=values["overwrite"],
-        batch=values["batch_size"] or 64, accelerator=values["accelerator"], prep=values["prep"],
-        circle=values["circle"] is not False, datadir=values["datadir"], pixel_size=values["pixel_size"],
-        sign=-1 if values["invert_data"] else None,
+        batch=values["batch_size"] or 64, accelerator=values["accelerator"], precision=values["precision"],
+        prep=values["prep"], circle=values["circle"] is not False, datadir=values["datadir"],
+        pixel_size=values["pixel_size"], sign=-1 if values["invert_data"] else None,
     )  # fmt: skip
     return 0
 

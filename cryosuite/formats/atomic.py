@@ -84,18 +84,25 @@ def require_space(path: str | os.PathLike, needed: int) -> None:
         )
 
 
-def reserve(file: str | os.PathLike | BinaryIO, size: int) -> None:
+def reserve(file: str | os.PathLike | BinaryIO, size: int, path: str | os.PathLike | None = None) -> None:
     """Give a new file (by its name, or open for writing) its place on the disk, so that a mapped view can be written.
 
     In a file with holes a full disk shows when a page is touched, by a signal that ends the process. Raises InputError
-    for a full disk.
+    for a full disk, naming ``path`` (default: the file).
     """
     try:
         with contextlib.ExitStack() as opened:
             stream = file if hasattr(file, "fileno") else opened.enter_context(open(file, "wb"))
             os.posix_fallocate(stream.fileno(), 0, max(size, 1))
     except OSError as error:
-        raise write_error(getattr(file, "name", file), error, size) from None
+        raise write_error(path or getattr(file, "name", file), error, size) from None
+
+
+def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
+    """Write all bytes to an unbuffered file; one write to a nearly full disk may take only a part of them."""
+    left = memoryview(data).cast("B")
+    while len(left):
+        left = left[file.write(left) :]
 
 
 @contextlib.contextmanager
@@ -202,9 +209,7 @@ def append_text(path: str | os.PathLike, text: str) -> None:
         with open(path, "ab", buffering=0) as file:
             before = os.fstat(file.fileno()).st_size
             try:
-                left = data
-                while len(left):
-                    left = left[file.write(left) :]
+                write_all(file, data)
             except OSError:
                 os.ftruncate(file.fileno(), before)
                 raise

@@ -18,7 +18,7 @@ import numpy as np
 from mrcfile.dtypes import HEADER_DTYPE
 
 from cryosuite.errors import FileError, InputError, notice
-from cryosuite.formats.atomic import atomic_path, write_error
+from cryosuite.formats.atomic import atomic_path, write_all, write_error
 from cryosuite.formats.checks import name_rows
 from cryosuite.formats.mrc_header import HEADER_BYTES, MrcHeader, read_header
 
@@ -231,7 +231,7 @@ class StackWriter:
         with contextlib.ExitStack() as opened:
             self.temporary = opened.enter_context(atomic_path(self.path, needed=self.needed))
             self._file = opened.enter_context(open(self.temporary, "w+b", buffering=0))
-            self._put(bytes(HEADER_BYTES))
+            write_all(self._file, bytes(HEADER_BYTES))
             self._opened = opened.pop_all()
         return self
 
@@ -243,13 +243,7 @@ class StackWriter:
             if self.written != self.count:
                 raise InputError(f"{self.path}: {self.written} of {self.count} images were written: file not kept")
             self._file.seek(0)
-            self._put(self._header())
-
-    def _put(self, data: bytes | memoryview) -> None:
-        """Write all bytes; a write to a nearly full disk may take only a part of them."""
-        left = memoryview(data).cast("B")
-        while len(left):
-            left = left[self._file.write(left) :]
+            write_all(self._file, self._header())
 
     def write(self, images: np.ndarray) -> None:
         """Append images (b, D, D) or one image (D, D).
@@ -279,7 +273,7 @@ class StackWriter:
             )
         self._count(low, high, wide.sum(), np.square(wide, out=wide).sum())
         try:
-            self._put(stored.data)
+            write_all(self._file, stored.data)
         except OSError as error:
             raise write_error(self.path, error, self.needed) from error
         self.written += len(images)
@@ -316,7 +310,7 @@ class StackWriter:
             self._file.seek(HEADER_BYTES + (first + start) * self.image_bytes)
             data = self._file.read(min(step, count - start) * self.image_bytes)
             self._file.seek(HEADER_BYTES + (to + start) * self.image_bytes)
-            self._put(data)
+            write_all(self._file, data)
 
     def _header(self) -> bytes:
         header = np.zeros((), HEADER_DTYPE.newbyteorder("<"))

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from cryosuite.data.encoder_images import circle_mask, features, normalise
 from cryosuite.data.encoder_weights import load_encoder, save_encoder, shipped_encoder
-from cryosuite.data.processes import ALONE, Processes
 from cryosuite.errors import notice
 from cryosuite.kernels import chance
 from cryosuite.methods.iev_augment import AFTER_SIMULATION, augment, circled
@@ -268,7 +267,7 @@ def encode(
     device: str | torch.device | None = None,
     circle: bool = True,
     progress: bool = True,
-    processes: Processes = ALONE,
+    half: bool | None = None,
 ) -> np.ndarray:
     """Features of all particles, (N, C) float32 in their order, not normalised.
 
@@ -276,10 +275,11 @@ def encode(
         particles: any set (``cryosuite.data.open.open_particles``); neither poses nor CTF are needed.
         weights: a name, a file or folder (the released Cryo-IEF weights unmodified, or ours), or a loaded encoder.
         batch: images at once. device: None is the GPU where there is one. circle: hide the corners, as in training.
-        processes: that share the particles; only the first gets them all.
+        half: bfloat16, twice as fast on processors that have it; default: on a GPU, not on a CPU.
 
-    Raises InputError for weights that are missing or do not fit.
+    Raises InputError for weights that are missing or do not fit. ``methods.iev_encode`` writes them to a file as they
+    come, for sets whose features are too many for memory.
     """
     loaded = open_encoder(weights) if isinstance(weights, str | os.PathLike) else weights
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
-    return features(particles, loaded, batch, device, progress, circle=circle, processes=processes)
+    return features(particles, loaded, batch, device, progress, circle=circle, half=half)

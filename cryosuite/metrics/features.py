@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import Tensor
 
 ROWS = 512  # images whose distances to all are held at once
-PIECE = 1 << 16  # features of a million images are looked at so many at a time
+PIECE = 1 << 14  # features of a million images are looked at so many at a time
+SAMPLE = 50_000  # of more images, neighbours are looked for among so many of them
 
 
 def knn_accuracy(z: np.ndarray, labels: np.ndarray, k: int = 10, cosine: bool = True) -> float:
@@ -38,21 +41,32 @@ def knn_accuracy(z: np.ndarray, labels: np.ndarray, k: int = 10, cosine: bool = 
     return right / len(x)
 
 
-def feature_spread(z: Tensor) -> tuple[Tensor, Tensor]:
-    """(spread, effective rank) of features (n, c), as scalars on their device.
+def feature_spread(z: Tensor | Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """(spread, effective rank) of features (n, c), whole or in pieces, as scalars on their device.
 
     spread: standard deviation of the components of the normalised features times sqrt(c): near 1 for features in all
     directions, near 0 when all images get the same one (below 0.3: collapse). Effective rank: participation ratio of
     the covariance's eigenvalues, (sum)^2 / sum of squares, from 1 to c.
     """
-    count, first = len(z), torch.nn.functional.normalize(z[:PIECE].float(), dim=1).mean(0)
-    total, products = torch.zeros_like(first), torch.zeros(z.shape[1], z.shape[1], device=z.device)
-    for start in range(0, count, PIECE):  # relative to a mean that is nearly right: alike features would cancel
-        x = torch.nn.functional.normalize(z[start : start + PIECE].float(), dim=1) - first
-        total, products = total + x.sum(0), products + x.T @ x
+    first: Tensor | None = None
+    for piece in z.split(PIECE) if isinstance(z, Tensor) else z:
+        x = torch.nn.functional.normalize(piece.float(), dim=1)
+        if first is None:
+            first, count = x.mean(0), 0
+            total, products = torch.zeros_like(first), torch.zeros(x.shape[1], x.shape[1], device=x.device)
+        x = x - first  # relative to a mean that is nearly right: alike features would cancel
+        count, total, products = count + len(x), total + x.sum(0), products + x.T @ x
     covariance = products - torch.outer(total, total) / count
     trace = covariance.diagonal().sum()
     return (trace.clamp(min=0) / (count - 1)).sqrt(), trace.square() / covariance.square().sum().clamp(min=1e-20)
+
+
+def neighbour_sample(count: int) -> np.ndarray | None:
+    """Rows (SAMPLE,), in order and always the same, among which neighbours are looked for in a large set; None: all.
+
+    The time that ``knn_accuracy`` takes grows with the square of the number of images.
+    """
+    return np.sort(np.random.default_rng(0).choice(count, SAMPLE, replace=False)) if count > SAMPLE else None
 
 
 def pixel_components(images: np.ndarray, count: int = 64) -> np.ndarray:

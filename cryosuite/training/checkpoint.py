@@ -78,13 +78,6 @@ def save_weights(path: Path, epoch: int, model: nn.Module) -> None:
     save_state(path, {"format": FORMAT, "version": __version__, "epoch": epoch, "model_state_dict": state})
 
 
-def load_weights(path: Path, model: nn.Module) -> int:
-    """Put the weights of a weights.N.pkl into a model built with the same options; returns their epoch."""
-    state = load_state(path, "weights")
-    load_into(model, state["model_state_dict"], path)
-    return int(state["epoch"])
-
-
 def load_into(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     """``model.load_state_dict`` with a message for the user where names or shapes differ."""
     try:

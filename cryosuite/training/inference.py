@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +12,6 @@ from torch import nn
 
 from cryosuite.console import Progress
 from cryosuite.data.loader import Batch, BatchLoader
-from cryosuite.formats.atomic import atomic_path, write_error
 from cryosuite.kernels.memory import Portions
 from cryosuite.training.launch import resolve_precision, world
 from cryosuite.training.method import Method
@@ -79,52 +77,6 @@ def encode_all(
     return np.concatenate([part for part in parts if part is not None])
 
 
-def encode_to_file(
-    path: Path,
-    method: Method,
-    model: nn.Module,
-    particles: ParticleSet,
-    batch_size: int = 256,
-    *,
-    precision: str = "auto",
-    progress: bool = True,
-) -> np.ndarray:
-    """Latents of all particles into a .npy file (atomically), returned memory-mapped read-only; memory flat in N.
-
-    Every process writes its own part beside the file; the first joins them. All processes must see the same folder.
-    """
-    path = Path(path)
-    rank, processes = world()
-    part = path.with_name(f".{path.name}.part{rank}")
-    zdim = 0
-    try:
-        with open(part, "wb") as file:
-            for _, z in encode_batches(method, model, particles, batch_size, precision=precision, progress=progress):
-                zdim = z.shape[1]
-                file.write(np.ascontiguousarray(z, np.float32).tobytes())
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise write_error(path, error, 4 * zdim * len(particles)) from None
-    _barrier()
-    if rank == 0:
-        _join(path, processes, (len(particles), zdim))
-    _barrier()
-    part.unlink()
-    return np.load(path, mmap_mode="r")
-
-
-def _join(path: Path, processes: int, shape: tuple[int, int]) -> None:
-    """The parts of all processes, one after the other, as one .npy file."""
-    needed = 4 * shape[0] * shape[1]
-    with atomic_path(path, suffix=".npy", needed=needed) as temporary, open(temporary, "wb") as joined:
-        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(joined, header)
-        for number in range(processes):
-            with open(path.with_name(f".{path.name}.part{number}"), "rb") as piece:
-                while block := piece.read(1 << 24):
-                    joined.write(block)
-
-
 def autocast(device: torch.device, precision: str) -> torch.autocast | nullcontext:
     """The autocast context of a precision option ("auto", "32", "bf16") on a device."""
     if resolve_precision(precision, device.type) == "bf16-mixed":
@@ -141,8 +93,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(before)
-
-
-def _barrier() -> None:
-    if world()[1] > 1:
-        torch.distributed.barrier()
