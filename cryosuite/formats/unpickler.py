@@ -3,6 +3,9 @@
 Nothing of the file is ever called: the few globals that numpy writes are replaced by small classes of our own that
 only keep what they were given, and arrays are made at the end from plain bytes. Allowing "anything in numpy" would not
 be safe: the package holds functions that run text as code.
+
+Long byte strings, the data of large arrays, do not pass through Python's unpickler, which would keep a copy: they are
+cut out of what it is given, and read from the file into the array that they belong to.
 """
 
 from __future__ import annotations
@@ -13,18 +16,51 @@ import os
 import pickle
 import pickletools
 import re
+import struct
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from cryosuite.errors import InputError
-from cryosuite.formats.checks import printable, read_bytes
+from cryosuite.errors import FileError, InputError
+from cryosuite.formats.checks import existing_file, printable
 
+_LONG = 1 << 16  # bytes: strings from this length on are read where they belong
+_BYTES = ("BINBYTES", "BINBYTES8", "BYTEARRAY8")
 _DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|c8|c16|[SUV]\d{1,6}|O8?|\?)")
 _MAX_DEPTH = 50
+
+
+class _Cut:
+    """A long byte string that stays in the file until it is asked for."""
+
+    __slots__ = ("_begin", "_size", "_stream")
+
+    def __init__(self, stream: BinaryIO, begin: int, size: int) -> None:
+        self._stream, self._begin, self._size = stream, begin, size
+
+    def __setstate__(self, _: object) -> None:
+        raise ValueError("bytes with a state")
+
+    def __len__(self) -> int:
+        return self._size
+
+    def read_into(self, buffer: memoryview) -> None:
+        """Fill a buffer of this length. Raises EOFError where the file has become shorter."""
+        self._stream.seek(self._begin)
+        while len(buffer):
+            count = self._stream.readinto(buffer)
+            if not count:
+                raise EOFError
+            buffer = buffer[count:]
+
+    def read(self) -> bytes:
+        """The bytes themselves."""
+        found = bytearray(self._size)
+        self.read_into(memoryview(found))
+        return bytes(found)
 
 
 class _Dtype:
@@ -62,6 +98,10 @@ class _Array:
         _, shape, dtype, fortran, data = state
         self.parts = (data, dtype, shape, "F" if fortran else "C")
 
+    def __len__(self) -> int:
+        data = self.parts[0] if self.parts else b""
+        return len(data) if isinstance(data, (bytes, bytearray, str, _Cut)) else 0
+
     def resolve(self) -> np.ndarray:
         """The array; the bytes must be exactly those that shape and type ask for."""
         if self.parts is None:
@@ -72,13 +112,17 @@ class _Array:
         dtype = dtype.resolve()
         if isinstance(data, str):  # pickles of Python 2 read as Latin-1
             data = data.encode("latin-1")
-        if not isinstance(data, (bytes, bytearray)) or order not in ("C", "F"):
+        if not isinstance(data, (bytes, bytearray, _Cut)) or order not in ("C", "F"):
             raise ValueError("damaged array")
         if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape) or len(shape) > 32:
             raise ValueError("damaged array shape")
         if math.prod(shape) * dtype.itemsize != len(data):
             raise ValueError(f"an array of shape {shape} does not fit its {len(data)} bytes")
-        return np.frombuffer(data, dtype).reshape(shape, order=order).copy(order="K")
+        if not isinstance(data, _Cut):
+            return np.frombuffer(data, dtype).reshape(shape, order=order).copy(order="K")
+        flat = np.empty(len(data) // dtype.itemsize, dtype)
+        data.read_into(memoryview(flat.view(np.uint8)))
+        return flat.reshape(shape, order=order)
 
 
 def _reconstruct(*_: object) -> _Array:
@@ -104,10 +148,10 @@ def _latin1(text: object, encoding: object = "latin1") -> bytes:
     return text.encode("latin-1")
 
 
-def _bytes(data: object = b"", *_: object) -> bytes:
-    if not isinstance(data, (bytes, bytearray)):
+def _bytes(data: object = b"", *_: object) -> bytes | _Cut:
+    if not isinstance(data, (bytes, bytearray, _Cut)):
         raise ValueError("damaged bytes")
-    return bytes(data)
+    return data if isinstance(data, _Cut) else bytes(data)
 
 
 def _ordered(pairs: object = (), *_: object) -> dict:
@@ -146,48 +190,81 @@ for _core in ("numpy.core", "numpy._core"):
     _ALLOWED[_core + ".numeric", "_frombuffer"] = _Global(_frombuffer)
 
 
+def _stand_in(path: Path, module: str, name: str) -> _Global:
+    """The stand-in for a global that numpy writes; every other global ends the reading."""
+    module = "builtins" if module == "__builtin__" else module  # its name in protocols 0 to 2
+    allowed = _ALLOWED.get((module, name))
+    if allowed is None:
+        raise InputError(
+            f"{path}: refused: the pickle asks for {printable(f'{module}.{name}')}; only numpy arrays, "
+            "numbers, text and containers of them are read, because anything else can run code"
+        )
+    return allowed
+
+
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, stream: io.BytesIO, path: Path) -> None:
+    """Of a pickle whose long byte strings were cut out, each replaced by its number as a persistent id."""
+
+    def __init__(self, stream: BinaryIO, path: Path, cuts: list[_Cut]) -> None:
         super().__init__(stream, encoding="latin-1")
-        self._path = path
+        self._path, self._cuts = path, cuts
 
     def find_class(self, module: str, name: str) -> Any:
-        """The stand-in for a global that numpy writes; every other global ends the reading."""
-        module = "builtins" if module == "__builtin__" else module  # its name in protocols 0 to 2
-        allowed = _ALLOWED.get((module, name))
-        if allowed is None:
-            raise InputError(
-                f"{self._path}: refused: the pickle asks for {printable(f'{module}.{name}')}; only numpy arrays, "
-                "numbers, text and containers of them are read, because anything else can run code"
-            )
-        return allowed
+        """The stand-in for a global."""
+        return _stand_in(self._path, module, name)
 
-    def persistent_load(self, _: object) -> Any:
-        raise InputError(f"{self._path}: refused: the pickle asks for objects outside the file (persistent id)")
+    def persistent_load(self, number: object) -> Any:
+        """A byte string that was cut out: ids of the file's own were refused before."""
+        if type(number) is int and 0 <= number < len(self._cuts):
+            return self._cuts[number]
+        raise _outside(self._path)
+
+
+def _outside(path: Path) -> InputError:
+    return InputError(f"{path}: refused: the pickle asks for objects outside the file (persistent id)")
+
+
+class _Bounded:
+    """A stream of so many bytes that gives no more than it has: one asked for 2^60 bytes would first make room."""
+
+    def __init__(self, stream: BinaryIO, size: int) -> None:
+        self._stream, self._size = stream, size
+        self.tell, self.readline = stream.tell, stream.readline
+
+    def read(self, count: int) -> bytes:
+        return self._stream.read(min(count, self._size - self._stream.tell()))
 
 
 def safe_load(path: str | os.PathLike, only_first: bool = False) -> list[Any]:
     """All objects pickled in a file, one after the other (cryoDRGN writes mu and logvar as two pickles).
 
     Admits numbers, text, bytes, None, tuples, lists, dicts, and numpy arrays and scalars of numbers or text in the
-    forms that numpy 1 and 2 write with protocols 0 to 5. Nothing of the file is executed. Raises InputError for a
-    missing, empty, truncated or damaged file, and for any other global, naming it. ``only_first``: what follows the
-    first object is not looked at.
+    forms that numpy 1 and 2 write with protocols 0 to 5. Nothing of the file is executed. Arrays take the memory that
+    they need and hardly more (protocols 3 and 4). Raises InputError for a missing, empty, truncated or damaged file,
+    and for any other global, naming it. ``only_first``: what follows the first object is not looked at.
     """
-    return load_bytes(Path(path), read_bytes(path, "pickle"), only_first)
+    path = existing_file(path, "pickle")
+    try:
+        with open(path, "rb") as stream:
+            return _load(path, stream, os.fstat(stream.fileno()).st_size, only_first)
+    except OSError as error:
+        raise FileError(f"{path}: cannot read this pickle: {error.strerror or error}") from None
 
 
 def load_bytes(path: Path, data: bytes, only_first: bool = False) -> list[Any]:
     """``safe_load`` of bytes that were found in ``path``."""
-    stream = io.BytesIO(data)
+    return _load(path, io.BytesIO(data), len(data), only_first)
+
+
+def _load(path: Path, stream: BinaryIO, size: int, only_first: bool) -> list[Any]:
+    """The objects in a stream of ``size`` bytes that can be sought in."""
     loaded: list[Any] = []
-    while stream.tell() < len(data) and not (only_first and loaded):
-        start = stream.tell()
-        _check_opcodes(path, stream, data)
-        stream.seek(start)
+    while stream.tell() < size and not (only_first and loaded):
+        pickled, cuts = _without_long(path, stream, size)
+        end = stream.tell()
         try:
-            loaded.append(_Resolver(len(data)).resolve(_Unpickler(stream, path).load()))
-        except InputError:
+            loaded.append(_Resolver(size).resolve(_Unpickler(io.BytesIO(pickled), path, cuts).load()))
+        except (InputError, OSError):
             raise
         except EOFError:
             raise _truncated(path) from None
@@ -196,6 +273,7 @@ def load_bytes(path: Path, data: bytes, only_first: bool = False) -> list[Any]:
             if "truncated" in text or "exhausted" in text:
                 raise _truncated(path) from None
             raise InputError(f"{path}: damaged pickle: {printable(text) or type(error).__name__}") from None
+        stream.seek(end)
     return loaded
 
 
@@ -203,33 +281,66 @@ def _truncated(path: Path) -> InputError:
     return InputError(f"{path}: truncated: the pickle ends early; copy or write the file again")
 
 
-def _check_opcodes(path: Path, stream: io.BytesIO, data: bytes) -> None:
-    """Walk through one pickle without running it: its end must be there, and no memo index may cost memory."""
+def _without_long(path: Path, stream: BinaryIO, size: int) -> tuple[bytes, list[_Cut]]:
+    """One pickle from where the stream stands, without its long byte strings; the stream then stands behind it.
+
+    The pickle is walked through and not run: its end must be there, and no memo index may cost memory. Frames are left
+    out where something was cut, as their lengths are no longer right.
+    """
+    cuts: list[_Cut] = []
+    left_out: list[tuple[int, int, bytes]] = []  # begin, end, what stands there instead
+    start = stream.tell()
     try:
-        for opcode, argument, _ in pickletools.genops(stream):
-            if opcode.name in ("PUT", "LONG_BINPUT") and argument > len(data):
+        for opcode, argument, begin in pickletools.genops(_Bounded(stream, size)):
+            end = stream.tell()
+            if opcode.name in _BYTES and len(argument) >= _LONG:
+                left_out.append((begin, end, pickle.BININT + struct.pack("<i", len(cuts)) + pickle.BINPERSID))
+                cuts.append(_Cut(stream, end - len(argument), len(argument)))
+            elif opcode.name == "FRAME":
+                left_out.append((begin, end, b""))
+            elif opcode.name in ("PUT", "LONG_BINPUT") and argument > size:
                 raise InputError(f"{path}: damaged pickle: memo index {argument}")
-            if opcode.name == "GLOBAL":
+            elif opcode.name in ("PERSID", "BINPERSID"):
+                raise _outside(path)
+            elif opcode.name == "GLOBAL":
                 module, _, name = str(argument).partition(" ")
-                _Unpickler(stream, path).find_class(module, name)
-    except InputError:
+                _stand_in(path, module, name)
+    except (InputError, OSError):
         raise
     except Exception as error:
         text = str(error)
         if any(word in text for word in ("exhausted", "not enough data", "expected", "only", "no newline", "EOF")):
             raise _truncated(path) from None
         raise InputError(f"{path}: not a pickle, or a damaged one: {printable(text)}") from None
+    del argument  # may be as large as the file
+    return _cut_out(stream, start, stream.tell(), left_out if cuts else []), cuts
+
+
+def _cut_out(stream: BinaryIO, start: int, end: int, left_out: list[tuple[int, int, bytes]]) -> bytes:
+    """The bytes from ``start`` to ``end`` but for the parts left out; the stream then stands at ``end``."""
+    stream.seek(start)
+    if not left_out:
+        return stream.read(end - start)
+    kept = io.BytesIO()
+    for begin, behind, instead in [*left_out, (end, end, b"")]:
+        stream.seek(start)
+        kept.write(stream.read(begin - start))
+        kept.write(instead)
+        start = behind
+    stream.seek(end)
+    return kept.getvalue()
 
 
 class _Resolver:
     """Replaces the stand-ins in one loaded pickle by arrays; each shared object once.
 
-    A few hundred bytes can hold lists of lists of the same list, 2^60 numbers to whoever walks through them: what is
-    said over and over is counted, and bounded by the size of the file.
+    A few hundred bytes can hold lists of lists of the same list, 2^60 numbers to whoever walks through them, or
+    thousands of arrays of the same bytes: what is said over and over is counted, and bounded by the size of the file.
     """
 
     def __init__(self, file_bytes: int) -> None:
         self.limit = 2 * file_bytes + 100_000
+        self.bytes_left = file_bytes  # for arrays: each has its own bytes in the file
         self.seen: dict[
             int, tuple[Any, Any, int]
         ] = {}  # id -> stand-in (kept, so that the id stays its own), made, size
@@ -247,9 +358,12 @@ class _Resolver:
         if id(value) in self.seen:
             return self.seen[id(value)][1:]
         size = 1
-        if isinstance(value, _Array):
-            array = value.resolve()
-            made: Any = array[()] if array.ndim == 0 else array
+        if isinstance(value, (_Array, _Cut)):
+            self.bytes_left -= len(value)
+            if self.bytes_left < 0:
+                raise ValueError("its arrays repeat the same bytes")
+            made: Any = value.read() if isinstance(value, _Cut) else value.resolve()
+            made = made[()] if isinstance(made, np.ndarray) and made.ndim == 0 else made
         elif isinstance(value, (tuple, list)):
             parts = [self._resolve(item, depth + 1) for item in value]
             made, size = type(value)(part for part, _ in parts), 1 + sum(count for _, count in parts)
