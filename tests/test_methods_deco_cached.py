@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError
 from cryosuite.kernels import fourier, pose_search
-from cryosuite.kernels.pose_search import PointSource, SearchOptions
+from cryosuite.kernels.pose_search import PointSource, SearchOptions, VolumeSource
 from cryosuite.kernels.rotations import geodesic_deg, random_rotations
 from cryosuite.methods.deco import Deco
 from cryosuite.methods.deco_cached import CachedVolumes
@@ -120,6 +120,35 @@ def test_latents_far_from_every_centre_take_the_exact_way() -> None:
     assert len(which[:-1].view(4, 4).unique(dim=1)[0]) == 1 and bool(far[-1])
     assert far[:-1].float().mean() < 0.3
     assert [len(set(row.tolist())) for row in which[:-1].view(4, 4)] == [1, 1, 1, 1]
+
+
+def test_large_boxes_keep_what_is_searched_and_no_more() -> None:
+    """Transforms up to the radius of the search: slices of the whole volumes, bit for bit, in a part of the room."""
+    volumes = torch.stack([blobs(32, seed) for seed in range(3)])
+    known, order = torch.tensor([[0.0], [1.0], [2.0]]), []
+
+    def make(centre: Tensor) -> Tensor:
+        order.append(int(centre))
+        return volumes[order[-1]][None]
+
+    cached = CachedVolumes(3, 1, 32, r_max=4)
+    assert cached.spectral and cached.volumes.numel() < 0.25 * volumes.numel()
+    cached.note(known, 100, make)
+    rotation, index = random_rotations(6).view(3, 2, 3, 3), torch.arange(3)
+    whole = VolumeSource(volumes[order], r_max=4)
+    for radius in (2, 4):
+        ours, theirs = (source.slices(rotation, radius, index) for source in (cached.source(), whole))
+        assert torch.equal(ours, theirs) and ours.abs().max() > 0
+    disc = fourier.half_disc(32, 4)
+    images = fourier.to_half_disc(torch.randn(3, 32, 32), disc)
+    options = SearchOptions(r_min=4, r_max=4, levels=1, base_order=1, shift_grid=2)
+    ours, theirs = (
+        pose_search.search(source.of(index), images, torch.ones(3, len(disc)), index, options)
+        for source in (cached.source(), whole)
+    )
+    assert torch.equal(ours.rotation, theirs.rotation) and torch.equal(ours.score, theirs.score)
+    small = CachedVolumes(3, 1, 24)  # where a transform would take more room than the volume itself
+    assert not small.spectral and small.volumes.shape == (3, 24, 24, 24)
 
 
 def test_volumes_are_made_eight_times_per_pass() -> None:

@@ -88,6 +88,14 @@ class VolumeSource:
         # one volume at a time: the padded box is eight times larger than what is kept
         self.transform = torch.stack([_crop(volume_transform(v, pad), pad * radius + 1) for v in stack])
 
+    @classmethod
+    def of_transforms(cls, transform: Tensor, box_size: int, r_max: int, pad: int = 2) -> VolumeSource:
+        """The source of transforms that were taken from another source of this radius; nothing is copied."""
+        source = cls.__new__(cls)
+        source.box_size, source.pad, source.r_max = box_size, pad, min(r_max, box_size // 2)
+        source.volume_index, source.transform = None, transform
+        return source
+
     def __len__(self) -> int:
         return self.transform.shape[0]
 

@@ -22,6 +22,7 @@ from cryosuite.data.particles import ParticleSet
 from cryosuite.data.spectra import measure_spectra
 from cryosuite.errors import InputError
 from cryosuite.kernels import chance, fourier
+from cryosuite.kernels.memory import Portions
 from cryosuite.kernels.rotations import random_rotations
 from cryosuite.methods.deco_encoder import open_encoder
 from cryosuite.methods.deco_images import encoder_cache
@@ -80,7 +81,7 @@ class Deco:
             model.table = PoseTable(*first_poses(particles))
             self.searcher = Searcher(model, self.options)
             if self.options.search == "cached":
-                model.keep_volumes(self.options.cached_volumes)
+                model.keep_volumes(self.options.cached_volumes, self.searcher.search_options.r_max)
         return model
 
     def attach(self, model: DecoModel, particles: ParticleSet, size: int, prep: str) -> None:
@@ -190,13 +191,13 @@ class Deco:
 def _of_all(model: DecoModel, count: int, one: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """What ``one`` gives for batches of all rows, below each other; each process does its part of the batches."""
     rank, processes = world()
-    device, found = model.envelope.device, []
+    device, found, portions = model.envelope.device, [], Portions("images")
     batches = np.array_split(np.arange(count), max(1, math.ceil(count / ENCODE_BATCH)))
     mine = batches[len(batches) * rank // processes : len(batches) * (rank + 1) // processes]
     with evaluating(model), torch.inference_mode(), Progress(sum(map(len, mine)), "encode") as bar:
         for rows in mine:
             with autocast(device, "32" if device.type == "cpu" else "auto"):
-                found.append(one(rows))
+                found += [values for _, values in portions.over(lambda some, rows=rows: one(rows[some]), len(rows))]
             bar.advance(len(rows))
     parts = [found]
     if processes > 1:

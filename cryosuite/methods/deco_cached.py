@@ -8,6 +8,7 @@ exact way from the start (DECO, section 4.6).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -27,18 +28,25 @@ class CachedVolumes(nn.Module):
     """Volumes at the centres of the latents, and whose centre is nearest; all of it buffers, so that a resumed run goes
     on exactly.
 
+    Args:
+        r_max: Fourier pixels up to which slices will be asked for; None: all of them.
+
     Attributes:
         latents: (RECENT, zdim) the last that were seen; ``seen``: how many there were in all.
-        centres: (K, zdim). volumes: (K, D, D, D) float32. reach: (), distance from where on the exact way is taken.
-        age: () particles searched for since the volumes were made; -1: there are none.
+        centres: (K, zdim). volumes: (K, D, D, D) float32, or where that is less (``spectral``), as in large boxes,
+            their transforms up to ``r_max`` as a source of slices has them. reach: (), distance from where on the
+            exact way is taken. age: () particles searched for since the volumes were made; -1: there are none.
     """
 
-    def __init__(self, count: int, zdim: int, box_size: int) -> None:
+    def __init__(self, count: int, zdim: int, box_size: int, r_max: int | None = None) -> None:
         super().__init__()
+        self.box_size, self.r_max = box_size, min(r_max or box_size // 2, box_size // 2)
+        boxes, transforms = (box_size,) * 3, transform_shape(self.r_max)
+        self.spectral = math.prod(transforms) < math.prod(boxes)
         self.register_buffer("latents", torch.zeros(RECENT, zdim))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
         self.register_buffer("centres", torch.zeros(count, zdim))
-        self.register_buffer("volumes", torch.zeros(count, box_size, box_size, box_size))
+        self.register_buffer("volumes", torch.zeros(count, *(transforms if self.spectral else boxes)))
         self.register_buffer("reach", torch.zeros(()))
         self.register_buffer("age", torch.full((), -1, dtype=torch.int64))
         self.made: VolumeSource | None = None  # of ``volumes``, made when it is first asked for
@@ -62,20 +70,29 @@ class CachedVolumes(nn.Module):
         self.centres.copy_(_centres(known, len(self.centres)))
         self.reach.copy_(FAR * torch.cdist(known, self.centres).amin(1).mean())
         for k in range(len(self.centres)):  # one at a time: the network's own temporaries are large enough
-            self.volumes[k] = make(self.centres[k : k + 1])[0].to(self.volumes)
+            volume = make(self.centres[k : k + 1])[0].to(self.volumes)
+            self.volumes[k] = VolumeSource(volume, r_max=self.r_max).transform[0] if self.spectral else volume
         self.age.fill_(len(z))
         self.made = None
 
-    def source(self, r_max: int) -> VolumeSource:
+    def source(self) -> VolumeSource:
         """All volumes as one source of slices up to radius ``r_max``; the particles' volumes are not yet said."""
-        if self.made is None or self.made.r_max < min(r_max, self.volumes.shape[-1] // 2):
-            self.made = VolumeSource(self.volumes, r_max=r_max)
+        if self.spectral:
+            return VolumeSource.of_transforms(self.volumes, self.box_size, self.r_max)
+        if self.made is None:
+            self.made = VolumeSource(self.volumes, r_max=self.r_max)
         return self.made
 
     def nearest(self, z: Tensor) -> tuple[Tensor, Tensor]:  # (b,), (b,)
         """Number of the centre nearest to each latent, and whether it lies too far for its volume to stand for it."""
         distance, which = torch.cdist(z.to(self.centres), self.centres).min(1)
         return which, distance > self.reach
+
+
+def transform_shape(r_max: int) -> tuple[int, ...]:
+    """Of the transform that a source of slices keeps of a volume: half of the padded cube, real and imaginary parts."""
+    side = 2 * (2 * r_max + 1) + 1
+    return side, side, side // 2 + 1, 2
 
 
 def _centres(z: Tensor, count: int) -> Tensor:  # (n, zdim) -> (count, zdim)

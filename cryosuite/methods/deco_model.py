@@ -86,9 +86,10 @@ class DecoModel(nn.Module):
         self.register_buffer("envelope", (spectra.signal if white else total).sqrt().clone())
         self._freeze()
 
-    def keep_volumes(self, count: int) -> None:
-        """Search for poses in ``count`` cached volumes from now on. They are equal in all processes by themselves."""
-        self.cached = CachedVolumes(count, self.zdim, self.box_size)
+    def keep_volumes(self, count: int, r_max: int) -> None:
+        """Search for poses, up to a radius, in ``count`` cached volumes from now on. They are equal in all processes by
+        themselves."""
+        self.cached = CachedVolumes(count, self.zdim, self.box_size, r_max)
         self.not_in_weights = "cached."
         # hundreds of megabytes that need not go from process to process in every step
         self.not_sent_around = [f"cached.{name}" for name, _ in self.cached.named_buffers()]

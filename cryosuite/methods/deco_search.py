@@ -117,7 +117,7 @@ class Searcher:
             if exact:
                 parts.append((rows, pose_search.search(source, images, transfer, rows, options)))
                 continue
-            volumes = cached.source(options.r_max).of(which)
+            volumes = cached.source().of(which)
             found = pose_search.search(volumes, images, transfer, rows, options)
             parts.append((rows, pose_search.score_poses(source, images, transfer, rows, found, options, EXACT_STEPS)))
         order = torch.cat([rows for rows, _ in parts]).argsort()
