@@ -184,6 +184,8 @@ def test_noise_is_said_to_be_noise(mixture, tmp_path, capsys, monkeypatch) -> No
         (["--ab-initio", "--classes", "9"], ["too few", "9"]),
         (["--cluster", "dbscan"], ["--cluster dbscan"]),
         (["--seed", "-1"], ["--seed"]),
+        (["--hps-epochs", "3"], ["--hps-epochs", "--start network", "known"]),
+        (["--ab-initio", "--warmup-images", "50", "--hps-epochs", "3"], ["--hps-epochs, --warmup-images", "voxel"]),
     ],
 )
 def test_bad_options_are_refused_before_a_folder_is_made(

@@ -27,6 +27,7 @@ TRAIN = {
     "checkpoint_minutes": "checkpoint_every_minutes", "precision": "precision", "accelerator": "accelerator",
     "devices": "devices", "num_nodes": "num_nodes", "log_interval": "log_every", "requeue": "requeue",
 }  # fmt: skip
+NETWORK_START = ("hps_epochs", "warmup_images")  # what nothing else makes use of
 WAYS_IN = ("poses", "ctf", "ind", "datadir", "pixel_size")
 
 
@@ -262,6 +263,10 @@ def _options(values: dict[str, Any], particles: Any) -> tuple[Any, Any, str]:
     name, chosen = preset(values["preset"], gpu, **changes)
     if changes["encoder"] is None:
         chosen = available_encoder(chosen, changes["lr_encoder"])
+    unused = [f"--{flag.replace('_', '-')}" for flag in NETWORK_START if values[flag] is not None]
+    if unused and not (chosen.options.poses == "none" and chosen.options.start == "network"):
+        now = "the poses are known here" if known else "here a voxel start finds the poses"
+        raise InputError(f"{', '.join(unused)}: go with --ab-initio --start network; {now}. Leave them out")
     if values["preset"] == "auto":
         reason = "a GPU is here" if gpu else "no GPU is used"
         notice(f"--preset {name} was chosen because {reason}; --preset small, default or paper decides otherwise")
