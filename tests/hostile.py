@@ -155,7 +155,10 @@ def _allowed(path: Path, size: int) -> int:
 
 
 def _content(path: Path) -> int:
-    """Bytes of a file, or of what is in it where it is a gzip file: a map of zeros shrinks a thousand times."""
+    """Bytes of a file, or of what is in it where it is a gzip file: a map of zeros shrinks a thousand times.
+
+    Of a broken one what comes out before it breaks does not count: who reads it need not keep that.
+    """
     if path.suffix == ".gz":
         with contextlib.suppress(OSError, EOFError, zlib.error), gzip.open(path) as stream:
             return max(path.stat().st_size, len(stream.read(64 << 20)))

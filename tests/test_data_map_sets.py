@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -165,3 +166,25 @@ def test_cubes_and_shifts() -> None:
     for dims, wanted in (((0, 1), 16.4), ((0, 2), 15.7), ((1, 2), 16.0)):
         profile = moved.sum(dims)
         assert float((profile * axis).sum() / profile.sum()) == pytest.approx(wanted, abs=0.01)
+
+
+def test_a_list_of_junk_takes_no_memory(folder: Path) -> None:
+    """A line of 100,000 cells would be as many Python objects; 200,000 lines of one sign, too."""
+    for name, text, said in (
+        ("cells", "one.map," * 30_000, "line 2 has 240000 char"),
+        ("lines", "x\n" * 200_000, "row 2"),
+    ):
+        path = folder / "junk.csv"
+        path.write_text("map,model\n" + text)
+        tracemalloc.start()
+        with pytest.raises(InputError, match=said):
+            read_pairs(path)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 4 * path.stat().st_size + 100_000, said
+
+
+def test_a_name_twice_is_refused(folder: Path) -> None:
+    (folder / "l.csv").write_text("map,model\none.map,one.pdb\none.map,one.pdb\n")
+    with pytest.raises(InputError, match="two maps are named one"):
+        read_pairs(folder / "l.csv")

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ __all__ = ["MapEntry", "MapVolume", "read_pairs", "map_entries", "load_volume"]
 MAPS = (".mrc", ".map", ".ccp4")
 MODELS = (".cif", ".mmcif", ".pdb", ".ent")
 COLUMNS = ("map", "model", "resolution")
+LONGEST_LINE = 20_000  # characters of a list of pairs: two paths and a number
 LIMITS = (1.0, 60.0)  # A, between what a resolution must lie
 
 
@@ -70,19 +72,20 @@ def read_pairs(path: Path) -> list[MapEntry]:
     """
     path = Path(path)
     if path.is_dir():
-        entries = _in_folder(path)
+        entries: Iterable[MapEntry] = _in_folder(path)
     elif path.suffix.lower() in (".csv", ".tsv", ".txt"):
-        entries = [_entry(row, f"row {i}", path) for i, row in enumerate(_table(path), 2)]
+        entries = (_entry(row, f"row {i}", path) for i, row in enumerate(_table(path), 2))
     elif path.suffix.lower() in (".yaml", ".yml"):
         rows = read_yaml(path).get("pairs")
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise InputError(f"{path}: expected pairs: and below it a list of map:, model: and, if known, resolution:")
-        entries = [_entry(row, f"pair {i}", path) for i, row in enumerate(rows, 1)]
+        entries = (_entry(row, f"pair {i}", path) for i, row in enumerate(rows, 1))
     else:
         raise InputError(f"--pairs {path}: expected a .csv, .tsv or .yaml list, or a folder of NAME.mrc and NAME.cif")
-    if not entries:
+    distinct = _distinct(entries, path)
+    if not distinct:
         raise InputError(f"--pairs {path}: holds no pair of map and model")
-    return _distinct(entries, path)
+    return distinct
 
 
 def map_entries(paths: Iterable[Path]) -> list[MapEntry]:
@@ -134,27 +137,33 @@ def load_volume(entry: MapEntry, voxel: float, norm: str, spectrum: str = "as-is
     )
 
 
-def _table(path: Path) -> list[dict[str, Any]]:
-    """Rows of a .csv or .tsv with a header; lines that begin with # are passed over."""
+def _table(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a .csv or .tsv with a header, as they are read; lines that begin with # are passed over."""
     try:
-        text = read_bytes(path, "list of pairs").decode("utf-8-sig")
+        lines = _lines(path)
+        first = next(lines, None)
+        if first is None:
+            return
+        rows = csv.DictReader(itertools.chain([first], lines), delimiter="\t" if "\t" in first else ",")
+        names = [name.strip().lower() for name in rows.fieldnames or []]
+        if missing := [name for name in COLUMNS[:2] if name not in names]:
+            raise InputError(f"{path}: the first line must name the columns map,model[,resolution]; lacks {missing[0]}")
+        rows.fieldnames = names
+        yield from rows
     except UnicodeDecodeError:
         raise InputError(f"{path}: is not a text file") from None
-    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
-    if not lines:
-        return []
-    rows = csv.DictReader(io.StringIO("\n".join(lines)), delimiter="\t" if "\t" in lines[0] else ",")
-    try:
-        names = [name.strip().lower() for name in rows.fieldnames or []]
     except csv.Error as error:
         raise InputError(f"{path}: is no table that can be read: {printable(error)}") from None
-    if missing := [name for name in COLUMNS[:2] if name not in names]:
-        raise InputError(f"{path}: the first line must name the columns map,model[,resolution]; lacks {missing[0]}")
-    rows.fieldnames = names
-    try:
-        return list(rows)
-    except csv.Error as error:
-        raise InputError(f"{path}: is no table that can be read: {printable(error)}") from None
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Lines that say something; InputError for one so long that it can name no files."""
+    text = io.TextIOWrapper(io.BytesIO(read_bytes(path, "list of pairs")), "utf-8-sig")
+    for number, line in enumerate(text, 1):
+        if len(line) > LONGEST_LINE:
+            raise InputError(f"{path}: line {number} has {len(line)} characters: expected map,model[,resolution]")
+        if line.strip() and not line.startswith("#"):
+            yield line
 
 
 def _entry(row: dict[str, Any], where: str, path: Path) -> MapEntry:
@@ -195,10 +204,11 @@ def _stem(path: Path, endings: tuple[str, ...]) -> str:
     return next((name[: -len(ending)] for ending in endings if name.lower().endswith(ending)), "")
 
 
-def _distinct(entries: list[MapEntry], path: Path) -> list[MapEntry]:
-    seen: set[str] = set()
+def _distinct(entries: Iterable[MapEntry], path: Path) -> list[MapEntry]:
+    """The pairs as a list; InputError for two of one name."""
+    named: dict[str, MapEntry] = {}
     for entry in entries:
-        if entry.name in seen:
+        if entry.name in named:
             raise InputError(f"--pairs {path}: two maps are named {entry.name}; give them different names")
-        seen.add(entry.name)
-    return entries
+        named[entry.name] = entry
+    return list(named.values())

@@ -98,16 +98,32 @@ def open_run_particles(run: RunDir, epoch: int | None = None, **options: Any) ->
     ``epoch``: whose poses they have where the run found them itself; None: the last.
     """
     config = run.read_config()
-    if not config.get("particles"):
-        raise InputError(f"{run.config}: does not say which particles were used (no `particles` entry).")
+    path = _particles_of(run, config)
+    _require_no_circle(run, path)
     links = {
         key: resolve_link(str(config[key]), run.path) for key in ("poses", "ctf", "ind", "datadir") if config.get(key)
     }
-    path = resolve_link(str(config["particles"]), run.path)
     if not config.get("poses_found"):
         return open_particles(path, **{**links, **options})
     found = open_particles(path, **{**links, **options, "need_poses": False})
     return _with_found_poses(found, run, run.last_epoch() if epoch is None else epoch)
+
+
+def _particles_of(run: RunDir, config: dict[str, Any]) -> Path:
+    """What the config.yaml of a run names as its particles."""
+    if not config.get("particles"):
+        raise InputError(f"{run.config}: does not say which particles were used (no `particles` entry).")
+    return resolve_link(str(config["particles"]), run.path)
+
+
+def _require_no_circle(run: RunDir, path: Path) -> None:
+    """A run may have been trained on the particles of another run; InputError where that leads back to itself."""
+    met = {os.path.realpath(run.path)}
+    while os.path.isdir(path) and not WorkDir(path).exists() and RunDir(path).exists():
+        if os.path.realpath(path) in met:
+            raise InputError(f"{run.config}: its particles {printable(path)} lead back to a run that names them")
+        met.add(os.path.realpath(path))
+        path = _particles_of(RunDir(path), RunDir(path).read_config())
 
 
 def _with_found_poses(particles: ParticleSet, run: RunDir, epoch: int) -> ParticleSet:

@@ -81,17 +81,18 @@ def read_atoms(path: str | os.PathLike, waters: bool = False) -> Atoms:
 def _unpacked(path: Path) -> bytes:
     """The text of a .gz model; InputError where it unpacks to more than any model does (a bomb of zeros: 1000 times).
 
-    Not left to gemmi, which takes as much memory as the last four bytes of the file ask for.
+    Not left to gemmi, which takes as much memory as the last four bytes of the file ask for. It is unpacked twice:
+    nothing is kept of a file that turns out to be a bomb, or broken.
     """
     limit = _MOST_UNPACKED * path.stat().st_size + _PIECE
-    pieces, total = [], 0
+    total = 0
     with gzip.open(path) as stream:
         while piece := stream.read(_PIECE):
-            pieces.append(piece)
             total += len(piece)
             if total > limit:
                 raise InputError(f"{path}: unpacks to more than {_MOST_UNPACKED} times its size: no atomic model does")
-    return b"".join(pieces)
+        stream.seek(0)
+        return b"".join(iter(lambda: stream.read(_PIECE), b""))
 
 
 def _collect(structure: gemmi.Structure, waters: bool) -> Atoms:

@@ -12,6 +12,7 @@ import numpy as np
 from cryosuite.errors import InputError, notice
 from cryosuite.formats.atomic import atomic_path
 from cryosuite.formats.checks import existing_file, printable
+from cryosuite.formats.npy_header import MAGIC, read_npy_header
 from cryosuite.formats.unpickler import load_bytes
 
 _MAX_HEADER = 1 << 20
@@ -53,7 +54,7 @@ def _read_npy(path: str | os.PathLike) -> np.ndarray:
 
 def _npy_header(path: Path, stream: io.BufferedReader) -> tuple[np.dtype, tuple[int, ...], int]:
     """Type, shape and start of the data of an npy stream that holds one table of plain fields."""
-    start = stream.read(12)
+    start = stream.read(8)
     if start[:2] == b"PK":
         raise InputError(f"{path}: is a zip (npz) archive, not a .cs table")
     if start.startswith(b"\x94CSDAT"):
@@ -61,23 +62,14 @@ def _npy_header(path: Path, stream: io.BufferedReader) -> tuple[np.dtype, tuple[
             f"{path}: is in cryoSPARC's compressed form (CSDAT), which is not read: save it again with "
             "cryosparc-tools, Dataset.load(name).save(name, format=1)"
         )
-    if not start.startswith(b"\x93NUMPY"):
+    if not start.startswith(MAGIC):
         raise InputError(f"{path}: not a .cs file (it does not start as a numpy table); export it again from cryoSPARC")
-    # in version 1 two bytes, from version 2 on four say how long the header is; numpy takes as much memory at once
-    length = int.from_bytes(start[8:12] if start[6] > 1 else start[8:10], "little") if len(start) == 12 else 0
-    if not 0 < length <= min(_MAX_HEADER, path.stat().st_size):
-        raise InputError(f"{path}: damaged or truncated .cs header: {length} bytes are said to describe the fields")
     stream.seek(0)
     try:
-        version = np.lib.format.read_magic(stream)
-        if version == (1, 0):
-            header = np.lib.format.read_array_header_1_0(stream, max_header_size=_MAX_HEADER)
-        else:  # 3.0 differs in names that are not ASCII, which cryoSPARC does not write
-            header = np.lib.format.read_array_header_2_0(stream, max_header_size=_MAX_HEADER)
+        shape, _, dtype = read_npy_header(stream, path.stat().st_size, _MAX_HEADER)
     except Exception as error:  # the header is text that numpy parses; its errors are of many kinds
-        said = printable(error) or "it cannot be parsed"  # of too many brackets Python itself says nothing
+        said = printable(error) or "it cannot be parsed"
         raise InputError(f"{path}: damaged or truncated .cs header: {said}") from None
-    shape, _, dtype = header
     if dtype.hasobject:
         _refuse_objects(path, stream)
     if dtype.names is None or len(shape) != 1 or shape[0] < 0:

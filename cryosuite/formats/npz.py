@@ -12,6 +12,7 @@ import numpy as np
 
 from cryosuite.errors import InputError
 from cryosuite.formats.checks import printable, read_bytes
+from cryosuite.formats.npy_header import read_npy_header
 
 _MAX_HEADER = 10_000  # bytes of text that describe one array
 
@@ -45,11 +46,7 @@ def read_npz(path: str | os.PathLike, names: Iterable[str]) -> dict[str, np.ndar
 def _array(data: bytes) -> np.ndarray:
     """One .npy, its shape counted against its bytes before anything is made. Raises ValueError for what lies."""
     stream = io.BytesIO(data)
-    version = np.lib.format.read_magic(stream)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError("an array of an unknown version")
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(stream, max_header_size=_MAX_HEADER)
+    shape, fortran, dtype = read_npy_header(stream, len(data), _MAX_HEADER)
     left = len(data) - stream.tell()
     if dtype.hasobject or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != left:
         raise ValueError(f"an array of {dtype} and shape {shape} in {left} bytes")
