@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,7 +34,10 @@ def each(folder: Path, work: Callable[[Processes], None], count: int = 3) -> Non
                 torch.distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=count)
                 work(Processes(rank, count))
                 code = 0
+            except BaseException:
+                traceback.print_exc()
             finally:
+                sys.stderr.flush()
                 os._exit(code)
         children.append(pid)
     assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0] * count

@@ -248,32 +248,6 @@ def test_memory_is_known_by_its_many_names() -> None:
         assert not out_of_memory(error)
 
 
-def test_codebook_maps_are_halved_from_the_last_iteration_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hype_toy import blob_particles, blobs
-
-    from cryosuite.methods.kraqen_codes import run_within_memory
-    from cryosuite.methods.kraqen_options import KraqenOptions
-    from cryosuite.methods.kraqen_voxel import VoxelEM
-
-    particles, _ = blob_particles([blobs(16, 1), blobs(16, 2)], 120, noise=1.0, seed=4)
-    options = KraqenOptions(m_step="wiener", n_codes=4, iterations=5, start_images=100, images_per_code=40)
-    whole = VoxelEM(particles, options).run(progress=False)
-    engine, tried = VoxelEM(particles, options), []
-    before = engine._iterate
-
-    def hungry(state, *arguments):
-        tried.append(state.iteration)
-        if state.iteration == 3 and len(engine._groups(8)) == 1:
-            raise torch.OutOfMemoryError(OOM)
-        return before(state, *arguments)
-
-    monkeypatch.setattr(engine, "_iterate", hungry)
-    with pytest.warns(UserNotice, match="out of memory: going on with maps of"):
-        found = run_within_memory(engine, RunDir(tmp_path), progress=False)
-    assert tried == [0, 1, 2, 3, 3, 4], "what was done is not done again"
-    assert torch.allclose(found.codes, whole.codes, atol=1e-4 * float(whole.codes.abs().max()))
-
-
 def test_where_images_are_compared_with_each_other_smaller_pieces_are_said_to_matter(tmp_path: Path) -> None:
     class Compared(training_toy.Toy):
         compares_images = True

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from cryosuite.analysis.polished import PolishedClass
     from cryosuite.data.particles import ParticleSet
+    from cryosuite.data.processes import Processes
     from cryosuite.data.results import PolishDir
     from cryosuite.reconstruct.weights import ClassWeights
 
@@ -149,7 +150,7 @@ def main(
     if half_sets:
         if labels is not None or z is not None:
             raise InputError("--half-sets: is for a run of train-kraqen alone, without --labels or --z")
-        source.weights = _apart(path, source, seed)
+        source.weights = _apart(path, source, seed, processes)
     weights, more = _classes(source, classes, seed, mode, box)
     origin = "labels" if labels else "latents" if source.weights is None else "shares of the codes"
     say(f"{int((weights.labels() >= 0).sum()):,} particles in {weights.n_classes} classes, from {origin} -> {out.path}")
@@ -256,7 +257,7 @@ def _open_ours(run: Any, epoch: int | None) -> Source:
     return Source(loaded.particles, loaded.z, weights, loaded.epoch, decode)
 
 
-def _apart(path: Path, source: Source, seed: int) -> ClassWeights:
+def _apart(path: Path, source: Source, seed: int, processes: Processes) -> ClassWeights:
     """Shares decided within each half set, where the method allows it."""
     from cryosuite.console import say
     from cryosuite.data.workdir import RunDir
@@ -272,7 +273,8 @@ def _apart(path: Path, source: Source, seed: int) -> ClassWeights:
     from cryosuite.methods.kraqen_options import KraqenOptions
 
     say("particles choose their codes again within each half set")
-    return shares_apart(source.particles, source.weights, KraqenOptions.from_dict(config["options"]), seed)
+    options = KraqenOptions.from_dict(config["options"])
+    return shares_apart(source.particles, source.weights, options, seed, processes)
 
 
 def _classes(

@@ -23,10 +23,14 @@ PIECE_BYTES = 1 << 28  # of an array sent in one message
 
 @dataclass(frozen=True)
 class Processes:
-    """Process ``rank`` of ``count`` that do one piece of work together; a process group must exist for count > 1."""
+    """Process ``rank`` of ``count`` that do one piece of work together; a process group must exist for count > 1.
+
+    group: of torch.distributed, of all processes, that sends tensors of the CPU (gloo); None: the one that there is.
+    """
 
     rank: int = 0
     count: int = 1
+    group: Any = None
 
     @property
     def first(self) -> bool:
@@ -45,12 +49,17 @@ class Processes:
     def add_up(self, values: Tensor) -> None:
         """Make the first process's ``values`` the sum over all, in place; the others' are worth nothing afterwards."""
         if self.count > 1:
-            _distributed().reduce(values, 0)
+            _distributed().reduce(values, 0, group=self.group)
+
+    def hand_out(self, values: Tensor) -> None:
+        """Make ``values`` of all processes those of the first, in place."""
+        if self.count > 1:
+            _distributed().broadcast(values, 0, group=self.group)
 
     def together(self) -> None:
         """Wait for all of them."""
         if self.count > 1:
-            _distributed().barrier()
+            _distributed().barrier(group=self.group)
 
     def everyone(self, work: Callable[[], T]) -> list[T]:
         """What ``work()`` gives in each process, in their order, in all of them.
@@ -64,11 +73,17 @@ class Processes:
             own = (work(), None)
         except (InputError, OSError) as error:
             own = (None, str(error))
-        _distributed().all_gather_object(said, own)
+        _distributed().all_gather_object(said, own, group=self.group)
         for _, trouble in said:
             if trouble is not None:
                 raise InputError(trouble)
         return [result for result, _ in said]
+
+    def each(self, work: Callable[[], T]) -> T:
+        """What ``work()`` gives in this process, which stays here; raises in all processes as `everyone` does."""
+        kept: list[T] = []
+        self.everyone(lambda: kept.append(work()))
+        return kept[0]
 
     def first_does(self, work: Callable[[], T]) -> T:
         """What ``work()`` gives in the first process, in all of them; the others only wait.
@@ -83,7 +98,7 @@ class Processes:
                 said = [(work(), None)]
             except (InputError, OSError) as error:
                 said = [(None, str(error))]
-        _distributed().broadcast_object_list(said, 0)
+        _distributed().broadcast_object_list(said, 0, group=self.group)
         result, trouble = said[0]
         if trouble is not None:
             raise InputError(trouble)
@@ -113,11 +128,11 @@ class Processes:
                 if not len(piece):
                     continue
                 if to_all:
-                    torch.distributed.broadcast(piece, rank)
+                    torch.distributed.broadcast(piece, rank, group=self.group)
                 elif rank and self.first:
-                    torch.distributed.recv(piece, rank)
+                    torch.distributed.recv(piece, rank, group=self.group)
                 elif rank:
-                    torch.distributed.send(piece, 0)
+                    torch.distributed.send(piece, 0, group=self.group)
         return whole
 
 

@@ -38,27 +38,6 @@ def halved(size: int, what: str) -> int:
     return size // 2
 
 
-def once_with_less(work: Callable[[], T], less: Callable[[], str]) -> T:
-    """``work()``; where memory runs out, once more after ``less()``, which lowers what it takes and says how.
-
-    Raises InputError where that was not enough.
-    """
-    try:
-        return work()
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    notice(f"out of memory: going on {less()}; the result is the same")
-    try:
-        return work()
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-    raise InputError("not enough memory, even so: end what else uses it, or run with --accelerator cpu")
-
-
 class Portions:
     """Work on rows in portions; where memory runs out the portion is tried again in halves, and so are all that follow.
 

@@ -24,7 +24,7 @@ from cryosuite.kernels.triplet import alignment_loss, triplet_loss, triplet_marg
 from cryosuite.methods.kraqen_model import KraqenModel, Scene
 from cryosuite.methods.kraqen_options import KraqenOptions
 from cryosuite.reconstruct.backproject import common_pixel_size
-from cryosuite.reconstruct.weights import ClassWeights
+from cryosuite.reconstruct.weights import ClassWeights, stacked
 from cryosuite.training.inference import encode_batches
 from cryosuite.training.launch import world
 from cryosuite.training.method import Step
@@ -241,26 +241,12 @@ def describe(
         torch.distributed.all_gather_object(gathered, parts)
         parts = [part for process in gathered for part in process]
     z = np.concatenate([own for _, own in parts]) if parts else np.zeros((0, model.codes.shape[1]), np.float32)
-    return _stacked([weights for weights, _ in parts], K), z
+    return stacked([weights for weights, _ in parts], K), z
 
 
 def responsibilities(model: KraqenModel, particles: ParticleSet, progress: bool = True) -> ClassWeights:
     """Shares of all particles in the K codes of a trained model."""
     return describe(model, particles, progress)[0]
-
-
-def _stacked(parts: list[ClassWeights], n_classes: int) -> ClassWeights:
-    """Tables below each other."""
-    if not parts:
-        return ClassWeights(np.zeros(0, np.float32), np.zeros(0, np.int32), np.zeros(1, np.int64), n_classes)
-    starts = np.cumsum([0] + [len(part.data) for part in parts[:-1]])
-    rows = [part.indptr[1:] + start for part, start in zip(parts, starts, strict=True)]
-    return ClassWeights(
-        np.concatenate([part.data for part in parts]),
-        np.concatenate([part.indices for part in parts]),
-        np.concatenate([np.zeros(1, np.int64), *rows]),
-        n_classes,
-    )
 
 
 @torch.no_grad()

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cryosuite.kernels import assignment, fourier
+from cryosuite.data.processes import ALONE, Processes
+from cryosuite.kernels import assignment
 from cryosuite.kernels import class_slices as kernel
-from cryosuite.kernels.memory import once_with_less
 from cryosuite.methods.kraqen_twins import correlation_groups, twin_groups
 from cryosuite.reconstruct.held_out import FINE_BOX, JOIN_AT, JOIN_ITERATIONS, overlap_groups
 from cryosuite.reconstruct.weights import ClassWeights
+from cryosuite.training.signals import StopNow
 
 if TYPE_CHECKING:
     from cryosuite.data.particles import ParticleSet
-    from cryosuite.data.workdir import RunDir
     from cryosuite.methods.kraqen_options import KraqenOptions
     from cryosuite.methods.kraqen_voxel import VoxelEM, VoxelResult
 
@@ -44,6 +44,8 @@ def merge(result: VoxelResult, rule: str = "auto") -> tuple[VoxelResult, np.ndar
 
     Returns:
         The result of the remaining codes and (K,) int64 the new number of each code, -1 for dropped ones.
+
+    Raises StopNow when a signal asked to stop.
     """
     engine, p = result.engine, result.p
     used = np.flatnonzero(p.usage() > UNUSED)
@@ -72,7 +74,9 @@ def merge(result: VoxelResult, rule: str = "auto") -> tuple[VoxelResult, np.ndar
     p = p.columns(order)
     coarse = engine.options.m_step == "local" and engine.box < min(engine.particles.box_size, FINE_BOX)
     if coarse or len(order) < len(used):
-        again = finish(engine.particles, p, engine.options.changed(em_finish=AFTER_MERGE), engine.seed, engine.device)
+        options = engine.options.changed(em_finish=AFTER_MERGE)
+        again = finish(engine.particles, p, options, engine.seed, engine.device, engine.processes)
+        _leave_if_stopped(again)
         return replace(again, history=result.history, stopped=result.stopped), groups
     return replace(result, codes=result.codes[used[order]], p=p, usage=p.usage()), groups
 
@@ -110,24 +114,17 @@ def refine(engine: VoxelEM, p: ClassWeights, iterations: int, temperature: float
     changes = {"t_max": temperature, "t_min": temperature} if temperature else {}
     engine.options, engine.codes = engine.options.changed(em_finish=iterations, **changes), p.n_classes
     try:
-        return run_within_memory(engine, start=p, label="merging twins")
+        result = engine.run(start=p, label="merging twins")
     finally:
         engine.options, engine.codes = before
+    _leave_if_stopped(result)
+    return result
 
 
-def run_within_memory(engine: VoxelEM, run: RunDir | None = None, resume: bool = False, **how: Any) -> VoxelResult:
-    """``engine.run``; where memory runs out, once more from its last checkpoint with half as many maps at a time."""
-    begun = [resume]
-
-    def work() -> VoxelResult:
-        return engine.run(run=run, resume=begun[0], **how)
-
-    def less() -> str:
-        begun[0] = run is not None and run.checkpoint.exists()
-        engine.memory = min(engine.memory, engine.codes * kernel.grid_bytes(engine.box // 2)) / 2
-        return f"with maps of {engine.memory / 2**30:.2g} GiB at a time"
-
-    return once_with_less(work, less)
+def _leave_if_stopped(result: VoxelResult) -> None:
+    """Raise StopNow where a signal cut the iterations short: what they found is not to be taken for the end."""
+    if result.stopped:
+        raise StopNow(result.stopped)
 
 
 def finish(
@@ -136,14 +133,15 @@ def finish(
     options: KraqenOptions,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    processes: Processes = ALONE,
 ) -> VoxelResult:
     """``em_finish`` iterations on all images from given shares in the fine box, or the maps of the shares alone (0)."""
     from cryosuite.methods.kraqen_cross import engine_for
     from cryosuite.methods.kraqen_voxel import VoxelResult
 
-    engine = engine_for(particles, options.changed(n_codes=p.n_classes), seed, device, FINE_BOX)
+    engine = engine_for(particles, options.changed(n_codes=p.n_classes), seed, device, FINE_BOX, processes)
     if options.em_finish:
-        return run_within_memory(engine, start=p, label="last iterations")
+        return engine.run(start=p, label="last iterations")
     return VoxelResult(engine.maps(p), p, p.usage(), engine)
 
 
@@ -162,22 +160,26 @@ def embed(result: VoxelResult) -> tuple[np.ndarray, np.ndarray]:
     """
     engine, p = result.engine, result.p
     mean, basis, codes = principal_components(result.codes, result.usage)
-    z = torch.zeros(engine.count, codes.shape[1])
     variance = assignment.code_variance(codes)
-    own = torch.from_numpy((p.matrix @ codes.double().numpy()).astype(np.float32))  # sum_k p_ik c_k
+    shares = p.matrix @ codes.double().numpy()  # sum_k p_ik c_k
     if not float(variance) > 0:
-        return own.numpy(), codes.numpy()
-    r_max = engine.box // 2
-    transforms = kernel.class_transforms(torch.cat([mean[None], basis]).to(engine.device), r_max)
-    disc = fourier.half_disc(engine.box, r_max, engine.device)
-    with engine.threads_of_torch():
-        for chunk in engine.chunks(np.arange(engine.count), r_max):
-            G, h = kernel.class_gram(
-                transforms, chunk.values, chunk.weights, chunk.rotation, disc, engine.pool, engine.threads
-            )
+        return shares.astype(np.float32), codes.numpy()
+    rows, work, r_max = engine.processes.mine(np.arange(engine.count)), engine.work, engine.box // 2
+    z = np.zeros((len(rows), codes.shape[1]), np.float32)
+
+    def place() -> None:
+        transforms = work.transforms(torch.cat([mean[None], basis]), r_max)
+        disc, at = work.disc(r_max), 0
+        for chunk in work.chunks(rows, r_max):
+            G, h = kernel.class_gram(transforms, *chunk[1:], disc, work.pool, work.threads)
             system = assignment.Gram(G[:, 1:, 1:], h[:, 1:] - G[:, 0, 1:], h.new_zeros(len(h)))
-            z[chunk.rows] = assignment.map_codes(system, own[chunk.rows].to(G), variance.to(G)).float().cpu()
-    return z.numpy(), codes.numpy()
+            own = torch.from_numpy(shares[chunk.rows].astype(np.float32)).to(G)
+            z[at : at + len(h)] = assignment.map_codes(system, own, variance.to(G)).float().cpu().numpy()
+            at += len(h)
+
+    with engine.threads_of_torch():
+        work.attempt(place)
+    return engine.processes.joined(z), codes.numpy()
 
 
 def principal_components(maps: Tensor, usage: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:

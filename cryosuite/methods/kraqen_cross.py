@@ -13,21 +13,23 @@ Memory: two accumulators of 12 bytes per voxel and code (3.7 MB a code at a box 
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from cryosuite.console import Progress
 from cryosuite.data.particles import ParticleSet
+from cryosuite.data.processes import ALONE, Processes
 from cryosuite.errors import notice
-from cryosuite.kernels import class_slices as kernel
-from cryosuite.kernels import fourier
 from cryosuite.methods.kraqen_expectation import Expectation
 from cryosuite.methods.kraqen_maps import split_dead
 from cryosuite.methods.kraqen_options import KraqenOptions
-from cryosuite.methods.kraqen_voxel import MEMORY_GIB, VoxelEM
+from cryosuite.methods.kraqen_voxel import VoxelEM
 from cryosuite.reconstruct import held_out
 from cryosuite.reconstruct.class_images import CACHE_GIB
+from cryosuite.reconstruct.class_work import MEMORY_GIB
 from cryosuite.reconstruct.weights import ClassWeights
 from cryosuite.training.signals import StopSignals
 
@@ -42,17 +44,19 @@ def engine_for(
     seed: int = 0,
     device: torch.device | str = "cpu",
     least_box: int = 0,
+    processes: Processes = ALONE,
 ) -> VoxelEM:
     """The engine of some options: held-out scores (``m_step`` "local"), or every image in all maps ("wiener").
 
     Args:
         least_box: of the cluster box, for the iterations at the end of a run (the particles' box is never exceeded).
+        processes: that share the images.
     """
     if options.m_step == "wiener" or len(particles) < FEWEST:
-        return VoxelEM(particles, options.changed(m_step="wiener"), seed, device)
+        return VoxelEM(particles, options.changed(m_step="wiener"), seed, device, processes=processes)
     box = max(options.cluster_box or COARSE_BOX, least_box)
     options = options.changed(cluster_box=min(particles.box_size, box))
-    return CrossEM(particles, options, seed, device)
+    return CrossEM(particles, options, seed, device, processes=processes)
 
 
 class CrossEM(VoxelEM):
@@ -66,8 +70,9 @@ class CrossEM(VoxelEM):
         device: torch.device | str = "cpu",
         memory_gib: float = MEMORY_GIB,
         cache_gib: float = CACHE_GIB,
+        processes: Processes = ALONE,
     ) -> None:
-        super().__init__(particles, options, seed, device, memory_gib, cache_gib)
+        super().__init__(particles, options, seed, device, memory_gib, cache_gib, processes)
         self.half = np.asarray(particles.half_sets())
         smaller = min(int((self.half == h).sum()) for h in (0, 1))
         if smaller < min(self.codes, len(particles) // 4):
@@ -127,53 +132,17 @@ class CrossEM(VoxelEM):
         return self.local_maps(ClassWeights.from_labels(labels, self.codes))
 
     def _pass(self, volumes: Tensor, rows: np.ndarray, step: Expectation, signals: StopSignals, bar: Progress | None):
-        """E-step and sums of some images; the new half maps, or None when a signal asked to stop."""
-        disc = fourier.half_disc(self.box, step.r_max, self.device)
-        one_group = len(self._groups(step.r_max, 2)) == 1
-        sums, order = [], []
-        for h in (0, 1):
-            mine = rows[self.half[rows] == h]
-            order.append(mine)
-            acc = kernel.new_class_accumulator(self.codes, step.r_max, device=self.device) if one_group else None
-            found = self._scored(volumes[1 - h], mine, step, disc, acc, signals, bar)
-            if not found:
-                return None
-            sums.append(acc)
-        ascending = np.argsort(np.concatenate(order), kind="stable")
-        table = step.table().rows(ascending)
-        step.parts = [table]
-        if one_group:
-            return held_out.filtered(held_out.class_sums(self.images, sums, table, self.half[rows]))
-        return self.local_maps(step.table(rows, self.count))
-
-    def _scored(self, volumes, rows, step, disc, acc, signals, bar) -> bool:
-        """Scores of the images of one half set, inserted at once where there is an accumulator; False: stopped."""
-        parts: list[list] = []
-        groups = self._groups(step.r_max, 2)
-        for number, group in enumerate(groups):
-            transforms = kernel.class_transforms(volumes[group].to(self.device), step.r_max)
-            for at, chunk in enumerate(self.chunks(rows, step.r_max)):
-                found = self._sums(transforms, chunk, disc)
-                if len(groups) > 1:
-                    parts.append([]) if number == 0 else None
-                    parts[at].append([value.float() for value in found])
-                else:
-                    step.score(chunk, [found])
-                    self._insert(acc, chunk, step.shares(-1), disc)
-                if number == 0 and bar is not None:
-                    bar.advance(len(chunk.rows))
-                if signals.received:
-                    return False
-            del transforms
-        for at, chunk in enumerate(self.chunks(rows, step.r_max)) if len(groups) > 1 else ():
-            step.score(chunk, parts[at])
-        return True
+        """E-step and sums of some images; the new half maps. Raises StopNow when a signal asked to stop."""
+        own = self.processes.mine(rows)
+        pairs = [(volumes[1 - h], own[self.half[own] == h]) for h in (0, 1)]
+        sums = self._expect(pairs, step, signals, bar)
+        if sums is None:
+            return self.local_maps(step.spread(rows, self.count))
+        found = partial(held_out.class_sums, self.images, sums, step.whole, self.half[rows])
+        return held_out.first_filters(self.work, found, self.codes)
 
     # --- maps ---------------------------------------------------------------------------------------------------------
 
     def local_maps(self, p: ClassWeights) -> Tensor:
         """(2, K, d, d, d) filtered half maps of given shares of all N particles."""
-        return held_out.half_maps(
-            self.images, p, self.half, device=self.device, memory_gib=self.memory / 2**30, pool=self.pool,
-            threads=self.threads,
-        )  # fmt: skip
+        return held_out.half_maps(self.work, p, self.half)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from cryosuite.kernels import assignment
 from cryosuite.kernels import class_slices as kernel
-from cryosuite.reconstruct.weights import ClassWeights
+from cryosuite.reconstruct.weights import ClassWeights, stacked
 
 if TYPE_CHECKING:
     from cryosuite.methods.kraqen_voxel import VoxelEM
@@ -18,13 +19,23 @@ if TYPE_CHECKING:
 
 
 class Expectation:
-    """The E-step: from sums to shares, chunk by chunk, with what is counted on the way."""
+    """The E-step: from sums to shares, chunk by chunk, with what is counted on the way.
+
+    Attributes:
+        parts: shares of the chunks of this process. log_likelihood: of its images, after `share` of all.
+        whole: shares of the images of all processes in their order, after `share`.
+    """
 
     def __init__(self, engine: VoxelEM, usage: np.ndarray, temperature: float, strength: float, r_max: int) -> None:
         self.engine, self.r_max, self.temperature, self.strength = engine, r_max, temperature, strength
         self.usage = torch.from_numpy(usage).to(engine.device)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was scored."""
         self.parts: list[ClassWeights] = []
         self.log_likelihood = 0.0
+        self.whole: ClassWeights | None = None
 
     def score(self, chunk: Chunk, sums: list) -> None:
         """Shares of a chunk from its sums (h, g) with every group of codes."""
@@ -44,13 +55,15 @@ class Expectation:
         """Shares of one chunk."""
         return self.parts[number]
 
-    def table(self, rows: np.ndarray | None = None, count: int = 0) -> ClassWeights:
-        """Shares of all chunks so far; with ``rows`` as a table of ``count`` particles, empty where not in ``rows``."""
-        lengths = np.concatenate([np.diff(part.indptr) for part in self.parts])
-        if rows is not None:
-            spread = np.zeros(count, np.int64)
-            spread[rows] = lengths
-            lengths = spread
+    def share(self, order: np.ndarray) -> None:
+        """Put together what the processes found; ``order``: where the own images lie among the chunks, one by one."""
+        own = stacked(self.parts, self.engine.codes)
+        self.whole = self.engine.work.table(own.rows(order))
+        self.log_likelihood = sum(self.engine.processes.everyone(lambda: self.log_likelihood))
+
+    def spread(self, rows: np.ndarray, count: int) -> ClassWeights:
+        """The shares of all images, which are ``rows``, as a table of ``count`` particles; the other rows are empty."""
+        lengths = np.zeros(count, np.int64)
+        lengths[rows] = np.diff(self.whole.indptr)
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        data = np.concatenate([part.data for part in self.parts])
-        return ClassWeights(data, np.concatenate([part.indices for part in self.parts]), starts, self.engine.codes)
+        return replace(self.whole, indptr=starts)

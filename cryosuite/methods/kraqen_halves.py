@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from cryosuite.data.particles import ParticleSet
+from cryosuite.data.processes import ALONE, Processes
 from cryosuite.errors import InputError
 from cryosuite.methods.kraqen_options import KraqenOptions
 from cryosuite.methods.kraqen_voxel import VoxelEM
@@ -20,11 +21,14 @@ COARSE = 0.5  # radius of the common start, in units of D/2 of the cluster box
 ITERATIONS = 4
 
 
-def shares_apart(particles: ParticleSet, p: ClassWeights, options: KraqenOptions, seed: int = 0) -> ClassWeights:
+def shares_apart(
+    particles: ParticleSet, p: ClassWeights, options: KraqenOptions, seed: int = 0, processes: Processes = ALONE
+) -> ClassWeights:
     """New shares (N, K) of all particles that have any, each half set judged by its own maps.
 
     Args:
         p: shares of a finished run. options: its options (cluster box, prior, sparse are used).
+        processes: that share the images; all get the shares of all.
 
     Raises:
         InputError: all particles belong to one half set.
@@ -35,7 +39,7 @@ def shares_apart(particles: ParticleSet, p: ClassWeights, options: KraqenOptions
         raise InputError(
             "--half-sets: all particles belong to one half set (rlnRandomSubset): nothing can be held apart"
         )
-    engine = VoxelEM(particles, options.changed(n_codes=p.n_classes), seed)
+    engine = VoxelEM(particles, options.changed(n_codes=p.n_classes), seed, processes=processes)
     full = engine.box // 2
     coarse = max(2, round(COARSE * full))
     with engine.threads_of_torch():

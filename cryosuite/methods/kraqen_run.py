@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 
 from cryosuite.data.open import open_particles
 from cryosuite.data.particles import ParticleSet
+from cryosuite.data.processes import ALONE, Processes
 from cryosuite.data.spectra import Spectra
 from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError, notice
@@ -24,22 +25,28 @@ from cryosuite.formats.pickles import read_latent, safe_load, write_pickle
 from cryosuite.kernels import shells
 from cryosuite.methods import LoadedRun
 from cryosuite.methods.kraqen import Kraqen, describe
-from cryosuite.methods.kraqen_codes import collapsed, embed, finish, merge, run_within_memory
+from cryosuite.methods.kraqen_codes import collapsed, embed, finish, merge
 from cryosuite.methods.kraqen_cross import engine_for
 from cryosuite.methods.kraqen_model import KraqenModel
 from cryosuite.methods.kraqen_options import KraqenOptions
 from cryosuite.methods.kraqen_voxel import VoxelEM, VoxelResult
 from cryosuite.reconstruct.backproject import common_pixel_size
-from cryosuite.reconstruct.class_sums import accumulate
+from cryosuite.reconstruct.class_sums import ClassSums, accumulate
 from cryosuite.reconstruct.masks import half_map_mask
 from cryosuite.reconstruct.solve import solve
 from cryosuite.reconstruct.weights import ClassWeights
 from cryosuite.training.checkpoint import load_into, load_state
-from cryosuite.training.launch import process_rank, resolve_accelerator, was_restarted
+from cryosuite.training.launch import (
+    join_processes,
+    process_rank,
+    resolve_accelerator,
+    training_processes,
+    was_restarted,
+)
 from cryosuite.training.loop import fit
 from cryosuite.training.options import TrainOptions
 from cryosuite.training.runs import particles_path
-from cryosuite.training.signals import requeue_job
+from cryosuite.training.signals import StopNow, exit_code, requeue_job
 
 OPENED_WITH = ("poses", "ctf", "ind", "datadir", "pixel_size", "sign")
 NEIGHBOURS = 25  # whose codes are averaged where a continuous latent is turned into a volume
@@ -80,6 +87,8 @@ def open_for(path: Path, how: dict[str, Any]) -> ParticleSet:
 def prepare(particles: ParticleSet, options: KraqenOptions, training: TrainOptions) -> VoxelEM | None:
     """Everything that can be refused is refused here, before a folder is touched; the engine of the voxel field.
 
+    For the voxel field the processes that torchrun or srun started, or that the options ask for, come together here.
+
     Raises:
         InputError: no poses, no images that say anything, options that do not fit the particles.
     """
@@ -90,8 +99,9 @@ def prepare(particles: ParticleSet, options: KraqenOptions, training: TrainOptio
     if options.field != "voxel":
         common_pixel_size(particles.pixel_size)
         return None
-    gpu = resolve_accelerator(training.accelerator) == "cuda"
-    return engine_for(particles, options, training.seed, "cuda" if gpu else "cpu")
+    device = resolve_accelerator(training.accelerator)
+    processes = join_processes(training.devices, training.num_nodes, device)
+    return processes.each(lambda: engine_for(particles, options, training.seed, device, processes=processes))
 
 
 def train(
@@ -107,29 +117,47 @@ def train(
     Args:
         engine: what `prepare` gave; made here where there is none.
 
-    With several processes a network is trained by all of them; the rest, and all of the voxel field, is done by the
-    first one, and the others come back with nothing.
+    Several processes share all of the work; the first one writes, and all come back with the same.
     """
     engine = prepare(particles, options, training) if engine is None else engine
+    if engine is None:
+        found = _train_network(particles, run, options, training, resume)
+    else:
+        found = _train_voxels(particles, run, options, training, resume, engine)
+    if found.stopped and training.requeue and process_rank() == 0:
+        requeue_job(found.stopped)
+    return found
+
+
+def _train_voxels(
+    particles: ParticleSet,
+    run: RunDir,
+    options: KraqenOptions,
+    training: TrainOptions,
+    resume: bool | str,
+    engine: VoxelEM,
+) -> Trained:
+    processes = engine.processes
+
+    def begin() -> bool:
+        run.path.mkdir(parents=True, exist_ok=True)
+        return run.checkpoint.exists() and (bool(resume) or was_restarted())
+
+    found = engine.run(run=run, resume=processes.first_does(begin), max_minutes=training.max_minutes)
+    if found.stopped:
+        return Trained(len(found.history), found.stopped, found.exit_code)
+    return _finish(particles, run, options.iterations, found, None, options)
+
+
+def _train_network(
+    particles: ParticleSet, run: RunDir, options: KraqenOptions, training: TrainOptions, resume: bool | str
+) -> Trained:
     resume = run.checkpoint.exists() and (bool(resume) or was_restarted())
-    run.path.mkdir(parents=True, exist_ok=True)
-    if engine is not None:
-        if process_rank() != 0:
-            return Trained(0)
-        found = run_within_memory(engine, run, resume, max_minutes=training.max_minutes)
-        if found.stopped:
-            if training.requeue:
-                requeue_job(found.stopped)
-            return Trained(len(found.history), found.stopped, found.exit_code)
-        return _finish(particles, run, options.iterations, found, None, options)
-    method = Kraqen(options)
-    fitted = fit(method, particles, run, training, resume=resume)
+    fitted = fit(Kraqen(options), particles, run, replace(training, requeue=False), resume=resume)
     if fitted.stopped:
         return Trained(fitted.epochs_done, fitted.stopped, fitted.exit_code)
     p, z = describe(fitted.model, particles)
-    if process_rank() != 0:
-        return Trained(training.epochs)
-    found = finish(particles, p, options, training.seed)
+    found = finish(particles, p, options, training.seed, processes=training_processes())
     if found.stopped:
         return Trained(fitted.epochs_done, found.stopped, found.exit_code)
     codes = fitted.model.codes.detach().cpu().numpy().astype(np.float32)
@@ -145,23 +173,38 @@ def _finish(
     options: KraqenOptions,
 ) -> Trained:
     """Merge twins, make the maps of the codes at full box, write the run's files."""
-    before = found.codes.shape[0]
-    merged, groups = merge(found, rule=options.merge)
+    before, processes = found.codes.shape[0], found.engine.processes
+    try:
+        merged, groups = merge(found, rule=options.merge)
+    except StopNow as stop:  # the training itself is in its checkpoint
+        return Trained(epoch, str(stop), exit_code(str(stop)))
     warning = collapsed(merged.usage, merged.p)
     if latents is None:
         z, codes = embed(merged)
     else:
         z, codes = latents[0], _grouped(latents[1], groups, found.usage)
-    table = write_maps(particles, merged.p, run)
+    table = write_maps(particles, merged.p, run, processes)
+    processes.first_does(lambda: _write(particles, run, epoch, merged.p, (z, codes), table))
+    return Trained(epoch, codes=tuple(table), merged=before - merged.codes.shape[0], warning=warning or "")
+
+
+def _write(
+    particles: ParticleSet,
+    run: RunDir,
+    epoch: int,
+    p: ClassWeights,
+    latents: tuple[np.ndarray, np.ndarray],
+    table: list[Code],
+) -> None:
+    """The files of an epoch other than maps."""
     write_text(run.occupancy(epoch), occupancy_csv(table))
-    write_pickle(run.shares(epoch), merged.p.to_arrays())
-    write_pickle(run.labels(epoch), merged.p.labels())
-    write_pickle(run.codes(epoch), codes)
+    write_pickle(run.shares(epoch), p.to_arrays())
+    write_pickle(run.labels(epoch), p.labels())
+    write_pickle(run.codes(epoch), latents[1])
     shift = np.zeros((len(particles), 2), np.float32) if particles.shift is None else particles.shift
     write_pickle(run.poses(epoch), (particles.rotation, shift))
     write_pickle(run.index, np.asarray(particles.index, np.int64))
-    write_pickle(run.z(epoch), z)  # last: its presence says that the epoch is complete
-    return Trained(epoch, codes=tuple(table), merged=before - merged.codes.shape[0], warning=warning or "")
+    write_pickle(run.z(epoch), latents[0])  # last: its presence says that the epoch is complete
 
 
 def _grouped(codes: np.ndarray, groups: np.ndarray, usage: np.ndarray) -> np.ndarray:
@@ -172,13 +215,12 @@ def _grouped(codes: np.ndarray, groups: np.ndarray, usage: np.ndarray) -> np.nda
     return (out / np.bincount(groups[groups >= 0], weight[groups >= 0])[:, None]).astype(np.float32)
 
 
-def write_maps(particles: ParticleSet, p: ClassWeights, run: RunDir) -> list[Code]:
+def write_maps(particles: ParticleSet, p: ClassWeights, run: RunDir, processes: Processes = ALONE) -> list[Code]:
     """vol_k.mrc of every code at the particles' own box, from one pass over the images; the occupancy table."""
     labelled = np.bincount(p.labels()[p.labels() >= 0], minlength=p.n_classes)
-    rows: list[Code] = []
-    for old in run.volumes():
-        old.unlink()
-    with accumulate(particles, p, scratch=run.path, progress="maps of the codes") as sums:
+
+    def write(sums: ClassSums) -> list[Code]:
+        rows: list[Code] = []
         total = max(float(sums.counts.sum()), 1e-30)
         for k in range(p.n_classes):
             joint = solve(sums.joint(k))
@@ -190,7 +232,12 @@ def write_maps(particles: ParticleSet, p: ClassWeights, run: RunDir) -> list[Cod
                 resolution = shells.resolution(shells.fsc(a, b, mask), 0.143, joint.shape[-1], sums.pixel_size)
             count = float(sums.counts[k].sum())
             rows.append(Code(k, count, int(labelled[k]), count / total, resolution))
-    return rows
+        return rows
+
+    processes.first_does(lambda: [old.unlink() for old in run.volumes()])
+    how = {"scratch": run.path, "progress": "maps of the codes", "processes": processes}
+    with accumulate(particles, p, **how) as sums:
+        return processes.first_does(lambda: write(sums))
 
 
 def occupancy_csv(rows: list[Code]) -> str:

@@ -10,15 +10,16 @@ the radius grows over the first half; codes that nobody uses become copies of th
 Memory: coefficients of all images in the cluster box where they fit 4 GiB (19 KB each at D = 64), else they are read
 again in every iteration; grids of 20 bytes per voxel and code (23 MB at D = 64). Where the grids exceed ``memory_gib``
 the codes are taken in groups: one pass per group for the scores, one for the sums, and the scores wait in memory.
+
+Several processes share the images (`reconstruct.class_work`): all call the same functions and get the same results,
+the first one writes. What is drawn at random is drawn for the whole set, in each of them.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,45 +27,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cryosuite import __version__
 from cryosuite.console import Progress
 from cryosuite.data.particles import ParticleSet
+from cryosuite.data.processes import ALONE, Processes
 from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError, notice
-from cryosuite.formats.atomic import remove_leftovers
-from cryosuite.kernels import assignment, fourier
+from cryosuite.kernels import assignment
 from cryosuite.kernels import class_slices as kernel
+from cryosuite.methods import kraqen_state
 from cryosuite.methods.kraqen_expectation import Expectation
 from cryosuite.methods.kraqen_maps import Wiener, code_maps, split_dead
 from cryosuite.methods.kraqen_options import KraqenOptions
-from cryosuite.reconstruct.class_images import CACHE_GIB, Chunk, ClusterImages
-from cryosuite.reconstruct.held_out import class_likelihoods
+from cryosuite.methods.kraqen_state import State
+from cryosuite.reconstruct.class_images import CACHE_GIB, ClusterImages
+from cryosuite.reconstruct.class_work import MEMORY_GIB, ClassWork
 from cryosuite.reconstruct.weights import ClassWeights
 from cryosuite.training import checkpoint
 from cryosuite.training.guard import describe_images
-from cryosuite.training.logs import MetricsLog, RunLog
 from cryosuite.training.options import plain
 from cryosuite.training.schedule import march
-from cryosuite.training.signals import StopSignals, exit_code
+from cryosuite.training.signals import StopNow, StopSignals, exit_code
 
-MEMORY_GIB = 8.0  # of grids held at a time
 LAST_ON_ALL = 4  # iterations
 GROWTH = 4.0  # of the subset, from the first to the last one that is not the whole set
 DEAD = 0.2  # of 1/K: share of the images below which a code is dead
 NO_SPLIT_LAST = 3  # iterations
 SETTLED = 1e-3  # share of the images whose best code changed, below which the EM ends
-
-
-@dataclass
-class State:
-    """What an iteration leaves behind."""
-
-    iteration: int  # iterations done
-    volumes: Tensor  # (K, d, d, d) in the cluster box
-    usage: np.ndarray  # (K,) share of the images, sum 1
-    p: ClassWeights | None = None  # of all images, once an iteration has seen them all
-    seconds: float = 0.0
-    settled: bool = False  # hardly an image changed its code: more iterations would change nothing
 
 
 @dataclass
@@ -94,7 +82,7 @@ class VoxelEM:
 
     Args:
         particles: with rotations. device: of the grids; "cpu" uses compiled loops in as many threads as torch has.
-        memory_gib: of grids, cache_gib: of coefficients kept in memory.
+        memory_gib: of grids, cache_gib: of coefficients kept in memory. processes: that share the images.
     """
 
     def __init__(
@@ -105,16 +93,18 @@ class VoxelEM:
         device: torch.device | str = "cpu",
         memory_gib: float = MEMORY_GIB,
         cache_gib: float = CACHE_GIB,
+        processes: Processes = ALONE,
     ) -> None:
-        self.particles, self.options, self.seed = particles, options, seed
-        self.device, self.memory = torch.device(device), memory_gib * 2**30
-        self.images = ClusterImages(particles, options.cluster_box, cache_gib)
+        self.particles, self.options, self.seed, self.processes = particles, options, seed, processes
+        self.images = processes.each(lambda: ClusterImages(particles, options.cluster_box, cache_gib))
+        self.work = ClassWork(self.images, device, memory_gib, processes)
+        self.device = self.work.device
         self.box, self.count = self.images.box, len(particles)
         self.codes = options.codes
         if self.codes > self.count:
             notice(f"{self.codes} codes for {self.count} images: {self.count} codes are used (see --n-codes)")
             self.codes = self.count
-        self.threads, self.pool, self._wiener = 1, None, {}
+        self._wiener: dict[int, Wiener] = {}
 
     # --- the run -----------------------------------------------------------------------------------------------------
 
@@ -138,37 +128,42 @@ class VoxelEM:
         total = self.options.em_finish if start is not None else self.options.iterations
         if total < 1:
             raise InputError(f"{total} iterations: at least one is needed")
-        state, history = self._resume(run) if resume and run is not None else (None, [])
-        metrics = MetricsLog(run.metrics, state.iteration if state else 0) if run is not None else None
-        log = RunLog(run.log) if run is not None else None
+        state, history = (None, [])
+        if resume and run is not None:
+            state, history = self.processes.each(lambda: kraqen_state.load(run, self._identity()))
+        records = kraqen_state.Records(run, state.iteration if state else 0, self.processes)
         stopped, began = "", time.monotonic()
-        sizes = [len(self.rows(i, total, start is not None)) for i in range(total)]
-        done = sum(sizes[: state.iteration]) if state else 0
-        bar = Progress(sum(sizes), label, "images", done) if progress else nullcontext()
-        with self.threads_of_torch(), StopSignals() as signals, bar:
+        display = self._display(state, total, start, label) if progress else nullcontext()
+        with self.threads_of_torch(), StopSignals() as signals, display as bar:
             state = state or State(0, self._first(start), np.full(self.codes, 1 / self.codes))
             while state.iteration < total and not stopped and not state.settled:
-                found = self._iterate(state, total, start is not None, signals, bar if progress else None)
-                if found is None:
-                    stopped = signals.received
+                try:
+                    state, record = self._iterate(state, total, start is not None, signals, bar)
+                except StopNow as stop:
+                    stopped = str(stop)
                     break
-                state, record = found
                 history.append(record)
-                if run is not None:
-                    metrics.write(record)  # before the checkpoint: a line beyond it is dropped on resume
-                    self.save(run, state, history)
+                records.keep(state, history, self._identity())
                 if on_iteration is not None:
                     on_iteration(state, record)
-                late = max_minutes is not None and time.monotonic() - began > 60 * max_minutes
-                if late and state.iteration < total and not state.settled:
+                minutes = self.processes.first_does(lambda: (time.monotonic() - began) / 60)
+                if max_minutes is not None and minutes > max_minutes and state.iteration < total and not state.settled:
                     stopped = "max_minutes"
         if self.images.bad.any():
             rows = np.flatnonzero(self.images.bad)
             notice(f"{len(rows)} of {self.count} images were left out. {describe_images(self.particles, rows[:100])}")
-        if log is not None:
-            log.write(f"stopped by {stopped} after iteration {state.iteration}" if stopped else "finished")
+        records.end(state.iteration, stopped)
         p = state.p if state.p is not None else ClassWeights.from_labels(np.full(self.count, -1), self.codes)
         return VoxelResult(self.joint(state.volumes), p, p.usage(), self, history, stopped)
+
+    def _display(
+        self, state: State | None, total: int, start: ClassWeights | None, label: str
+    ) -> AbstractContextManager[Progress | None]:
+        """The progress display of the first process: of its own images."""
+        if not self.processes.first:
+            return nullcontext()
+        sizes = [len(self.processes.mine(self.rows(i, total, start is not None))) for i in range(total)]
+        return Progress(sum(sizes), label, "images", sum(sizes[: state.iteration]) if state else 0)
 
     def rows(self, iteration: int, total: int, everything: bool) -> np.ndarray:
         """Rows of an iteration (counted from 0): a fresh random subset, all of them in the last ones."""
@@ -220,7 +215,7 @@ class VoxelEM:
     # --- one iteration -----------------------------------------------------------------------------------------------
 
     def _iterate(self, state: State, total: int, everything: bool, signals: StopSignals, bar: Progress | None):
-        """(new state, its line of metrics), or None when a signal asked to stop."""
+        """(new state, its line of metrics); raises StopNow in all processes when a signal asked one of them to stop."""
         began, o, done = time.monotonic(), self.options, state.iteration
         fraction = done / max(total - 1, 1)
         r_max = self.box // 2 if everything else self.radius(done / total)
@@ -228,11 +223,8 @@ class VoxelEM:
         strength = self.balance(fraction, everything)
         step = Expectation(self, state.usage, temperature, strength, r_max)
         rows = self.rows(done, total, everything)
-        sums = self._pass(state.volumes, rows, step, signals, bar)
-        if sums is None:
-            return None
-        volumes = sums
-        p = step.table()
+        volumes = self._pass(state.volumes, rows, step, signals, bar)
+        p = step.whole
         counts = np.bincount(p.labels()[p.labels() >= 0], minlength=self.codes).astype(float)
         usage = p.usage() / max(p.usage().sum(), 1e-30)
         pairs = []
@@ -267,69 +259,97 @@ class VoxelEM:
         return State(done + 1, volumes, usage, whole, state.seconds + seconds, settled), record
 
     def _pass(self, volumes: Tensor, rows: np.ndarray, step: Expectation, signals: StopSignals, bar: Progress | None):
-        """E-step and sums of some images; the new maps, or None when a signal asked to stop."""
-        disc = fourier.half_disc(self.box, step.r_max, self.device)
-        if len(self._groups(step.r_max)) == 1:
-            transforms = kernel.class_transforms(volumes.to(self.device), step.r_max)
-            acc = kernel.new_class_accumulator(self.codes, step.r_max, device=self.device)
-            for chunk in self.chunks(rows, step.r_max):
-                step.score(chunk, [self._sums(transforms, chunk, disc)])
-                self._insert(acc, chunk, step.shares(-1), disc)
-                if bar is not None:
+        """E-step and sums of some images; the new maps. Raises StopNow when a signal asked to stop."""
+        sums = self._expect([(volumes, self.processes.mine(rows))], step, signals, bar)
+        if sums is not None:
+            return self._joint_maps(sums)
+        maps = self.maps(step.spread(rows, self.count), step.r_max, signals)
+        _heed(self.processes.everyone(lambda: signals.received))
+        return maps
+
+    def _expect(
+        self, pairs: list[tuple[Tensor, np.ndarray]], step: Expectation, signals: StopSignals, bar: Progress | None
+    ) -> list[kernel.ClassAccumulator] | None:
+        """E-step of all processes' images: each pair is maps (K, d, d, d) and the own rows that they judge.
+
+        Returns the sums of each pair's images, complete in the first process; None where grids do not fit together.
+        """
+        found = None
+        while found is None:
+            groups, kept = self._groups(step.r_max, len(pairs)), []
+            found = self._expect_once(pairs, step, groups, kept, signals, bar)
+        _heed(found)
+        order = np.argsort(np.concatenate([rows for _, rows in pairs]), kind="stable")
+        step.share(order)
+        self.images.share_bad(self.processes)
+        for acc in kept:
+            self.work.add_up(acc)
+        return kept or None
+
+    def _expect_once(self, pairs, step, groups, kept, signals, bar) -> list[str] | None:
+        """The signal that each process got, None where memory ran out; sums in ``kept`` if there is one group."""
+
+        def expect() -> str:
+            kept.clear()
+            step.restart()
+            for volumes, rows in pairs:
+                if len(groups) == 1:
+                    kept.append(self.work.accumulator(self.codes, step.r_max))
+                self._score(volumes, rows, step, groups, kept[-1] if kept else None, signals, bar)
+            return signals.received
+
+        return self.work.once(expect)
+
+    def _score(self, volumes, rows, step, groups, acc, signals, bar) -> None:
+        """Scores of the images of a pair, inserted at once where there is an accumulator; left out after a signal."""
+        work, disc = self.work, self.work.disc(step.r_max)
+        parts: list[list] = []
+        for number, group in enumerate(groups):
+            transforms = work.transforms(volumes[group], step.r_max)
+            for at, chunk in enumerate(work.chunks(rows, step.r_max)):
+                found = work.sums(transforms, chunk, disc)
+                if acc is None:
+                    parts.append([]) if number == 0 else None
+                    parts[at].append([value.float() for value in found])
+                else:
+                    step.score(chunk, [found])
+                    work.insert(acc, chunk, step.parts[-1], disc)
+                if number == 0 and bar is not None:
                     bar.advance(len(chunk.rows))
                 if signals.received:
-                    return None
+                    return
             del transforms
-            return self._maps(acc)
-        found = []
-        for group in self._groups(step.r_max):
-            transforms, part = kernel.class_transforms(volumes[group].to(self.device), step.r_max), []
-            for chunk in self.chunks(rows, step.r_max):
-                part.append([value.float() for value in self._sums(transforms, chunk, disc)])
-                if signals.received:
-                    return None
-            found.append(part)
-            del transforms
-        for number, chunk in enumerate(self.chunks(rows, step.r_max)):
-            step.score(chunk, [part[number] for part in found])
-            if bar is not None:
-                bar.advance(len(chunk.rows))
-        maps = self.maps(step.table(rows, self.count), step.r_max, signals)
-        return None if signals.received else maps
-
-    def _sums(self, transforms: kernel.ClassTransforms, chunk: Chunk, disc: fourier.HalfDisc):
-        return kernel.class_sums(transforms, chunk.values, chunk.weights, chunk.rotation, disc, self.pool, self.threads)
-
-    def _insert(self, acc: kernel.ClassAccumulator, chunk: Chunk, table: ClassWeights, disc: fourier.HalfDisc) -> None:
-        rows = tuple(torch.from_numpy(part) for part in (table.data, table.indices, table.indptr))
-        kernel.insert_classes(acc, chunk.values, chunk.weights, rows, chunk.rotation, disc, self.pool, self.threads)
-
-    def chunks(self, rows: np.ndarray, r_max: int) -> Iterator[Chunk]:
-        """Coefficients of some rows, on the device of the grids."""
-        for chunk in self.images.chunks(rows, r_max):
-            yield chunk if self.device.type == "cpu" else Chunk(chunk.rows, *(v.to(self.device) for v in chunk[1:]))
+        for at, chunk in enumerate(work.chunks(rows, step.r_max)) if acc is None else ():
+            step.score(chunk, parts[at])
 
     def _groups(self, r_max: int, sets: int = 1) -> list[np.ndarray]:
         """Codes whose grids fit the memory together."""
-        fit = max(1, int(self.memory // (sets * kernel.grid_bytes(r_max))))
-        return np.array_split(np.arange(self.codes), -(-self.codes // fit))
+        return self.work.groups(self.codes, r_max, sets)
 
     # --- maps of given shares ----------------------------------------------------------------------------------------
 
     def maps(self, p: ClassWeights, r_max: int | None = None, signals: StopSignals | None = None) -> Tensor:
         """(K, d, d, d) maps of given shares: one pass over the images for each group of codes."""
         r_max = self.box // 2 if r_max is None else r_max
-        disc = fourier.half_disc(self.box, r_max, self.device)
-        parts = []
-        for group in np.array_split(np.arange(p.n_classes), -(-p.n_classes * len(self._groups(r_max)) // self.codes)):
-            part = p.columns(group)
-            acc = kernel.new_class_accumulator(len(group), r_max, device=self.device)
-            for chunk in self.chunks(np.flatnonzero(np.diff(part.indptr)), r_max):
-                self._insert(acc, chunk, part.rows(chunk.rows), disc)
-                if signals is not None and signals.received:
-                    break
-            parts.append(self._maps(acc))
+        done, parts = 0, []
+        while done < p.n_classes:
+            fit = len(self.work.groups(p.n_classes, r_max)[0])
+            made = self._maps_of(p.columns(np.arange(done, min(done + fit, p.n_classes))), r_max, signals)
+            if made is not None:
+                parts.append(made)
+                done += fit
         return torch.cat(parts)
+
+    def _maps_of(self, p: ClassWeights, r_max: int, signals: StopSignals | None) -> Tensor | None:
+        """Maps of codes whose grids fit the memory; None where they did not."""
+        rows, stop = np.flatnonzero(np.diff(p.indptr)), lambda: signals is not None and bool(signals.received)
+        sums = self.work.accumulated(p, [rows], r_max, stop)
+        return None if sums is None else self._joint_maps(sums)
+
+    def _joint_maps(self, sums: list[kernel.ClassAccumulator]) -> Tensor:
+        """Maps of the sums of all images, which the first process makes."""
+        (acc,) = sums
+        return self.work.first_makes(lambda: self._maps(acc), (acc.n_classes, *[self.box] * 3))
 
     def halves(self, p: ClassWeights, r_max: int) -> tuple[Tensor, Tensor]:
         """Maps (K, d, d, d) of each half set, up to radius r_max."""
@@ -344,33 +364,17 @@ class VoxelEM:
 
     def scores(self, maps: Tensor, rows: np.ndarray, r_max: int) -> np.ndarray:
         """Log-likelihoods (n, K) of some images under maps (K, d, d, d), up to a constant of the image."""
-        return class_likelihoods(
-            self.images, maps, rows, r_max, device=self.device, memory_gib=self.memory / 2**30, pool=self.pool,
-            threads=self.threads,
-        )  # fmt: skip
+        return self.work.likelihoods(maps, rows, r_max)
 
     def _maps(self, acc: kernel.ClassAccumulator) -> Tensor:
         if acc.r_max not in self._wiener:
             wiener = Wiener(self.box, acc.r_max, self.images.power, self.options.prior)
             self._wiener = {acc.r_max: wiener.to(self.device)}
-        return code_maps(acc, self._wiener[acc.r_max], self.pool).cpu()
+        return code_maps(acc, self._wiener[acc.r_max], self.work.pool).cpu()
 
-    # --- threads, saving, resuming -----------------------------------------------------------------------------------
-
-    @contextmanager
-    def threads_of_torch(self) -> Iterator[None]:
-        """Compiled loops in as many threads as torch had; torch itself in one, or sums would depend on their number."""
-        if self.pool is not None:
-            yield
-            return
-        before = self.threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            with ThreadPoolExecutor(before) as self.pool:
-                yield
-        finally:
-            self.pool = None
-            torch.set_num_threads(before)
+    def threads_of_torch(self) -> AbstractContextManager[None]:
+        """Compiled loops in as many threads as torch had, torch itself in one (`ClassWork.threads_of_torch`)."""
+        return self.work.threads_of_torch()
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -379,22 +383,9 @@ class VoxelEM:
             "particles": checkpoint.fingerprint(self.particles),
         }
 
-    def save(self, run: RunDir, state: State, history: list[dict[str, Any]]) -> None:
-        """Write the checkpoint of an iteration."""
-        p = None if state.p is None else [torch.from_numpy(part) for part in state.p.to_arrays()]
-        values = {"iteration": state.iteration, "volumes": state.volumes, "usage": torch.from_numpy(state.usage)}
-        values |= {"settled": state.settled, "p": p, "seconds": state.seconds, "history": history, "field": "voxel"}
-        values |= self._identity()
-        checkpoint.save_state(run.checkpoint, {"format": checkpoint.FORMAT, "version": __version__, **values})
 
-    def _resume(self, run: RunDir) -> tuple[State, list[dict[str, Any]]]:
-        path = run.checkpoint
-        stored = checkpoint.load_state(path, "a checkpoint")
-        if stored.get("field") != "voxel":
-            raise InputError(f"{path}: not a checkpoint of train-kraqen's voxel field")
-        checkpoint.refuse_differences(path, stored, self._identity())
-        remove_leftovers(path)
-        p = None if stored["p"] is None else ClassWeights.from_arrays([v.numpy() for v in stored["p"]], str(path))
-        state = State(stored["iteration"], stored["volumes"], stored["usage"].numpy(), p, stored["seconds"])
-        state.settled = stored["settled"]
-        return state, list(stored["history"])
+def _heed(received: list[str]) -> None:
+    """Raise StopNow, in all processes, where one of them got a signal."""
+    for name in received:
+        if name:
+            raise StopNow(name)

@@ -18,6 +18,7 @@ from torch import Tensor
 from cryosuite.data.loader import read_ahead
 from cryosuite.data.noise import noise_spectrum
 from cryosuite.data.particles import ParticleSet
+from cryosuite.data.processes import Processes
 from cryosuite.errors import InputError, notice
 from cryosuite.kernels import fourier
 from cryosuite.kernels.class_slices import disc_power
@@ -45,6 +46,7 @@ class ClusterImages:
         box: D of the cluster box. disc: its half disc, up to D/2.
         power: (D/2 + 1,) unbiased power of the particles' slices per shell of the cluster box, never below a floor.
         signal: mean signal over noise per coefficient, times CTF^2 (`assignment.signal_ratio`).
+        chunk: images handled at once.
         pixel_size: of the particles, Angstrom.
         bad: (N,) bool, images with values that are not finite, as far as read; they count nothing.
     """
@@ -93,6 +95,12 @@ class ClusterImages:
             return
         for chunk in read_ahead((self._read(part) for part in parts), 2):
             yield Chunk(chunk.rows, chunk.values[:, :count], chunk.weights[:, :count], chunk.rotation)
+
+    def share_bad(self, processes: Processes) -> None:
+        """Take in which images the other processes found bad; all of them call it."""
+        if processes.count > 1:
+            self._source.broken.share(processes)
+            self.bad[processes.joined(np.flatnonzero(self.bad))] = True
 
     def _cached(self, rows: np.ndarray, count: int) -> Chunk:
         values = torch.from_numpy(np.ascontiguousarray(self._values[rows, :count]))

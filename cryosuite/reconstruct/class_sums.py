@@ -66,6 +66,11 @@ class ClassSums:
         """Both halves of class k together."""
         return self.load(k, 0) + self.load(k, 1)
 
+    def take(self, group: np.ndarray, found: dict[tuple[int, int], slices.Accumulator], spill: bool) -> None:
+        """Keep the sums of a group of classes, emptying ``found``, so that the next group has its memory."""
+        for k, h in list(found):
+            self.store(int(group[k]), h, found.pop((k, h)), spill)
+
     def store(self, k: int, h: int, sums: slices.Accumulator, spill: bool) -> None:
         """Keep a finished accumulator, in memory or in the scratch folder."""
         path = self._file(k, h)
@@ -138,11 +143,12 @@ def accumulate(
     size, count = engine.map_box, weights.n_classes
     fit = max(1, int(memory_gib * 2**30) // (2 * accumulator_bytes(size)))
     spill = fit < count
-    folder = Path(tempfile.mkdtemp(prefix="cryosuite-sums-", dir=scratch)) if spill else None
     pixel_size = engine.pixel_size * particles.box_size / size
     counts = np.stack([weights.rows(np.nonzero(half == h)[0]).usage() for h in (0, 1)], 1)
     if not counts.sum() > 0:
         raise InputError("no particle has a share in any class: check the labels and --ind")
+    made = processes.first_does(lambda: tempfile.mkdtemp(prefix="cryosuite-sums-", dir=scratch) if spill else "")
+    folder = Path(made) if made and processes.first else None
     sums = ClassSums(count, size, pixel_size, counts, engine.disc.r_max, scratch=folder)
     groups = np.array_split(np.arange(count), -(-count // fit))
     parts = [weights.columns(group) for group in groups]
@@ -153,8 +159,7 @@ def accumulate(
             bar.__enter__()
         for group, part in zip(groups, parts, strict=True):
             found = _run(engine, part, half, bar)
-            for k, h in list(found):  # popped, so that the next group does not have to share the memory
-                sums.store(int(group[k]), h, found.pop((k, h)), spill)
+            processes.first_does(lambda group=group, found=found: sums.take(group, found, spill))
     except BaseException:
         sums.close()
         raise
@@ -178,11 +183,28 @@ def class_order(weights: ClassWeights, box_size: int) -> np.ndarray:
 def _run(
     engine: Accumulator, weights: ClassWeights, half: np.ndarray, bar: Progress | None
 ) -> dict[tuple[int, int], slices.Accumulator]:
-    """Sums of one group of classes: reading, coefficients and the insertion into each half in threads of their own.
+    """Sums of one group of classes, those of all processes added up in the first."""
+    processes = engine.processes
+    rows = processes.mine(class_order(weights, engine.particles.box_size))
+    sums = processes.each(lambda: _inserted(engine, weights, rows, half, bar))
+    if processes.count > 1:
+        engine.broken.share(processes)
+        for k, h in _present(weights, half):
+            if (k, h) not in sums:
+                sums[k, h] = slices.new_accumulator(engine.map_box)
+            processes.add_up(sums[k, h].data)
+            if not processes.first:
+                del sums[k, h]
+    return sums
+
+
+def _inserted(
+    engine: Accumulator, weights: ClassWeights, rows: np.ndarray, half: np.ndarray, bar: Progress | None
+) -> dict[tuple[int, int], slices.Accumulator]:
+    """Sums of some rows: reading, coefficients and the insertion into each half in threads of their own.
 
     Every half set is inserted in the same order, so the sums do not depend on timing.
     """
-    rows = engine.processes.mine(class_order(weights, engine.particles.box_size))
     step = max(1, POINTS_PER_CHUNK // len(engine.disc))
     sums: dict[tuple[int, int], slices.Accumulator] = {}
     threads = torch.get_num_threads()
@@ -202,12 +224,6 @@ def _run(
                     bar.advance(len(part))
     finally:
         torch.set_num_threads(threads)
-    if engine.processes.count > 1:
-        engine.broken.share(engine.processes)
-        for k, h in _present(weights, half):
-            if (k, h) not in sums:
-                sums[k, h] = slices.new_accumulator(engine.map_box)
-            engine.processes.add_up(sums[k, h].data)
     return sums
 
 

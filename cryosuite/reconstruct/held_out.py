@@ -10,11 +10,10 @@ Used by the voxel field of train-kraqen for its maps, and by deco-classify to se
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,10 +22,11 @@ from torch import Tensor
 from cryosuite.console import Progress
 from cryosuite.data.particles import ParticleSet
 from cryosuite.errors import InputError
-from cryosuite.kernels import assignment, fourier, slices
+from cryosuite.kernels import assignment, slices
 from cryosuite.kernels import class_slices as kernel
 from cryosuite.reconstruct.class_images import ClusterImages
 from cryosuite.reconstruct.class_sums import ClassSums, accumulate
+from cryosuite.reconstruct.class_work import ClassWork
 from cryosuite.reconstruct.polish import polish
 from cryosuite.reconstruct.weights import ClassWeights
 
@@ -36,7 +36,6 @@ JOIN_AT, JOIN_ITERATIONS = 2.5, 6  # temperature at which twins become one, and 
 OVERLAP = 0.7  # of the shares of two classes, above which they are one
 SETTLED = 2e-3  # share of the images that change their class, below which an iteration is the last
 FEWEST = 4.0  # particles in a half set, below which a class says nothing and is given up
-MEMORY_GIB = 8.0  # of grids held at a time
 
 
 @dataclass
@@ -82,16 +81,16 @@ def settle(
     coarse, fine = (min(size, box, particles.box_size) for size in (COARSE_BOX, FINE_BOX))
     total = COARSE_ITERATIONS + (JOIN_ITERATIONS + AGAIN if join else 0) + (FINE_ITERATIONS if fine > coarse else 0)
     progress_bar = Progress(total, progress, "iterations") if progress else nullcontext()
-    with progress_bar as bar, _threads_of_torch() as (pool, threads):
-        how = {"device": device, "pool": pool, "threads": threads}
-        engine = _Settling(ClusterImages(particles, coarse), half, how, bar)
+    work = ClassWork(ClusterImages(particles, coarse), device)
+    with progress_bar as bar, work.threads_of_torch():
+        engine = _Settling(work, half, bar)
         p, groups = engine.run(start, COARSE_ITERATIONS), np.arange(start.n_classes)
         if join:
             warm = engine.run(p, JOIN_ITERATIONS, JOIN_AT, until_settled=False)
             groups = overlap_groups(warm, count)
             p = engine.run(warm.merged(groups), AGAIN)
         if fine > coarse:
-            engine.images = ClusterImages(particles, fine)
+            work.images = ClusterImages(particles, fine)
             p = engine.run(p, FINE_ITERATIONS)
     kept = np.flatnonzero(p.usage() > 0.5)
     place = np.full(p.n_classes, -1, np.int64)
@@ -123,23 +122,11 @@ def overlap_groups(p: ClassWeights, count: int = 0) -> np.ndarray:
     return groups
 
 
-@contextmanager
-def _threads_of_torch() -> Iterator[tuple[ThreadPoolExecutor, int]]:
-    """Compiled loops in as many threads as torch had; torch itself in one, or sums would depend on their number."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            yield pool, threads
-    finally:
-        torch.set_num_threads(threads)
-
-
 class _Settling:
     """Iterations on one set of images; ``likelihood`` grows by one entry in each."""
 
-    def __init__(self, images: ClusterImages, half: np.ndarray, how: dict[str, Any], bar: Progress | None) -> None:
-        self.images, self.half, self.how, self.bar = images, half, how, bar
+    def __init__(self, work: ClassWork, half: np.ndarray, bar: Progress | None) -> None:
+        self.work, self.half, self.bar = work, half, bar
         self.likelihood: list[float] = []
 
     def run(
@@ -157,17 +144,17 @@ class _Settling:
 
     def _iteration(self, p: ClassWeights, temperature: float) -> ClassWeights:
         """New shares: of Bayes at temperature 1."""
-        images, half = self.images, self.half
+        images, half = self.work.images, self.half
         used = usable(np.stack([p.rows(np.flatnonzero(half == h)).usage() for h in (0, 1)], 1))
         if not len(used):
             raise InputError("no class has particles in both half sets: nothing can be settled (see rlnRandomSubset)")
         part = p.columns(used)
-        volumes = half_maps(images, part, half, **self.how)
+        volumes = half_maps(self.work, part, half)
         prior = np.log(np.maximum(part.usage(), 0.5) / max(part.usage().sum(), 0.5))
         dense, total = np.zeros((len(images), p.n_classes), np.float32), 0.0
         for h in (0, 1):
             rows = np.flatnonzero(half == h)
-            logits = (class_likelihoods(images, volumes[1 - h], rows, **self.how) + prior) / temperature
+            logits = (self.work.likelihoods(volumes[1 - h], rows) + prior) / temperature
             peak = logits.max(1, keepdims=True)
             shares = np.exp(logits - peak)
             sums = shares.sum(1, keepdims=True)
@@ -187,35 +174,25 @@ def usable(counts: np.ndarray) -> np.ndarray:  # (K, 2) -> classes
 # --- maps and scores, shared with train-kraqen -----------------------------------------------------------------------
 
 
-def half_maps(
-    images: ClusterImages,
-    p: ClassWeights,
-    half: np.ndarray,
-    *,
-    device: torch.device | str = "cpu",
-    memory_gib: float = MEMORY_GIB,
-    pool: object = None,
-    threads: int = 1,
-) -> Tensor:
+def half_maps(work: ClassWork, p: ClassWeights, half: np.ndarray) -> Tensor:
     """(2, K, d, d, d) filtered half maps of the classes, of given shares of all N particles.
 
-    Where the grids exceed ``memory_gib`` the sums wait on disk and the images are read once more.
+    Where the grids exceed the memory the sums wait on disk and the images are read once more.
     """
-    r_max = images.box // 2
-    if 2 * p.n_classes * kernel.grid_bytes(r_max) > memory_gib * 2**30:
-        with accumulate(images.particles, p, half.astype(np.int8), box=images.box, memory_gib=memory_gib) as sums:
-            return filtered(sums)
-    disc, found = fourier.half_disc(images.box, r_max, device), []
-    used = np.flatnonzero(np.diff(p.indptr))
-    for h in (0, 1):
-        acc = kernel.new_class_accumulator(p.n_classes, r_max, device=device)
-        for chunk in images.chunks(used[half[used] == h], r_max):
-            table = p.rows(chunk.rows)
-            rows = tuple(torch.from_numpy(part) for part in (table.data, table.indices, table.indptr))
-            values = (value.to(device) for value in (chunk.values, chunk.weights))
-            kernel.insert_classes(acc, *values, rows, chunk.rotation.to(device), disc, pool, threads)
-        found.append(acc)
-    return filtered(class_sums(images, found, p, half))
+    images = work.images
+    r_max, used = images.box // 2, np.flatnonzero(np.diff(p.indptr))
+    while len(work.groups(p.n_classes, r_max, 2)) == 1:
+        found = work.accumulated(p, [used[half[used] == h] for h in (0, 1)], r_max)
+        if found is not None:
+            return first_filters(work, partial(class_sums, images, found, p, half), p.n_classes)
+    how = {"box": images.box, "memory_gib": work.memory / 2**30, "processes": work.processes}
+    with accumulate(images.particles, p, half.astype(np.int8), **how) as sums:
+        return first_filters(work, lambda: sums, p.n_classes)
+
+
+def first_filters(work: ClassWork, sums: Callable[[], ClassSums], n_classes: int) -> Tensor:
+    """`filtered` half maps (2, K, d, d, d) of sums that the first process has, in all of them."""
+    return work.first_makes(lambda: filtered(sums()), (2, n_classes, *[work.images.box] * 3))
 
 
 def class_sums(
@@ -254,29 +231,3 @@ def _columns(sums: ClassSums, used: np.ndarray) -> ClassSums:
     """The sums of some classes."""
     kept = {(at, h): sums.load(int(k), h) for at, k in enumerate(used) for h in (0, 1)}
     return ClassSums(len(used), sums.box_size, sums.pixel_size, sums.counts[used], sums.r_max, kept)
-
-
-def class_likelihoods(
-    images: ClusterImages,
-    maps: Tensor,  # (K, d, d, d)
-    rows: np.ndarray,
-    r_max: int | None = None,
-    *,
-    device: torch.device | str = "cpu",
-    memory_gib: float = MEMORY_GIB,
-    pool: object = None,
-    threads: int = 1,
-) -> np.ndarray:
-    """Log-likelihoods (n, K) of some images under maps, up to a constant of the image."""
-    r_max = images.box // 2 if r_max is None else r_max
-    disc, out = fourier.half_disc(images.box, r_max, device), np.zeros((len(rows), len(maps)))
-    fit = max(1, int(memory_gib * 2**30 // kernel.grid_bytes(r_max)))
-    for begin in range(0, len(maps), fit):
-        transforms, at = kernel.class_transforms(maps[begin : begin + fit].to(device), r_max), 0
-        for chunk in images.chunks(rows, r_max):
-            values = (value.to(device) for value in chunk[1:])
-            h, g = kernel.class_sums(transforms, *values, disc, pool, threads)
-            part = assignment.likelihood_from_sums(h, g).cpu().numpy()
-            out[at : at + len(part), begin : begin + fit] = part
-            at += len(part)
-    return out

@@ -130,3 +130,15 @@ class ClassWeights:
         if len(indptr) != int(shape[0]) + 1:
             raise InputError(f"{source}: {len(indptr) - 1} rows where {int(shape[0])} are said")
         return cls(data.astype(np.float32), indices.astype(np.int32), indptr.astype(np.int64), int(shape[1]))
+
+
+def stacked(parts: list[ClassWeights], n_classes: int) -> ClassWeights:
+    """Tables of the same K classes below each other; an empty one where there are none."""
+    starts = np.cumsum([0, *(len(part.data) for part in parts)])
+    rows = [part.indptr[1:] + start for part, start in zip(parts, starts, strict=False)]
+    return ClassWeights(
+        np.concatenate([np.zeros(0, np.float32), *(part.data for part in parts)]),
+        np.concatenate([np.zeros(0, np.int32), *(part.indices for part in parts)]),
+        np.concatenate([np.zeros(1, np.int64), *rows]),
+        n_classes,
+    )

@@ -78,18 +78,35 @@ def world() -> tuple[int, int]:
     return 0, 1
 
 
-def join_processes() -> Processes:
+def join_processes(devices: int = 1, num_nodes: int = 1, accelerator: str = "cpu") -> Processes:
     """The processes that torchrun or srun started to do this command's work together; one where nobody did.
 
     They speak by gloo, on processors, whatever the command computes on; on a machine with GPUs each takes its own.
+
+    Args:
+        devices: on each of ``num_nodes`` machines, started here where nobody started them.
+        accelerator: "cuda" where each of these needs a GPU.
+
+    Raises InputError where more GPUs are asked for than this machine has.
     """
-    options = TrainOptions(accelerator="cpu")
-    if launch_shape(options).world_size == 1:
+    options = TrainOptions(accelerator="cpu", devices=devices, num_nodes=num_nodes)
+    shape = launch_shape(options)
+    if accelerator == "cuda" and shape.launcher == "self":
+        _need_gpus(shape.devices)
+    if shape.world_size == 1:
         return ALONE
-    if torch.cuda.is_available():
-        torch.cuda.set_device(ranks.local_rank() % torch.cuda.device_count())
     fabric = start_fabric(options, timeout=PATIENCE)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(fabric.local_rank % torch.cuda.device_count())
     return Processes(fabric.global_rank, fabric.world_size)
+
+
+def training_processes() -> Processes:
+    """The processes of the training that is going on, for work that they share once it is done; they speak by gloo."""
+    rank, count = world()
+    if count == 1:
+        return ALONE
+    return Processes(rank, count, torch.distributed.new_group(backend="gloo", timeout=PATIENCE))
 
 
 def resolve_accelerator(name: str) -> str:
@@ -118,8 +135,8 @@ def start_fabric(options: TrainOptions, unused_parameters: bool = False, timeout
     """Lightning Fabric for these options, its processes started and joined."""
     shape = launch_shape(options)
     accelerator = resolve_accelerator(options.accelerator)
-    if accelerator == "cuda" and shape.devices > torch.cuda.device_count():
-        raise InputError(f"--devices {shape.devices}: this machine has {torch.cuda.device_count()} GPUs")
+    if accelerator == "cuda":
+        _need_gpus(shape.devices)
     strategy: DDPStrategy | str = "auto"
     if shape.world_size > 1:
         strategy = DDPStrategy(find_unused_parameters=unused_parameters, timeout=timeout)
@@ -134,12 +151,17 @@ def start_fabric(options: TrainOptions, unused_parameters: bool = False, timeout
         precision=resolve_precision(options.precision, accelerator),
         plugins=plugins,
     )
-    if shape.launcher == "torchrun" and shape.world_size > 1 and was_restarted():
+    if shape.launcher == "torchrun" and world()[1] < shape.world_size and was_restarted():
         _join_anew(accelerator, timeout)
     fabric.launch()
     if accelerator == "cuda":
         torch.set_float32_matmul_precision("high")
     return fabric
+
+
+def _need_gpus(count: int) -> None:
+    if count > torch.cuda.device_count():
+        raise InputError(f"--devices {count}: this machine has {torch.cuda.device_count()} GPUs")
 
 
 def _join_anew(accelerator: str, timeout: timedelta) -> None:
