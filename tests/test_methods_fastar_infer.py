@@ -252,7 +252,7 @@ def test_search_takes_the_network_as_second_opinion(molecule, monkeypatch) -> No
     """A search with a quarter of its poses wrong, a network that knows better: the likelihood decides."""
     particles, volume = molecule
     engine = _FakeSearch(particles)
-    monkeypatch.setattr(infer, "AbInitio", lambda *_: engine)
+    monkeypatch.setattr(infer, "AbInitio", lambda *_, **how: engine)
     oracle = TargetOracle(particles.rotation, particles.shift, 8.0)
     seen = []
 

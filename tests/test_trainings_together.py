@@ -6,16 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from forked import one_and_two
+from forked import one_and_two, together
 from hype_toy import blob_particles, blobs
 from test_commands_pretrain_lvm import SHORT as LVM
 from test_commands_train_fastar import TINY
 from test_methods_iev import SMALL
 
 from cryosuite.data.workdir import RunDir
+from cryosuite.formats.mrc import write_map
 from cryosuite.formats.pickles import read_latent, write_pickle
 from cryosuite.formats.stacks import StackWriter
-from cryosuite.methods import fastar_validate, lvm_validate
+from cryosuite.methods import fastar_target, fastar_validate, lvm_validate
 from cryosuite.nets import ief
 from cryosuite.nets.multiview import SPECS
 from cryosuite.training.logs import read_metrics
@@ -35,13 +36,17 @@ CPU = ["--accelerator", "cpu"]
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory) -> Path:
-    """particles.mrcs with poses.pkl and ctf.pkl: two molecules in turn."""
+    """particles.mrcs with poses.pkl and ctf.pkl: two molecules in turn; a work folder of them; a map of one."""
     folder = tmp_path_factory.mktemp("stack")
     particles, _ = blob_particles([blobs(D, 0), blobs(D, 1)], N, noise=0.3)
     with StackWriter(folder / "particles.mrcs", N, D, 6.0) as writer:
         writer.write(particles.read(np.arange(N)))
     write_pickle(folder / "poses.pkl", (particles.rotation, particles.shift))
     write_pickle(folder / "ctf.pkl", particles.ctf)
+    write_map(folder / "ref.mrc", blobs(D, 0).numpy(), 6.0)
+    posed = ["--poses", folder / "poses.pkl", "--ctf", folder / "ctf.pkl"]
+    (made,) = together(folder / "said", ["preprocess", folder / "particles.mrcs", *posed, "-o", folder / "work"], 1)
+    assert made.code == 0, made.err
     return folder
 
 
@@ -51,6 +56,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ief.SPECS, "vit_tiny", SMALL)
     monkeypatch.setitem(SPECS, "micro", TINY)
     monkeypatch.setattr(fastar_validate, "GRID", 0)
+    monkeypatch.setattr(fastar_target, "FEWEST", 50)
     monkeypatch.setattr(lvm_validate, "EACH", 1)
 
 
@@ -65,12 +71,15 @@ def words(name: str, stack: Path) -> list[object]:
         "iev": ["pretrain-iev", stack / "particles.mrcs", *IEV, *CPU],
         "fastar": ["train-fastar", *FASTAR, *CPU],
         "fastar-star": ["train-fastar", *FASTAR, "--mode", "ab-initio", *CPU],
+        "fastar-real": ["train-fastar", *FASTAR, "--map", stack / "ref.mrc", "--finetune", stack / "work", *CPU],
         "jepa": ["pretrain-lvm", *LVM, "--precision", 32],
         "lvm": ["train-lvm", "--task", "sharpen", *LVM, "--precision", 32],
     }[name]
 
 
-@pytest.mark.parametrize("name", ["hype", "kraqen", "voxel", "deco", "iev", "fastar", "fastar-star", "jepa", "lvm"])
+@pytest.mark.parametrize(
+    "name", ["hype", "kraqen", "voxel", "deco", "iev", "fastar", "fastar-star", "fastar-real", "jepa", "lvm"]
+)
 def test_two_processes_learn_what_one_learns(name: str, stack: Path, tmp_path: Path) -> None:
     runs = [RunDir(run) for run in one_and_two(tmp_path, words(name, stack))]
     one, two = (read_metrics(run.metrics) for run in runs)
@@ -78,7 +87,7 @@ def test_two_processes_learn_what_one_learns(name: str, stack: Path, tmp_path: P
     for a, b in zip(one, two, strict=True):
         assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-4), (a, b)
         assert sorted(a) == sorted(b)
-    if name not in ("iev", "fastar", "fastar-star", "jepa", "lvm"):
+    if name not in ("iev", "fastar", "fastar-star", "fastar-real", "jepa", "lvm"):
         last = runs[0].last_epoch()
         z, other = (read_latent(run.z(last))[0] for run in runs)
         assert z.shape == other.shape and len(z) == N

@@ -27,17 +27,22 @@ from cryosuite.methods.deco_encoder import encoder_of_state, open_encoder
 from cryosuite.methods.deco_finish import ClassRow, finish
 from cryosuite.methods.deco_model import DecoModel, PoseTable
 from cryosuite.methods.deco_options import FROM_NOTHING, RANDOM, DecoOptions, Preset
-from cryosuite.methods.deco_start import SAVE_SECONDS, options_of, start_done, start_margins, start_record, voxel_start
+from cryosuite.methods.deco_start import SAVE_SECONDS, options_of, start_margins, start_record, voxel_start
 from cryosuite.reconstruct.abinitio import AbInitio
 from cryosuite.training.checkpoint import load_into, load_state
-from cryosuite.training.launch import process_rank, resolve_accelerator
+from cryosuite.training.launch import (
+    launch_shape,
+    process_rank,
+    resolve_accelerator,
+    start_fabric,
+    training_processes,
+)
 from cryosuite.training.loop import fit
 from cryosuite.training.options import TrainOptions
 from cryosuite.training.runs import particles_path, read_run_config
 from cryosuite.training.signals import exit_code, requeue_job
 
 OPENED_WITH = ("poses", "ctf", "ind", "datadir", "pixel_size", "sign")
-WAIT_SECONDS = 1800.0  # of other processes for the first one's start
 LITTLE_SIGNAL = 4.0  # standard errors of the power above the noise
 
 
@@ -120,7 +125,7 @@ def train(
 ) -> Trained:
     """Find first poses (where none are known), train, classify, and write everything.
 
-    With several processes the first one makes the voxel start and the classes; the others wait or come back.
+    With several processes the first one makes the classes; the others come back.
     """
     began = time.monotonic()
     if options.poses == "none":
@@ -164,17 +169,15 @@ def _stopped(reason: str, training: TrainOptions) -> Trained:
 def _started(
     particles: ParticleSet, run: RunDir, options: DecoOptions, training: TrainOptions
 ) -> tuple[ParticleSet, str]:
-    """The voxel start, made by the first process; the others wait for its file."""
+    """The voxel start, made by all processes of the training together."""
+    if launch_shape(training).world_size > 1:
+        start_fabric(training)
     device = resolve_accelerator(training.accelerator)
-    if process_rank() == 0:
-        every = min(SAVE_SECONDS, 60 * training.checkpoint_every_minutes)
-        return voxel_start(particles, run, options, training.seed, device, training.max_minutes, every=every)
-    waited = time.monotonic()
-    while time.monotonic() - waited < WAIT_SECONDS:
-        if start_done(run):
-            return voxel_start(particles, run, options, training.seed, device, progress=False)
-        time.sleep(2.0)
-    raise InputError(f"{run.start}: the first process has not finished the start; do all processes see this folder?")
+    every = min(SAVE_SECONDS, 60 * training.checkpoint_every_minutes)
+    return voxel_start(
+        particles, run, options, training.seed, device, training.max_minutes, every=every,
+        processes=training_processes(),
+    )  # fmt: skip
 
 
 def warn_of_noise(particles: ParticleSet) -> float:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cryosuite import __version__
 from cryosuite.console import Progress
 from cryosuite.data.particles import ParticleSet
+from cryosuite.data.processes import ALONE, Processes
 from cryosuite.data.workdir import RunDir
 from cryosuite.formats.atomic import remove_leftovers
 from cryosuite.methods.deco_hand import settle_hands
@@ -40,11 +43,12 @@ def voxel_start(
     max_minutes: float | None = None,
     progress: bool = True,
     every: float = SAVE_SECONDS,
+    processes: Processes = ALONE,
 ) -> tuple[ParticleSet, str]:
     """The particles with the poses found, and "" or why it stopped before the end; saved every so many seconds.
 
-    Whatever is in start.pt is gone on from; a start that is complete is only read. Raises InputError for a start.pt of
-    other particles or options.
+    Whatever is in start.pt is gone on from; a start that is complete is only read. ``processes`` share the images; the
+    first reads and writes. Raises InputError for a start.pt of other particles or options.
     """
     path, chosen = run.start, options_of(options, seed)
     identity = {
@@ -52,33 +56,54 @@ def voxel_start(
         "method": {"name": "deco", "options": plain(chosen)},
         "particles": checkpoint.fingerprint(particles),
     }
-    log = RunLog(run.log)
-    engine = AbInitio(particles, chosen, device, lambda text, record: log.write(text))
-    if path.exists():
-        stored = checkpoint.load_state(path, "a start of deco-classify")
-        checkpoint.refuse_differences(path, stored, identity)
+    log = RunLog(run.log, processes.first)
+    engine = AbInitio(particles, chosen, device, lambda text, record: log.write(text), processes)
+
+    def stored() -> dict[str, Any] | None:
+        if not path.exists():
+            return None
+        found = checkpoint.load_state(path, "a start of deco-classify")
+        checkpoint.refuse_differences(path, found, identity)
         remove_leftovers(path)
-        engine.load_state_dict(stored["state"])
+        return found["state"]
+
+    state = processes.first_does(stored)
+    if state is not None:
+        engine.load_state_dict(state)
 
     def save() -> None:
         state = {"format": checkpoint.FORMAT, "version": __version__, "state": engine.state_dict(), **identity}
         state["done"] = engine.done
         checkpoint.save_state(path, state)
 
-    stopped = "" if engine.done else _run(engine, save, max_minutes, progress, every)
+    stopped = "" if engine.done else _run(engine, save, max_minutes, progress, every, processes)
     if stopped:
         log.write(f"voxel start stopped by {stopped} at unit {engine.position} of {engine.total}")
         return particles, stopped
     found = engine.found
     posed = replace(particles, rotation=found.rotation, shift=found.shift)
-    return settle_hands(posed, found.label, options.hand), ""
+
+    def settled() -> tuple[np.ndarray, np.ndarray]:
+        in_one_hand = settle_hands(posed, found.label, options.hand)
+        return in_one_hand.rotation, in_one_hand.shift
+
+    rotation, shift = processes.first_does(settled)
+    return replace(posed, rotation=rotation, shift=shift), ""
 
 
-def _run(engine: AbInitio, save: Any, max_minutes: float | None, progress: bool, every: float) -> str:
-    """Advance until done or told to stop; saves now and then and at the end."""
+def _run(
+    engine: AbInitio,
+    save: Callable[[], None],
+    max_minutes: float | None,
+    progress: bool,
+    every: float,
+    processes: Processes,
+) -> str:
+    """Advance until done or told to stop, which any process may be; saves now and then and at the end."""
     began = saved = time.monotonic()
     late = float("inf") if max_minutes is None else began + 60 * max_minutes
-    bar = Progress(engine.total, "find first poses", "steps", engine.position) if progress else None
+    shown = progress and processes.first
+    bar = Progress(engine.total, "find first poses", "steps", engine.position) if shown else None
     with StopSignals() as signals, bar or _Silent():
         while not engine.done:
             before = engine.position
@@ -86,9 +111,11 @@ def _run(engine: AbInitio, save: Any, max_minutes: float | None, progress: bool,
             if bar is not None:
                 bar.advance(engine.position - before)
             now = time.monotonic()
-            stopped = signals.received or ("max_minutes" if now > late and not engine.done else "")
-            if stopped or engine.done or now - saved > every:
-                save()
+            reason = signals.received or ("max_minutes" if now > late and not engine.done else "")
+            told = processes.everyone(lambda said=(reason, now - saved > every): said)
+            stopped = next((reason for reason, _ in told if reason), "")
+            if stopped or engine.done or told[0][1]:
+                processes.first_does(save)
                 saved = time.monotonic()
             if stopped:
                 return stopped
@@ -103,11 +130,6 @@ class _Silent:
 
     def __exit__(self, *_: object) -> None:
         pass
-
-
-def start_done(run: RunDir) -> bool:
-    """Whether the start is complete."""
-    return run.start.exists() and bool(checkpoint.load_state(run.start, "a start of deco-classify").get("done"))
 
 
 def start_record(run: RunDir) -> dict[str, Any] | None:

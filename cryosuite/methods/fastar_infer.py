@@ -110,7 +110,8 @@ def predict_target(
     )  # fmt: skip
     preparation = Preparation(particles, window, predictor.spec.in_channels, device)
     chosen = replace(particles if n in (0, len(particles)) else particles.subset(mine), rotation=None, shift=None)
-    batches = BatchLoader(chosen, options.batch, shuffle=False).epoch(0) if n else iter(())
+    loader = BatchLoader(chosen, options.batch, shuffle=False)
+    batches = loader.epoch(0) if n else iter(())
     pending: list[tuple[np.ndarray, Any, Any]] = []  # one batch behind, so that a GPU never waits for the copy back
     with Progress(n, "poses") if progress else _Silent() as bar:
         for batch in _timed(batches, clock):
@@ -122,6 +123,7 @@ def predict_target(
             bar.advance(len(batch))
         for one in pending:
             _store(out, *one, window)
+    loader.broken.share_part(particles, mine, processes)
     if processes.count > 1:
         kept = max(processes.everyone(lambda: 0 if out.rivals is None else out.rivals.shape[1]))
         out.rivals = np.empty((0, kept, 3, 3), np.float32) if out.rivals is None else out.rivals
@@ -175,16 +177,18 @@ def predict_search(
     guess: Callable[[torch.Tensor, float], Predicted] | None = None,
     search: AbInitioOptions | None = None,
     progress: bool = True,
+    processes: Processes = ALONE,
 ) -> Predicted:
     """Poses from nothing but the images, by ``reconstruct.abinitio`` for one molecule.
 
     guess: what a network sees against a map (D, D, D) of a resolution in Angstrom; its poses stand beside those of the
-    search as rivals in the first round of refinement, where the likelihood decides.
+    search as rivals in the first round of refinement, where the likelihood decides. ``processes`` share the images and
+    all get the same poses.
     """
     with clock("search"):
-        engine = AbInitio(
-            replace(particles, rotation=None, shift=None), search or AbInitioOptions(seed=options.seed), clock.device
-        )
+        blind = replace(particles, rotation=None, shift=None)
+        how = search or AbInitioOptions(seed=options.seed)
+        engine = AbInitio(blind, how, clock.device, processes=processes)
         with Progress(engine.total, "search for poses", "steps") if progress else _Silent() as bar:
             while not engine.done:
                 before = engine.position
@@ -196,8 +200,9 @@ def predict_search(
         return out
     posed = replace(particles, rotation=found.rotation, shift=found.shift)
     with clock("back-project"):
-        first = reconstruct(posed, regularise="fsc")
-    seen = guess(first.map, 20.0)
+        first = reconstruct(posed, regularise="fsc", processes=processes)
+        volume = processes.first_does(lambda: first.map)
+    seen = guess(volume, 20.0)
     out.good = seen.good
     out.rivals = np.concatenate([found.rotation[:, None], seen.rotation[:, None]], 1)
     return out

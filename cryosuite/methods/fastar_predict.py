@@ -288,23 +288,34 @@ class StarPredictor:
     ) -> None:
         self.model, self.spec, self.device = model.to(device).eval(), model.spec, torch.device(device)
         self.clock, self.within = clock or Clock(device), autocast(precision, device)
+        self.images, self.sets = Portions("images"), Portions("sets of images")
 
     @torch.inference_mode()
     def encode(self, images: Tensor, rows: Tensor) -> Tensor:
         """Tokens (b, T, d) of images (b, C, s, s), each by itself."""
-        with self.within(), self.clock("encode"):
-            return self.model.encode(images.to(self.device))
+
+        def tokens(some: slice) -> Tensor:
+            with self.within(), self.clock("encode"):
+                return self.model.encode(images[some].to(self.device))
+
+        return torch.cat([found for _, found in self.images.over(tokens, len(images))])
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotations (..., N, 3, 3) in the frame of view 0, shifts (..., N, 2), confidence (..., N) of sets of tokens
         (..., N, T, d); at most one leading dimension."""
+        sets = tokens if tokens.ndim == 4 else tokens[None]
+        parts = [found for _, found in self.sets.over(lambda some: self._posed(sets[some]), len(sets))]
+        values = tuple(torch.cat(part) for part in zip(*parts, strict=True))
+        return values if tokens.ndim == 4 else tuple(value[0] for value in values)
+
+    def _posed(self, sets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of sets (S, N, T, d) that fit the memory together."""
         with self.within(), self.clock("decode"):
-            heads = self.model.heads(self.model.star(tokens if tokens.ndim == 4 else tokens[None]))
+            heads = self.model.heads(self.model.star(sets))
         with self.clock("Kabsch"):
             found = self.model.poses(heads)
-        values = found.rotation, found.shift, found.confidence
-        return values if tokens.ndim == 4 else tuple(value[0] for value in values)
+        return found.rotation, found.shift, found.confidence
 
 
 def require_spec(spec: MultiviewSpec, mode: str, source: str) -> None:

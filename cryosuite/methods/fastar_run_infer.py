@@ -83,8 +83,8 @@ class Request:
 def run(particles: ParticleSet, request: Request, processes: Processes = ALONE) -> dict[str, Any] | None:
     """Pose the particles, write the folder, and return what infer.yaml says (and the errors against a truth).
 
-    ``processes`` share the particles (poses searched for without a reference are found by the first alone); the first
-    one writes, the others return None. Raises InputError for whatever is wrong with what was given; then nothing was
+    ``processes`` share the particles (in ab-initio mode poses are predicted by the first alone); the first one writes,
+    the others return None. Raises InputError for whatever is wrong with what was given; then nothing was
     written.
     """
     out, mode = PosesDir(request.outdir), request.chosen_mode()
@@ -101,7 +101,7 @@ def run(particles: ParticleSet, request: Request, processes: Processes = ALONE) 
     elif mode == "ab-initio":
         predicted = processes.first_does(lambda: _star(particles, network[0], options, clock, precision))
     else:
-        predicted = processes.first_does(lambda: _search(particles, network, request, options, clock, precision))
+        predicted = _search(particles, network, request, options, clock, precision, processes)
     target = reference if mode == "target" else None
     result = finish(particles, predicted, options, clock, target, processes=processes)
     if not processes.first:
@@ -216,7 +216,7 @@ def _star(
 
 def _search(
     particles: ParticleSet, network: tuple[Multiview | None, dict, str], request: Request, options: InferOptions,
-    clock: Clock, precision: str,
+    clock: Clock, precision: str, processes: Processes = ALONE,
 ) -> Predicted:  # fmt: skip
     """From nothing, with what a network sees against the first map as a second opinion."""
     model = network[0]
@@ -227,9 +227,9 @@ def _search(
 
     def guess(volume: torch.Tensor, low_pass: float) -> Predicted:
         found = Reference(volume, low_pass, "the map found", gyration(volume))
-        return _target(particles, model, found, request, options, clock, precision)
+        return _target(particles, model, found, request, options, clock, precision, processes)
 
-    return predict_search(particles, options, clock, None if model is None else guess)
+    return predict_search(particles, options, clock, None if model is None else guess, processes=processes)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@
    that gain by it search for their poses again, and all particles for their classes.
 
 The work is cut into units of a second or so: ``advance`` does one, ``state_dict`` holds everything in between, so a
-driver can save, stop and go on exactly (methods.deco_start).
+driver can save, stop and go on exactly (methods.deco_start). Several processes take the same steps together and hold
+the same state; each searches for images of its own, and the sums of all are added up.
 """
 
 from __future__ import annotations
@@ -27,19 +28,17 @@ from torch import Tensor
 
 from cryosuite.data.loader import BatchLoader
 from cryosuite.data.particles import ParticleSet
+from cryosuite.data.processes import ALONE, Processes
 from cryosuite.data.spectra import measure_spectra, whitened
 from cryosuite.errors import InputError
 from cryosuite.kernels import fourier, pose_search
-from cryosuite.kernels.pose_scores import fold_ctf, gain, score_shifts
-from cryosuite.kernels.pose_search import Candidates, SearchOptions, VolumeSource
+from cryosuite.kernels.memory import Portions
+from cryosuite.kernels.pose_search import Candidates
 from cryosuite.reconstruct.abinitio_restarts import Restarts, class_units
+from cryosuite.reconstruct.abinitio_rounds import ANYWHERE, NEAR, OWN, RoundMaps, class_halves
 from cryosuite.reconstruct.abinitio_starts import AbInitioOptions, Starts
-from cryosuite.reconstruct.class_sums import accumulate
-from cryosuite.reconstruct.held_out import filtered
-from cryosuite.reconstruct.weights import ClassWeights
 
 CHUNK = 256  # images searched for at a time
-ANYWHERE, OWN, NEAR = "anywhere", "own", "near"  # what is searched in a round: all classes, its own, near its pose
 ANEW = (0, "anew")  # in the place of a round: every class begins anew (abinitio_restarts)
 REPEATS, LOW, SETTLED = 8, 16, 0.015  # of a global round up to this radius, until so few particles change their class
 ROOM = 8  # pixels that a map's box is larger than twice its radius
@@ -65,6 +64,7 @@ class AbInitio:
     Args:
         particles: with CTF and noise; poses are not looked at.
         log: takes a line for people and a record of numbers per step.
+        processes: that share the images; all of them do every unit, and all have what was found.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class AbInitio:
         options: AbInitioOptions,
         device: torch.device | str = "cpu",
         log: Callable[[str, dict[str, Any]], None] | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         if len(particles) < 50 * options.classes:
             raise InputError(
@@ -80,20 +81,21 @@ class AbInitio:
                 f"poses: at least {50 * options.classes} are needed"
             )
         self.particles, self.options, self.device = particles, options, torch.device(device)
-        self.log = log or (lambda text, record: None)
+        self.log, self.processes = log or (lambda text, record: None), processes
         self.box = particles.box_size
         spectra = measure_spectra(particles, True)
         self.noise_amplitude, self.signal = spectra.noise.sqrt(), spectra.signal
         self.mask = fourier.window_mask(self.box)
         self.loader = BatchLoader(particles, CHUNK, shuffle=False, prefetch=0)
         self.starts = Starts(
-            self._white, len(particles), self.signal, self.box, options, self.device, self._note
-        )  # fmt: skip
+            self._white, len(particles), self.signal, self.box, options, self.device, self._note, processes
+        )
         self.rounds = planned(options, self.box // 2)
         anew = options.classes * class_units() if ANEW in self.rounds else 0
         self.total = self.starts.units + (len(self.rounds) - (anew > 0)) * self._chunks + anew
         self._restarts: Restarts | None = None
-        self._source: tuple[int, VolumeSource, VolumeSource | None, list[pose_search.Prepared] | None] | None = None
+        self._maps: tuple[int, RoundMaps] | None = None
+        self.portions = Portions("images")
         self.half = torch.from_numpy(np.asarray(particles.half_sets())).long()
         # volumes (K, d, d, d), halves (2, K, d, d, d) once there are particles with poses
         # before: classes (N,) at the start of the round
@@ -144,7 +146,7 @@ class AbInitio:
         """Go on from what ``state_dict`` gave."""
         self.state = {name: value for name, value in state.items() if name != "starts"}
         self.starts.state = dict(state["starts"])
-        self._source = self._restarts = None
+        self._maps = self._restarts = None
 
     @property
     def found(self) -> Found:
@@ -164,7 +166,7 @@ class AbInitio:
             s = self.state
             self._restarts = Restarts(
                 self._white, s["poses"]["label"].numpy(), s["volumes"], self.signal, self.box, self.options,
-                self.device, self._note, s["anew"],
+                self.device, self._note, s["anew"], self.processes,
             )  # fmt: skip
         return self._restarts
 
@@ -190,135 +192,55 @@ class AbInitio:
         )
         return target.values.to(self.device), target.ctf.to(self.device)
 
-    def _search_options(self, radius: int, everywhere: bool) -> SearchOptions:
-        o = self.options
-        base = {"shift_extent": o.shift_extent, "keep": o.keep, "r_max": radius}
-        if everywhere:
-            return SearchOptions(r_min=min(8, max(4, radius - 2)), levels=2 if radius < 16 else 3, shift_grid=8, **base)
-        return SearchOptions(r_min=min(radius, max(8, radius // 2)), levels=4, base="none", **base)
-
-    def _sources(
-        self, options: SearchOptions
-    ) -> tuple[VolumeSource, VolumeSource | None, list[pose_search.Prepared] | None]:
-        """The maps of this round as sources of slices, joint and of the half sets, made once per round."""
-        number = self.state["round"]
-        if self._source is None or self._source[0] != number:
-            volumes, halves = self.state["volumes"].to(self.device), self.state["halves"]
-            source = VolumeSource(volumes, r_max=options.r_max)
-            everywhere = options.base != "none"
-            judges = None
-            if everywhere and halves is not None and len(volumes) > 1:
-                judges = VolumeSource(halves.flatten(0, 1).to(self.device), r_max=options.r_max)
-            prepared = [
-                pose_search.prepare(source, options, torch.tensor([k], device=self.device))
-                for k in range(len(volumes))
-            ] if everywhere else None  # fmt: skip
-            self._source = number, source, judges, prepared
-        return self._source[1:]
+    def _round_maps(self) -> RoundMaps:
+        """The maps of this round, made ready once."""
+        s, number = self.state, self.state["round"]
+        if self._maps is None or self._maps[0] != number:
+            self._maps = None  # the memory of the last round's
+            how = (*self.rounds[number], self.options, self.device)
+            self._maps = number, RoundMaps(s["volumes"], s["halves"], *how)
+        return self._maps[1]
 
     def _search_chunk(self) -> None:
-        """Search for the next images; after the last one make the maps of the next round."""
-        s, radius, mode = self.state, *self.rounds[self.state["round"]]
+        """Search for the next images, in every process a chunk; after the last one make the maps of the next round."""
+        s = self.state
         if s["poses"] is None:
             s["poses"] = self._no_poses()
         if s["chunk"] == 0:
             s["before"] = s["poses"]["label"].clone()
             s["poses"]["moved"].zero_()
-        options = self._search_options(radius, mode != NEAR)
-        source, judges, prepared = self._sources(options)
-        scale = source.box_size
-        rows = np.arange(s["chunk"] * CHUNK, min((s["chunk"] + 1) * CHUNK, len(self.particles)))
+        for found in self.processes.everyone(self._searched):
+            rows = found.pop("rows")
+            for name, values in found.items():
+                s["poses"][name][rows] = values
+        s["chunk"] = min(s["chunk"] + self.processes.count, self._chunks)
+        if s["chunk"] == self._chunks:
+            self._end_round(self.rounds[s["round"]][0])
+
+    def _searched(self) -> dict[str, Tensor]:
+        """What this process finds in its chunk: the rows, and the poses, classes and so on that they have now."""
+        s, (radius, mode) = self.state, self.rounds[self.state["round"]]
+        begin = (s["chunk"] + self.processes.rank) * CHUNK
+        rows = np.arange(begin, max(min(begin + CHUNK, len(self.particles)), begin))
         if mode == OWN:
             rows = rows[np.isin(s["poses"]["label"][torch.from_numpy(rows)].numpy(), s["renewed"])]
-        if len(rows):
-            self._search_rows(rows, radius, mode, options, source, judges, prepared, scale)
-        s["chunk"] += 1
-        if s["chunk"] == self._chunks:
-            self._end_round(radius)
-
-    def _search_rows(
-        self,
-        rows: np.ndarray,
-        radius: int,
-        mode: str,
-        options: SearchOptions,
-        source: VolumeSource,
-        judges: VolumeSource | None,
-        prepared: list[pose_search.Prepared] | None,
-        scale: int,
-    ) -> None:
-        """Search for some images and write down what was found."""
+        if not len(rows):
+            return {"rows": torch.from_numpy(rows)}
+        maps = self._round_maps()
         values, transfer = self._white(rows, radius)
-        p, at = self.state["poses"], torch.from_numpy(rows)
-        label = p["label"][at]
-        if mode == ANYWHERE:
-            found, label = self._best_class(source, judges, prepared, values, transfer, options, self.half[at])
-        elif mode == OWN:
-            found = self._own_class(source, prepared, values, transfer, options, label)
-        else:
-            carried = Candidates(p["rotation"][at], p["shift"][at] * scale, p["score"][at])
-            found = pose_search.search(source, values, transfer, label.to(self.device), options, carried)
-        p["moved"][at] = _angle(p["rotation"][at, 0], found.rotation[:, 0].cpu())
-        p["rotation"][at], p["score"][at] = found.rotation.cpu(), found.score.cpu()
-        p["shift"][at], p["label"][at] = found.shift.cpu() / scale, label.cpu()
+        at = torch.from_numpy(rows)
+        had = {name: held[at] for name, held in s["poses"].items()}
 
-    def _own_class(
-        self,
-        source: VolumeSource,
-        prepared: list[pose_search.Prepared],
-        values: Tensor,
-        transfer: Tensor,
-        options: SearchOptions,
-        label: Tensor,
-    ) -> Candidates:
-        """Poses anywhere in the class each image has."""
-        parts, order = [], []
-        for k in label.unique():
-            mine = torch.nonzero(label == k).flatten()
-            here = mine.to(self.device)
-            index = torch.full((len(mine),), int(k), dtype=torch.int64, device=self.device)
-            ready = prepared[int(k)]
-            parts.append(pose_search.search(source, values[here], transfer[here], index, options, prepared=ready))
-            order.append(here)
-        back = torch.cat(order).argsort()
-        return Candidates(*(torch.cat(part)[back] for part in zip(*(vars(p).values() for p in parts), strict=True)))
+        def search(some: slice) -> tuple[Tensor, ...]:
+            before = Candidates(had["rotation"][some], had["shift"][some] * maps.scale, had["score"][some])
+            images = values[some], transfer[some], had["label"][some], self.half[at[some]]
+            found, label = maps.search(*images, before)
+            return found.rotation.cpu(), found.shift.cpu() / maps.scale, found.score.cpu(), label.cpu()
 
-    def _best_class(
-        self,
-        source: VolumeSource,
-        judges: VolumeSource | None,
-        prepared: list[pose_search.Prepared],
-        values: Tensor,
-        transfer: Tensor,
-        options: SearchOptions,
-        half: Tensor,
-    ) -> tuple[Candidates, Tensor]:
-        """Poses in the class that explains each image best, and that class.
-
-        Poses come from the joint maps. Which class is best is decided at these poses by the maps of the other half set.
-        """
-        best, label, highest = None, torch.zeros(len(values), dtype=torch.int64, device=self.device), None
-        g, w = fold_ctf(values, transfer)
-        nowhere, classes = torch.zeros(1, 2, device=self.device), len(prepared)
-        other = (1 - half).to(self.device) * classes
-        for k, ready in enumerate(prepared):
-            index = torch.full((len(values),), k, dtype=torch.int64, device=self.device)
-            found = pose_search.search(source, values, transfer, index, options, prepared=ready)
-            score = found.score[:, 0]
-            if judges is not None:
-                where = found.rotation[:, :1], found.shift[:, :1]
-                corr, power, _ = score_shifts(judges, g, w, index + other, options.r_max, *where, nowhere)
-                score = gain(corr, power, options.fit_scale)[:, 0]
-            if best is None:
-                best, highest = found, score
-                continue
-            better = score > highest
-            label, highest = torch.where(better, k, label), torch.where(better, score, highest)
-            best = Candidates(*(
-                torch.where(better.view(-1, *[1] * (new.ndim - 1)), new, old)
-                for new, old in zip(vars(found).values(), vars(best).values(), strict=True)
-            ))  # fmt: skip
-        return best, label
+        parts = [found for _, found in self.portions.over(search, len(rows))]
+        rotation, shift, score, label = (torch.cat(part) for part in zip(*parts, strict=True))
+        moved = _angle(had["rotation"][:, 0], rotation[:, 0])
+        return {"rows": at, "rotation": rotation, "shift": shift, "score": score, "label": label, "moved": moved}
 
     def _no_poses(self) -> dict[str, Tensor]:
         n, keep = len(self.particles), self.options.keep
@@ -329,6 +251,7 @@ class AbInitio:
     def _end_round(self, radius: int) -> None:
         """Backproject every class with the poses of this round."""
         s, o = self.state, self.options
+        self.loader.broken.share(self.processes)
         p = s["poses"]
         now, later = self.rounds[s["round"]], self.rounds[s["round"] + 1 :]
         following = next((r for r, mode in later if r and (r, mode) != now), radius)
@@ -336,9 +259,7 @@ class AbInitio:
         size = min(self.box, 2 * reach + ROOM)
         posed = replace(self.particles, rotation=p["rotation"][:, 0].numpy(), shift=p["shift"][:, 0].numpy())
         label = p["label"].numpy()
-        weights = ClassWeights.from_labels(label, o.classes)
-        with accumulate(posed, weights, self.half.numpy(), box=size, r_max=reach) as sums:
-            halves = filtered(sums)
+        halves = class_halves(posed, label, self.half.numpy(), o.classes, size, reach, self.processes)
         halves[:, np.flatnonzero(np.bincount(label, minlength=o.classes) == 0)] = 0
         # coefficients, not grey values, are those of the particles
         s["halves"] = halves * (self.box / size) ** 3
@@ -349,7 +270,7 @@ class AbInitio:
             "radius": radius,
             "score": float(p["score"][:, 0].mean()),
             "moved_deg": float(p["moved"].median()),
-            "changed": float((p["label"] != s["before"]).float().mean()),
+            "changed": self.processes.first_does(lambda: float((p["label"] != s["before"]).float().mean())),
             "sizes": np.bincount(label, minlength=o.classes).tolist(),
         }
         changed = record["changed"]

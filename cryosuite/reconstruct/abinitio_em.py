@@ -21,11 +21,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cryosuite.data.processes import ALONE, Processes
 from cryosuite.kernels import fourier
 from cryosuite.kernels.rotations import healpix_rotations
 from cryosuite.kernels.slices import Accumulator, extract_slices, insert_slices, new_accumulator, volume_transform
 from cryosuite.reconstruct.solve import Sums, solve
 
+PER_IMAGE = ("evidence", "share", "label", "best", "shift")  # of what is expected
 LOGITS = 1 << 21  # values of the posterior held at once: what stays in a processor cache is a third faster
 
 
@@ -65,8 +67,9 @@ def make_grid(order: int, extent: float, steps: int, device: torch.device | str 
 class Expected:
     """What a batch of images says: sums of the M-step and the best candidate of each image.
 
-    data: (K, Q, P) complex. weight: (K, Q, P). evidence: (b,) log of the summed likelihood. label, best, shift: (b,)
-    class, orientation (index into rotation then opposite) and shift of the largest posterior.
+    data: (K, Q, P) complex. weight: (K, Q, P). evidence: (b,) log of the summed likelihood. share: (b, K) posterior of
+    the classes. label, best, shift: (b,) class, orientation (index into rotation then opposite) and shift of the
+    largest posterior.
     """
 
     data: Tensor
@@ -122,8 +125,28 @@ def expect(
             weight[k].addmm_(same.sum(1).T, c2)
         q, side = at % Q, at // Q % 2
         found.append((top - highest.log(), share, at // (2 * Q) % K, q + side * Q, at // (2 * Q * K)))
+    if not found:
+        none = torch.zeros(0, dtype=torch.int64, device=values.device)
+        found.append((weight.new_zeros(0), weight.new_zeros(0, K), none, none, none))
     evidence, share, label, best, shift = (torch.cat(part) for part in zip(*found, strict=True))
     return Expected(torch.complex(data[0], data[1]), weight, evidence, share, label, best, shift)
+
+
+def together(parts: list[Expected], processes: Processes = ALONE) -> Expected:
+    """What some parts of the images, and those of the other processes, say together; on the processor, in all of them.
+
+    Sums are added up in double precision, so that they are the same however many processes have the parts.
+    """
+    sums = [torch.view_as_real(parts[0].data).double().cpu().contiguous(), parts[0].weight.double().cpu()]
+    for part in parts[1:]:
+        sums[0] += torch.view_as_real(part.data).cpu()
+        sums[1] += part.weight.cpu()
+    for values in sums:
+        processes.add_up(values)
+        processes.hand_out(values)
+    data, weight = (values.float() for values in sums)
+    rest = (torch.cat([getattr(part, name) for part in parts]).cpu().numpy() for name in PER_IMAGE)
+    return Expected(torch.view_as_complex(data), weight, *(torch.from_numpy(processes.joined(one)) for one in rest))
 
 
 def wiener(acc: Accumulator, power: Tensor) -> Tensor:

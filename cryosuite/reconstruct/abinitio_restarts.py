@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cryosuite.kernels import fourier
-from cryosuite.reconstruct import abinitio_em as em
+from cryosuite.data.processes import ALONE, Processes
 from cryosuite.reconstruct.abinitio_starts import JUDGED, AbInitioOptions, Starts
 from cryosuite.reconstruct.solve import cropped
 
@@ -29,7 +28,7 @@ class Restarts:
     """One class after the other, in units of one iteration; ``state`` is all that changes.
 
     Args:
-        white, signal, box, device, log: as for ``Starts``. labels: (N,) class of each particle.
+        white, signal, box, device, log, processes: as for ``Starts``. labels: (N,) class of each particle.
         volumes: (K, d, d, d) the maps the classes have.
     """
 
@@ -44,10 +43,11 @@ class Restarts:
         device: torch.device,
         log: Callable[[str, dict[str, Any]], None],
         state: dict[str, Any] | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         self.white, self.labels, self.volumes = white, labels, volumes
         self.rest = (signal, box)
-        self.options, self.device, self.log = options, device, log
+        self.options, self.device, self.log, self.processes = options, device, log, processes
         self.state = state or {"class": 0, "starts": None, "volumes": [], "renewed": []}
         self._starts: tuple[int, Starts] | None = None
 
@@ -85,7 +85,7 @@ class Restarts:
             )  # fmt: skip
             starts = Starts(
                 lambda chosen, r_max: self.white(rows[chosen], r_max), len(rows), *signal_box, options, self.device,
-                lambda text, record: None,
+                lambda text, record: None, self.processes,
             )  # fmt: skip
             if self.state["starts"] is not None:
                 starts.state = dict(self.state["starts"])
@@ -95,10 +95,11 @@ class Restarts:
     def _end_class(self, starts: Starts) -> None:
         """Keep the better of the fresh map and the present one, in the small box of the starts."""
         s, k = self.state, self.state["class"]
-        kept = cropped(self.volumes[k].to(self.device), starts.small)
+        kept = cropped(self.volumes[k], starts.small)
         if len(self._rows()) >= FEWEST:
             fresh = starts.state["volumes"][0]
-            old, new = (self._evidence(starts, volume) for volume in (kept, fresh))
+            found = [self._evidence(starts, volume) for volume in (kept, fresh)]
+            old, new = self.processes.first_does(lambda: found)
             if new > old:
                 kept = fresh
                 s["renewed"].append(k)
@@ -112,10 +113,8 @@ class Restarts:
     def _evidence(self, starts: Starts, volume: Tensor) -> float:
         """Mean log-likelihood of the class's particles under a map, over all orientations."""
         values, transfer = (part[:JUDGED] for part in starts.pool)
-        disc = fourier.half_disc(starts.small, starts.high)
-        grid = em.make_grid(2, 0.8 * self.options.shift_extent, 4, self.device)
-        slices = em.grid_slices(volume[None], grid, disc)
-        return float(em.expect(slices, values, transfer, grid, disc, 1.0, torch.zeros(1)).evidence.mean())
+        found = starts.expect(volume[None], values, transfer, starts.high, 1.0, torch.zeros(1))
+        return float(found.evidence.mean())
 
 
 def class_units() -> int:

@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cryosuite.data.processes import ALONE, Processes
 from cryosuite.kernels import fourier
+from cryosuite.kernels.memory import Portions
 from cryosuite.kernels.rotations import random_rotations
 from cryosuite.kernels.slices import Accumulator
 from cryosuite.reconstruct import abinitio_em as em
@@ -26,6 +28,7 @@ ROOM = 8  # pixels that a map's box is larger than twice its radius
 FIRST = 300  # images with random poses per first map
 RARE = 0.02  # least share of the images a map is credited with
 PART = 256  # images read at a time
+PIECES = 16  # of a batch that processes share
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Starts:
     Args:
         white: (rows, r_max) -> whitened coefficients and CTF of images. count: of images. signal: power per shell.
         box: D of the particles. log: takes a line for people and a record.
+        processes: that share the images of every iteration; all of them hold the same state.
     """
 
     def __init__(
@@ -74,9 +78,11 @@ class Starts:
         options: AbInitioOptions,
         device: torch.device,
         log: Callable[[str, dict[str, Any]], None],
+        processes: Processes = ALONE,
     ) -> None:
         self.white, self.count, self.signal, self.options = white, count, signal, options
-        self.device, self.log = device, log
+        self.device, self.log, self.processes = device, log, processes
+        self.portions = Portions("images")
         self.low, self.high = (min(r, box // 2) for r in options.radius)
         self.small = 2 * self.high + ROOM
         self.units = options.starts * options.iterations + options.settle
@@ -109,24 +115,46 @@ class Starts:
         """Coefficients of the images that the starts are made from."""
         if self._pool is None:
             chosen = np.random.default_rng([self.options.seed, 7]).permutation(self.count)[: min(self.count, POOL)]
-            parts = [self.white(rows, self.high) for rows in np.array_split(chosen, -(-len(chosen) // PART))]
-            self._pool = torch.cat([v for v, _ in parts]), torch.cat([c for _, c in parts])
+            mine = self.processes.mine(chosen, PART)
+            parts = self.processes.each(lambda: [self.white(rows, self.high) for rows in _cut(mine)])
+            own = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
+            self._pool = tuple(torch.from_numpy(self.processes.joined(part)).to(self.device) for part in own)
         return self._pool
 
-    def _grid(self, radius: int) -> em.Grid:
-        return em.make_grid(2, 0.8 * self.options.shift_extent, 3 if radius <= 5 else 4, self.device)
+    def expect(
+        self, volumes: Tensor, values: Tensor, transfer: Tensor, radius: int, temperature: float, bias: Tensor
+    ) -> em.Expected:
+        """E-step of some images under maps (K, d, d, d), each process its part of them; what all of them say.
+
+        On the device; the sums come back to the processor, where maps are made of them.
+        """
+        disc, grid = fourier.half_disc(self.small, radius, self.device), self._grid(radius, self.device)
+        slices = em.grid_slices(volumes.to(self.device), grid, disc)
+
+        def expected(begin: int, end: int) -> em.Expected:
+            some = slice(begin, end), slice(len(disc))
+            return em.expect(slices, values[some], transfer[some], grid, disc, temperature, bias)
+
+        # the same pieces whoever has them
+        edges = np.linspace(0, len(values), PIECES + 1).astype(int).tolist()
+        parts = []
+        for piece in self.processes.mine(np.arange(PIECES)).tolist():
+            first, last = edges[piece], edges[piece + 1]
+            work = self.portions.over(lambda rows, at=first: expected(at + rows.start, at + rows.stop), last - first)
+            parts += [found for _, found in work]
+        return em.together(parts or [expected(0, 0)], self.processes)
+
+    def _grid(self, radius: int, device: torch.device | str = "cpu") -> em.Grid:
+        return em.make_grid(2, 0.8 * self.options.shift_extent, 3 if radius <= 5 else 4, device)
 
     def _volumes(self, sums: list[Accumulator]) -> Tensor:
         return torch.stack([em.wiener(acc, self.signal[: self.small // 2 + 1]) for acc in sums])
 
     def _step(self, volumes: Tensor, radius: int, temperature: float, bias: Tensor, generator: np.random.Generator):
-        """E-step of a random batch under some maps; its sums, grid and disc."""
+        """E-step of a random batch under some maps."""
         values, transfer = self.pool
-        disc, grid = fourier.half_disc(self.small, radius), self._grid(radius)
-        n = len(disc)
         rows = torch.from_numpy(generator.permutation(len(values))[: self.options.batch * self.options.classes])
-        slices = em.grid_slices(volumes, grid, disc)
-        return em.expect(slices, values[rows, :n], transfer[rows, :n], grid, disc, temperature, bias), grid, disc
+        return self.expect(volumes, values[rows], transfer[rows], radius, temperature, bias)
 
     # --- one start ---------------------------------------------------------------------------------------------------
 
@@ -140,9 +168,9 @@ class Starts:
         torch_generator = torch.Generator().manual_seed(int(generator.integers(2**31)))
         sums = []
         for rows in np.array_split(chosen, o.classes):
-            rotation = random_rotations(len(rows), generator=torch_generator).to(self.device)
-            acc = em.empty(self.small)
-            em.insert_slices(acc, values[rows, :n] * transfer[rows, :n], transfer[rows, :n].square(), rotation, disc)
+            rotation = random_rotations(len(rows), generator=torch_generator)
+            acc, y, c = em.empty(self.small), values[rows, :n].cpu(), transfer[rows, :n].cpu()
+            em.insert_slices(acc, y * c, c.square(), rotation, disc)
             acc.data *= o.batch / len(rows)
             sums.append(acc)
         return sums
@@ -160,9 +188,9 @@ class Starts:
         done = s["iteration"] / max(o.iterations - 1, 1)
         radius = round(self.low + (self.high - self.low) * min(1.0, done / 0.8))
         temperature = self._heat(radius) ** (1 - min(1.0, done / o.cold_after))
-        batch, grid, disc = self._step(self._volumes(sums), radius, temperature, s["bias"], generator)
-        share = batch.share.mean(0).cpu()
-        self._add(sums, batch, grid, disc, o.rate)
+        batch = self._step(self._volumes(sums), radius, temperature, s["bias"], generator)
+        share = batch.share.mean(0)
+        self._add(sums, batch, radius, o.rate)
         bias = s["bias"] - o.balance * (share * o.classes).clamp_min(1e-3).log()
         s["bias"] = bias - bias.mean()
         s["sums"] = torch.stack([acc.data for acc in sums])
@@ -178,10 +206,11 @@ class Starts:
         """The temperature at which a start begins, for images up to a radius."""
         disc = fourier.half_disc(self.small, radius)
         transfer = self.pool[1][:, : len(disc)]
-        energy = float((transfer.square() * self.signal.to(self.device)[disc.shell]).sum(1).mean())
+        energy = float((transfer.square() * self.signal[disc.shell].to(self.device)).sum(1).mean())
         return max(energy * self.options.heat, 1.0)
 
-    def _add(self, sums: list[Accumulator], batch: em.Expected, grid: em.Grid, disc, rate: float) -> None:
+    def _add(self, sums: list[Accumulator], batch: em.Expected, radius: int, rate: float) -> None:
+        disc, grid = fourier.half_disc(self.small, radius), self._grid(radius)
         for k, acc in enumerate(sums):
             acc.data *= 1 - rate
             em.add_sums(acc, batch.data[k] * rate, batch.weight[k] * rate, grid, disc)
@@ -191,11 +220,8 @@ class Starts:
         s = self.state
         volumes = self._volumes(sums)
         values, transfer = (part[:JUDGED] for part in self.pool)
-        disc, grid = fourier.half_disc(self.small, self.high), self._grid(self.high)
-        judged = [
-            em.expect(em.grid_slices(one[None], grid, disc), values, transfer, grid, disc, 1.0, torch.zeros(1)).evidence
-            for one in volumes
-        ]
+        none = torch.zeros(1)
+        judged = [self.expect(one[None], values, transfer, self.high, 1.0, none).evidence for one in volumes]
         evidence = torch.stack(judged, 1)  # (images, K)
         s["maps"] = volumes if s["maps"] is None else torch.cat([s["maps"], volumes])
         s["evidence"] = evidence if s["evidence"] is None else torch.cat([s["evidence"], evidence], 1)
@@ -203,7 +229,7 @@ class Starts:
         likely = float(evidence.amax(1).mean())
         self.log(f"start {s['start']}: log-likelihood per image {likely:.2f}", {"stage": "judged", "evidence": likely})
         if s["start"] == self.options.starts:
-            chosen = choose_maps(s["evidence"], self.options.classes)
+            chosen = self.processes.first_does(lambda: choose_maps(s["evidence"], self.options.classes))
             s["volumes"], s["bias"] = s["maps"][chosen], torch.zeros(self.options.classes)
             likely = float(s["evidence"][:, chosen].amax(1).mean())
             self.log(f"maps {chosen} of all starts: {likely:.2f}", {"stage": "chosen", "evidence": likely})
@@ -214,17 +240,22 @@ class Starts:
         """One iteration of the chosen maps at temperature 1, each credited with the share of images it has."""
         o, s = self.options, self.state
         generator = np.random.default_rng([o.seed, 2, s["settled"]])
-        batch, grid, disc = self._step(s["volumes"], self.high, 1.0, s["bias"], generator)
+        batch = self._step(s["volumes"], self.high, 1.0, s["bias"], generator)
         first = s["sums"] is None
         sums = [em.empty(self.small) for _ in range(o.classes)] if first else self._accumulators()
-        self._add(sums, batch, grid, disc, 1.0 if first else o.rate)
-        share = batch.share.mean(0).cpu()
+        self._add(sums, batch, self.high, 1.0 if first else o.rate)
+        share = batch.share.mean(0)
         s["bias"] = share.clamp_min(RARE / o.classes).log()
         s["sums"], s["volumes"] = torch.stack([acc.data for acc in sums]), self._volumes(sums)
         s["settled"] += 1
         evidence = float(batch.evidence.mean())
         record = {"stage": "settle", "iteration": s["settled"], "evidence": evidence, "usage": share.tolist()}
         self.log(f"settling: evidence {evidence:.1f}", record)
+
+
+def _cut(rows: np.ndarray) -> list[np.ndarray]:
+    """Rows in parts of at most PART, all of much the same length; one empty part of none."""
+    return np.array_split(rows, max(1, -(-len(rows) // PART)))
 
 
 def choose_maps(evidence: Tensor, count: int) -> list[int]:  # (n, M) -> count of M
