@@ -170,10 +170,8 @@ def test_cubes_and_shifts() -> None:
 
 def test_a_list_of_junk_takes_no_memory(folder: Path) -> None:
     """A line of 100,000 cells would be as many Python objects; 200,000 lines of one sign, too."""
-    for name, text, said in (
-        ("cells", "one.map," * 30_000, "line 2 has 240000 char"),
-        ("lines", "x\n" * 200_000, "row 2"),
-    ):
+    junk = {"line 2 has 240000 char": "one.map," * 30_000, "row 2": "x\n" * 200_000}
+    for said, text in junk.items():
         path = folder / "junk.csv"
         path.write_text("map,model\n" + text)
         tracemalloc.start()

@@ -28,6 +28,8 @@ def not_finite(images: np.ndarray) -> np.ndarray:
 class Broken:
     """The broken images of a set that one reader has met: each is told once, however often it is read.
 
+    The first ``NAMED`` are named as they are met; of more, ``finish`` or ``share`` say at the end how many there are.
+
     Attributes:
         rows: (N,) bool of the set. ``len`` is how many there are.
     """
@@ -35,6 +37,7 @@ class Broken:
     def __init__(self, particles: ParticleSet) -> None:
         self.particles = particles
         self.rows = np.zeros(len(particles), bool)
+        self._counted = NAMED  # as many have been told
         self._lock = Lock()
 
     def __len__(self) -> int:
@@ -50,7 +53,24 @@ class Broken:
 
     def share(self, processes: Processes) -> None:
         """Take in what the other processes have met, so that the first, which alone speaks, tells all; all call it."""
-        self._add(processes.joined(np.flatnonzero(self.rows)))
+        self._add(np.concatenate(processes.everyone(lambda: np.flatnonzero(self.rows))))
+        self.finish()
+
+    def share_part(self, whole: ParticleSet, rows: np.ndarray, processes: Processes) -> None:
+        """``share``, for a reader of nothing but this process's ``rows`` of the ``whole`` set; all call it."""
+        if processes.count == 1:
+            return self.finish()
+        told = Broken(whole)
+        told.rows[rows[self.rows] if len(rows) else rows] = True
+        told.share(processes)
+
+    def finish(self) -> None:
+        """Tell how many there are in all, where they were too many to be named."""
+        count = len(self)
+        if count > self._counted:
+            self._counted = count
+            of = self.particles.path or "the particles"
+            notice(f"{of}: {count:,} images in all have NaN or infinite pixels; left out")
 
     def _add(self, rows: np.ndarray) -> None:
         """Broken rows; those that are new are told."""

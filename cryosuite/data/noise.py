@@ -123,6 +123,7 @@ def noise_spectrum(particles: ParticleSet, rows: np.ndarray) -> np.ndarray:
         good = ~broken.find(part, images)
         if good.any():
             estimator.add(images[good], particles.optics_group[part[good]])
+    broken.finish()
     if len(broken) == len(np.unique(rows)):
         raise InputError(f"{particles.path or 'the particles'}: no image without NaN or infinite pixels")
     return estimator.spectrum()

@@ -96,6 +96,7 @@ def measure_spectra(particles: ParticleSet, window: bool) -> Spectra:
         for total, values in ((power, coeffs.abs().square()), (ctf2, transfer.square()), (points, seen)):
             total.index_add_(0, disc.shell, values.sum(0).double())
         share += torch.from_numpy(np.bincount(particles.optics_group[part], minlength=len(noise)))
+    broken.finish()
     points, ctf2 = points.clamp_min(1), ctf2.clamp_min(1e-6)
     if particles.ctf_premultiplied:  # the spectrum is that of noise times CTF
         noise = noise / (ctf2 / points).float()

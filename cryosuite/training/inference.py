@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from cryosuite.console import Progress
+from cryosuite.data.broken import Broken
 from cryosuite.data.loader import Batch, BatchLoader
+from cryosuite.data.processes import Processes
 from cryosuite.kernels.memory import Portions
 from cryosuite.training.launch import resolve_precision, world
 from cryosuite.training.method import Method
@@ -33,14 +35,17 @@ def encode_batches(
     """Yield (rows (b,), latents (b, zdim) float32) in stack order; each process its own run of neighbouring rows.
 
     Nothing is kept, so memory does not grow with N: for incremental fits and latents too large to hold. The model
-    runs where its parameters are, in eval mode and inference mode; precision as in TrainOptions.
+    runs where its parameters are, in eval mode and inference mode; precision as in TrainOptions. All processes must go
+    to the end, where they tell the first which images are broken.
     """
-    rank, processes = world()
+    rank, count = world()
+    processes = Processes(rank, count)
     device = next(model.parameters()).device
-    mine = np.arange(len(particles) * rank // processes, len(particles) * (rank + 1) // processes)
+    mine = np.arange(len(particles) * rank // count, len(particles) * (rank + 1) // count)
     if len(mine) == 0:
+        Broken(particles).share(processes)
         return
-    share = particles if processes == 1 else particles.subset(mine)
+    share = particles if count == 1 else particles.subset(mine)
     loader, portions = BatchLoader(share, batch_size, shuffle=False, device=device), Portions("images")
     shown = Progress(len(mine), "encode") if progress and rank == 0 else nullcontext()
     with shown as bar, evaluating(model):
@@ -56,6 +61,7 @@ def encode_batches(
                 yield rows[some], z
             if bar is not None:
                 bar.advance(len(rows))
+    loader.broken.share_part(particles, mine, processes)
 
 
 def encode_all(

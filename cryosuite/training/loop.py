@@ -121,6 +121,7 @@ def _train(session: Session, metrics: MetricsLog, on_epoch: OnEpoch | None) -> t
                 if stopped:
                     session.together()  # a launcher that sees one of them leave ends the others: not while one writes
                     return stopped, loss
+            session.share_broken()
             place.epoch, place.batch = place.epoch + 1, 0
             if _saved_epoch(session):
                 saved = session.save(even_if_not_calm=False)

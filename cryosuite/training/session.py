@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cryosuite import __version__
+from cryosuite.data.processes import Processes
 from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError, notice
 from cryosuite.kernels import chance
@@ -259,6 +260,12 @@ class Session:
             checkpoint.save_state(self.run.checkpoint, state)
         self.saved = time.monotonic()
         return True
+
+    def share_broken(self) -> None:
+        """Let the first process tell the broken images that all have met; all call it."""
+        broken = getattr(self.loader, "broken", None)
+        if broken is not None:
+            broken.share(Processes(self.rank, self.processes, self.control))
 
     def together(self) -> None:
         """Wait for all processes."""
