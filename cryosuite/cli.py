@@ -183,16 +183,30 @@ def main() -> None:
         if debug:
             raise
         _leave(f"error: {_describe_os_error(error)}", 2)
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
         if debug:
             raise
-        _leave("error: this machine has not enough memory for that: use fewer --threads, or a machine with more", 2)
-    except RuntimeError as error:
-        if type(error).__name__ == "OutOfMemoryError" and not debug:  # torch's, which is not imported for its name
-            _leave(f"error: the GPU has not enough memory for this step ({_first_line(error)}). {NO_MEMORY}", 2)
-        if debug or not _lost_another(error):
+        if words := _no_memory(error):
+            _leave(f"error: {words}", 2)
+        if not _lost_another(error):
             raise
         _stay_behind()
+
+
+def _no_memory(error: MemoryError | RuntimeError) -> str:
+    """One sentence where an error says that there is no memory left; "" for any other."""
+    machine = isinstance(error, MemoryError)
+    if not machine:
+        if "torch" not in sys.modules:  # whose errors they are
+            return ""
+        from cryosuite.kernels.memory import out_of_memory
+
+        if not out_of_memory(error):
+            return ""
+        machine = "CPUAllocator" in str(error)
+    if machine:
+        return "this machine has not enough memory for that: use fewer --threads, or a machine with more"
+    return f"the GPU has not enough memory for this step ({_first_line(error)}). {NO_MEMORY}"
 
 
 def _first_line(error: BaseException) -> str:

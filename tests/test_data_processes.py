@@ -15,9 +15,10 @@ from cryosuite.cli import _take_part
 from cryosuite.data.broken import Broken
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.processes import ALONE, Processes
-from cryosuite.errors import InputError
+from cryosuite.errors import FileError, InputError
 from cryosuite.formats.stacks import StackPart, StackReader, StackWriter
 from cryosuite.ranks import process_count, process_rank
+from cryosuite.training.guard import TrainingDiverged
 
 
 def each(folder: Path, work: Callable[[Processes], None], count: int = 3) -> None:
@@ -41,6 +42,10 @@ def each(folder: Path, work: Callable[[Processes], None], count: int = 3) -> Non
                 os._exit(code)
         children.append(pid)
     assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0] * count
+
+
+def _diverge() -> None:
+    raise TrainingDiverged("the loss became nan")
 
 
 @pytest.mark.parametrize("rows, step", [(10, 1), (10, 4), (3, 4), (0, 2), (301, 37)])
@@ -67,9 +72,18 @@ def test_arrays_and_mistakes_reach_all(tmp_path: Path) -> None:
             if processes.rank == 1:
                 raise InputError("row 5 is bad")
 
-        for together in (lambda: processes.everyone(fail), lambda: processes.first_does(Path("/no/such").read_bytes)):
-            with pytest.raises(InputError, match="row 5|/no/such"):
+        def vanish() -> None:
+            if processes.rank == 2:
+                raise FileError("a.mrcs: the file is gone")
+
+        for together in (lambda: processes.everyone(vanish), lambda: processes.first_does(Path("/no/such").read_bytes)):
+            with pytest.raises(FileError, match="a.mrcs: the file is gone|/no/such"):
                 together()
+        with pytest.raises(TrainingDiverged, match="the loss"):
+            processes.first_does(_diverge)
+        with pytest.raises(InputError, match="row 5") as caught:
+            processes.everyone(fail)
+        assert type(caught.value) is InputError
 
     each(tmp_path, work)
 

@@ -214,6 +214,21 @@ def test_leftovers_of_killed_writers_go_and_those_of_live_ones_stay(tmp_path: Pa
     assert sorted(os.listdir(tmp_path)) == [".z.3.pkl.part0", "z.3.pkl"]
 
 
+def test_a_folder_is_listed_once_however_many_files_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (".z.1.pkl.abcdefgh.pkl", ".z.2.pkl.abcdefgh.pkl", ".z.1.pkl.abcdefgh.pkl.mine"):
+        (tmp_path / name).write_text("left by a writer that was killed")
+    listed, scan = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda folder: listed.append(folder) or scan(folder))
+    for number in (1, 3, 1, 2):
+        with atomic_path(tmp_path / f"z.{number}.pkl", suffix=".pkl") as temporary:
+            temporary.write_text("new")
+    assert len(listed) == 1
+    monkeypatch.undo()
+    assert sorted(os.listdir(tmp_path)) == [".z.1.pkl.abcdefgh.pkl.mine", "z.1.pkl", "z.2.pkl", "z.3.pkl"]
+
+
 def test_scores_of_an_epoch_done_again_replace_the_old_ones(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write_text(path, '{"step": 5, "loss": 2.0}\n')

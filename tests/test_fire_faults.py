@@ -266,6 +266,9 @@ def test_a_command_without_memory_is_one_sentence(monkeypatch: pytest.MonkeyPatc
 
     for error, words in (
         (torch.OutOfMemoryError(OOM), "the GPU has not enough memory for this step (CUDA out of memory)"),
+        (RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"), "the GPU has not enough memory for this step (cuFFT error:"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `x`"), "the GPU has not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "this machine has not enough memory"),
         (MemoryError(), "this machine has not enough memory"),
     ):
 

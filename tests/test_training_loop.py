@@ -12,6 +12,7 @@ from training_toy import Toy, ToyOptions, options, toy_particles, train
 
 from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError, UserNotice
+from cryosuite.formats.pickles import read_torch
 from cryosuite.training import session
 from cryosuite.training.checkpoint import load_into, load_state
 from cryosuite.training.guard import TrainingDiverged
@@ -185,3 +186,15 @@ def test_every_line_of_metrics_is_json(tmp_path: Path) -> None:
     train(tmp_path)
     for line in RunDir(tmp_path).metrics.read_text().splitlines():
         assert isinstance(json.loads(line)["step"], int)
+
+
+def test_memory_that_runs_out_is_no_damaged_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tmp_path, epochs=1)
+
+    def starve(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "load", starve)
+    for read in (lambda path: load_state(path, "a checkpoint"), read_torch):
+        with pytest.raises(MemoryError):
+            read(RunDir(tmp_path).checkpoint)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from cryosuite.errors import InputError
+from cryosuite.errors import FileError, InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,19 +64,15 @@ class Processes:
     def everyone(self, work: Callable[[], T]) -> list[T]:
         """What ``work()`` gives in each process, in their order, in all of them.
 
-        Raises InputError in all processes when it, or an OSError, is raised in one of them.
+        Raises in all processes the InputError that is raised in one of them, of its kind; an OSError is a FileError.
         """
         if self.count == 1:
             return [work()]
         said: list[Any] = [None] * self.count
-        try:
-            own = (work(), None)
-        except (InputError, OSError) as error:
-            own = (None, str(error))
-        _distributed().all_gather_object(said, own, group=self.group)
+        _distributed().all_gather_object(said, _outcome(work), group=self.group)
         for _, trouble in said:
             if trouble is not None:
-                raise InputError(trouble)
+                raise trouble
         return [result for result, _ in said]
 
     def each(self, work: Callable[[], T]) -> T:
@@ -88,20 +84,15 @@ class Processes:
     def first_does(self, work: Callable[[], T]) -> T:
         """What ``work()`` gives in the first process, in all of them; the others only wait.
 
-        Raises InputError in all processes when it, or an OSError, is raised in the first.
+        Raises in all processes what is raised in the first, as ``everyone`` does.
         """
         if self.count == 1:
             return work()
-        said: list[Any] = [None]
-        if self.first:
-            try:
-                said = [(work(), None)]
-            except (InputError, OSError) as error:
-                said = [(None, str(error))]
+        said: list[Any] = [_outcome(work) if self.first else None]
         _distributed().broadcast_object_list(said, 0, group=self.group)
         result, trouble = said[0]
         if trouble is not None:
-            raise InputError(trouble)
+            raise trouble
         return result
 
     def joined(self, part: np.ndarray, to_all: bool = True) -> np.ndarray:
@@ -134,6 +125,16 @@ class Processes:
                 elif rank:
                     torch.distributed.send(piece, 0, group=self.group)
         return whole
+
+
+def _outcome(work: Callable[[], T]) -> tuple[T | None, InputError | None]:
+    """(what ``work()`` gives, None), or (None, its error as all processes can be told it)."""
+    try:
+        return work(), None
+    except InputError as error:
+        return None, type(error)(str(error))  # without what it holds on to: causes need not be fit to be sent
+    except OSError as error:
+        return None, FileError(error)
 
 
 def _distributed() -> Any:

@@ -118,7 +118,7 @@ def atomic_path(path: str | os.PathLike, suffix: str | None = None, needed: int 
         require_space(path, needed)
     suffix = "".join(path.suffixes[-2:]) if suffix is None else suffix
     try:
-        remove_leftovers(path, suffix)
+        _remove_known_leftovers(path, suffix)
         handle, name = _claimed(path, suffix)
     except (OSError, ValueError) as error:
         if isinstance(error, OSError):
@@ -160,17 +160,45 @@ def _claimed(path: Path, suffix: str) -> tuple[int, str]:
 def remove_leftovers(path: str | os.PathLike, suffix: str | None = None) -> None:
     """Delete the temporary files of ``path`` whose writers are dead: those that nobody holds a lock on."""
     path = Path(path)
+    with contextlib.suppress(OSError):
+        _remove_dead(path, suffix, _hidden(path.parent))
+
+
+_known: dict[tuple[int, int], list[str]] = {}  # folder (device, inode) -> hidden files when first written into
+
+
+def _remove_known_leftovers(path: Path, suffix: str) -> None:
+    """`remove_leftovers`, of those that lay in the folder when this process first wrote into it.
+
+    A folder of 100,000 files on a network disk takes seconds to be listed, which no writer of a file may.
+    """
+    with contextlib.suppress(OSError):
+        found = path.parent.stat()
+        key = (found.st_dev, found.st_ino)
+        if key not in _known:
+            _known[key] = _hidden(path.parent)
+        if _known[key]:
+            _known[key] = _remove_dead(path, suffix, _known[key])
+
+
+def _hidden(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return [entry.name for entry in entries if entry.name.startswith(".")]
+
+
+def _remove_dead(path: Path, suffix: str | None, names: list[str]) -> list[str]:
+    """Delete those of the names that are temporary files of ``path`` without a writer; returns the others."""
     suffix = "".join(path.suffixes[-2:]) if suffix is None else suffix
     ours = re.compile(re.escape(_prefix(path)) + "[a-z0-9_]{8}" + re.escape(suffix))
-    with contextlib.suppress(OSError), os.scandir(path.parent) as entries:
-        for name in [entry.name for entry in entries if ours.fullmatch(entry.name)]:
-            with contextlib.suppress(OSError):  # BlockingIOError: its writer lives; others: no locks on this disk
-                handle = os.open(path.parent / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    os.unlink(path.parent / name)
-                finally:
-                    os.close(handle)
+    for name in filter(ours.fullmatch, names):
+        with contextlib.suppress(OSError):  # BlockingIOError: its writer lives; others: no locks on this disk
+            handle = os.open(path.parent / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(path.parent / name)
+            finally:
+                os.close(handle)
+    return [name for name in names if not ours.fullmatch(name)]
 
 
 def _size(path: Path) -> int:

@@ -273,6 +273,8 @@ def read_torch(path: str | os.PathLike, map_location: str = "cpu") -> Any:
 
     try:
         return torch.load(torch_source(path), map_location=map_location, weights_only=True)
+    except MemoryError:  # of the machine, not of the file
+        raise
     except Exception as error:  # torch raises a dozen types for damaged files
         text = str(error)
         refused = re.search(r"GLOBAL (\S+)", text) or re.search(r"global[: ]+`?([\w.]+)", text)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cryosuite.data.processes import Processes
 from cryosuite.errors import InputError
 from cryosuite.training.launch import world
 
@@ -144,16 +145,25 @@ class CropLoader:
 
     def _group(self, group: int) -> CropBatch:
         """All crops of some volumes in random order."""
-        drawn = {}
         together = world()[1] == self.world_size > 1  # else (nobody to exchange with) all of them are made here
-        for volume in range(self.rank, self.volumes, self.world_size) if together else range(self.volumes):
-            generator = torch.Generator(self.device).manual_seed(self._seed(group, volume))
-            drawn[volume] = CropBatch.of([self.crops.pairs.draw(generator, self.device)])
         if together:
+            mine = range(self.rank, self.volumes, self.world_size)
+            # a map that one process cannot read ends all of them: the others would wait for its crops
+            drawn = Processes(self.rank, self.world_size).each(lambda: self._drawn(group, mine))
             drawn = self._exchanged(drawn)
+        else:
+            drawn = self._drawn(group, range(self.volumes))
         every = CropBatch.of([drawn[volume] for volume in range(self.volumes)])
         order = np.random.default_rng(self._seed(group, self.volumes)).permutation(len(every.index))
         return every.rows(torch.from_numpy(order).to(self.device))
+
+    def _drawn(self, group: int, volumes: range) -> dict[int, CropBatch]:
+        """The crops of some volumes of a group."""
+        drawn = {}
+        for volume in volumes:
+            generator = torch.Generator(self.device).manual_seed(self._seed(group, volume))
+            drawn[volume] = CropBatch.of([self.crops.pairs.draw(generator, self.device)])
+        return drawn
 
     def _exchanged(self, drawn: dict[int, CropBatch]) -> dict[int, CropBatch]:
         """The crops of all volumes, each sent by the process that made them."""

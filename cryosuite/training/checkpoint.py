@@ -61,6 +61,8 @@ def load_state(path: Path, what: str) -> dict[str, Any]:
         raise InputError(f"{path}: no such file; expected {what}") from None
     except PermissionError:
         raise InputError(f"{path}: no permission to read this file; expected {what}") from None
+    except MemoryError:  # of the machine, not of the file
+        raise
     except Exception as error:  # torch raises a dozen types for damaged files
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"{path}: damaged, or not {what} of cryosuite ({printable(lines[0])})") from None
