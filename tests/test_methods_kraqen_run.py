@@ -148,13 +148,6 @@ def test_a_job_started_again_goes_on_by_itself(tmp_path, monkeypatch):
     assert len(run.metrics.read_text().splitlines()) == 3  # not 1 + 3
 
 
-def test_only_the_first_process_works_on_voxels(tmp_path, monkeypatch):
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
-    monkeypatch.setenv("SLURM_PROCID", "1")
-    found = kraqen_run.train(toy.particles(N, D), RunDir(tmp_path / "run"), KraqenOptions(n_codes=2), TrainOptions())
-    assert not found.codes and not list((tmp_path / "run").glob("*.pkl"))
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

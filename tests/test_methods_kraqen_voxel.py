@@ -213,7 +213,7 @@ SCRIPT = """
     from cryosuite.methods.kraqen_options import KraqenOptions
     from cryosuite.methods.kraqen_voxel import VoxelEM
     particles, _ = blob_particles([blobs(16, seed) for seed in (1, 2, 3)], 480, noise=1.0, seed=4)
-    options = KraqenOptions(n_codes=5, iterations=8, start_images=200, images_per_code=40)
+    options = KraqenOptions(m_step="wiener", n_codes=5, iterations=8, start_images=200, images_per_code=40)
     def told(state, record):
         print(state.iteration, flush=True)
         time.sleep(0.4)

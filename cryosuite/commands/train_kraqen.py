@@ -26,8 +26,8 @@ TRAIN = {
     "precision": "precision", "accelerator": "accelerator", "devices": "devices", "num_nodes": "num_nodes",
     "checkpoint_minutes": "checkpoint_every_minutes", "requeue": "requeue",
 }  # fmt: skip
-# what the voxel field has no use for: it saves after every round and runs in one process
-OF_NETWORKS = ("num_epochs", "batch_size", "lr", "checkpoint_minutes", "precision", "devices", "num_nodes")
+# what the voxel field has no use for: it takes all images in every round, and saves after it
+OF_NETWORKS = ("num_epochs", "batch_size", "lr", "checkpoint_minutes", "precision")
 WAYS_IN = ("poses", "ctf", "ind", "datadir", "pixel_size")
 
 
@@ -139,8 +139,8 @@ def main(
     checkpoint_minutes: float = _option(10.0, help="Minutes between two saves of what --resume needs.", panel=TRAINING),
     precision: str = _option(None, help="32 or bf16 of the network; nothing: bf16 on a GPU.", panel=MACHINE),
     accelerator: str = _option("auto", help="Where to compute: auto, cpu or gpu.", panel=MACHINE),
-    devices: int = _option(1, help="GPUs per machine (network fields).", panel=MACHINE),
-    num_nodes: int = _option(1, help="Machines (network fields).", panel=MACHINE),
+    devices: int = _option(1, help="GPUs per machine.", panel=MACHINE),
+    num_nodes: int = _option(1, help="Machines.", panel=MACHINE),
     requeue: bool = _option(False, "--requeue", help="Under SLURM: put the job back into the queue.", panel=MACHINE),
     threads: int = _option(0, "--threads", help="Processor threads to use; 0: all.", panel=MACHINE),
     seed: int = _option(0, help="Random seed: the same seed gives the same result (on one machine).", panel=MACHINE),

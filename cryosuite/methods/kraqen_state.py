@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,12 +66,12 @@ class Records:
             self.metrics = processes.each(lambda: MetricsLog(run.metrics, iteration, processes.first))
             self.log = RunLog(run.log, processes.first)
 
-    def keep(self, state: State, history: list[dict[str, Any]], identity: dict[str, Any]) -> None:
-        """The line of the last iteration and its checkpoint."""
+    def keep(self, state: State, history: list[dict[str, Any]], identity: Callable[[], dict[str, Any]]) -> None:
+        """The line of the last iteration and its checkpoint (``identity()``: as `save`)."""
 
         def write() -> None:
             self.metrics.write(history[-1])  # before the checkpoint: a line beyond it is dropped on resume
-            save(self.run, state, history, identity)
+            save(self.run, state, history, identity())
 
         if self.run is not None:
             self.processes.first_does(write)

@@ -143,7 +143,7 @@ class VoxelEM:
                     stopped = str(stop)
                     break
                 history.append(record)
-                records.keep(state, history, self._identity())
+                records.keep(state, history, self._identity)
                 if on_iteration is not None:
                     on_iteration(state, record)
                 minutes = self.processes.first_does(lambda: (time.monotonic() - began) / 60)

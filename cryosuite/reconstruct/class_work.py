@@ -50,7 +50,8 @@ class ClassWork:
         self.images, self.device, self.processes = images, torch.device(device), processes
         self.memory = memory_gib * 2**30
         self.threads, self.pool = 1, None
-        self._fit, self._bytes, self._making = 1, 1, "maps"
+        # of the piece of work at hand: maps at a time and their bytes, what is being made, images at a time so far
+        self._fit, self._bytes, self._making, self._most = 1, 1, "maps", 0
 
     @contextmanager
     def threads_of_torch(self) -> Iterator[None]:
@@ -93,7 +94,7 @@ class ClassWork:
     def chunks(self, rows: np.ndarray, r_max: int) -> Iterator[Chunk]:
         """Coefficients of some rows, on the device."""
         for chunk in self.images.chunks(rows, r_max):
-            self._making = "images"
+            self._making, self._most = "images", max(self._most, len(chunk.rows))
             yield chunk if self.device.type == "cpu" else Chunk(chunk.rows, *(v.to(self.device) for v in chunk[1:]))
 
     def sums(self, transforms: kernel.ClassTransforms, chunk: Chunk, disc: fourier.HalfDisc) -> tuple[Tensor, Tensor]:
@@ -127,29 +128,29 @@ class ClassWork:
         """As `attempt`, for work on `groups` that the caller has asked for just before: None where memory ran out,
         after which he asks for them again."""
 
-        def tried() -> tuple[T | None, str]:
+        def tried() -> tuple[T | None, str, int]:
             try:
-                return work(), ""
+                return work(), "", self._most
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
-            return None, self._making
+            return None, self._making, self._most
 
-        self._making = "maps"
+        self._making, self._most = "maps", 0
         found = self.processes.everyone(tried)
-        short = {what for _, what in found if what}
+        short = {what for _, what, _ in found if what}
         if short:
-            self._take_less("maps" in short)
+            self._take_less("maps" in short, max(most for _, _, most in found))
             return None
         self.images.share_bad(self.processes)
-        return [result for result, _ in found]
+        return [result for result, _, _ in found]
 
-    def _take_less(self, maps: bool) -> None:
-        """Half as many maps, or images, at a time from now on; `attempt` says so in all processes alike."""
-        if self._fit > 1 and (maps or self.images.chunk <= FEWEST):
+    def _take_less(self, maps: bool, most: int) -> None:
+        """Half as many maps, or images, at a time from now on, in all processes alike; ``most``: images until now."""
+        if maps or (self._fit > 1 and most <= FEWEST):
             self.memory = halved(self._fit, "maps") * self._bytes
         else:
-            self.images.chunk = halved(self.images.chunk, "images")
+            self.images.chunk = halved(most, "images")
 
     def add_up(self, acc: kernel.ClassAccumulator) -> None:
         """Make the sums of the first process those of all; the others' are worth nothing afterwards."""
