@@ -68,7 +68,7 @@ class CachedVolumes(nn.Module):
             return
         known = self.latents[: min(int(self.seen), RECENT)]
         self.centres.copy_(_centres(known, len(self.centres)))
-        self.reach.copy_(FAR * torch.cdist(known, self.centres).amin(1).mean())
+        self.reach.copy_(FAR * _distances(known, self.centres).amin(1).mean())
         for k in range(len(self.centres)):  # one at a time: the network's own temporaries are large enough
             volume = make(self.centres[k : k + 1])[0].to(self.volumes)
             self.volumes[k] = VolumeSource(volume, r_max=self.r_max).transform[0] if self.spectral else volume
@@ -85,7 +85,7 @@ class CachedVolumes(nn.Module):
 
     def nearest(self, z: Tensor) -> tuple[Tensor, Tensor]:  # (b,), (b,)
         """Number of the centre nearest to each latent, and whether it lies too far for its volume to stand for it."""
-        distance, which = torch.cdist(z.to(self.centres), self.centres).min(1)
+        distance, which = _distances(z.to(self.centres), self.centres).min(1)
         return which, distance > self.reach
 
 
@@ -93,6 +93,11 @@ def transform_shape(r_max: int) -> tuple[int, ...]:
     """Of the transform that a source of slices keeps of a volume: half of the padded cube, real and imaginary parts."""
     side = 2 * (2 * r_max + 1) + 1
     return side, side, side // 2 + 1, 2
+
+
+def _distances(a: Tensor, b: Tensor) -> Tensor:  # (n, zdim), (m, zdim) -> (n, m)
+    """Not by matrix products, whose digits depend on how many latents there are."""
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def _centres(z: Tensor, count: int) -> Tensor:  # (n, zdim) -> (count, zdim)
@@ -107,7 +112,7 @@ def _centres(z: Tensor, count: int) -> Tensor:  # (n, zdim) -> (count, zdim)
         centres = torch.cat([centres, z[distance.argmax()][None]])
     centres = centres[1:]
     for _ in range(ROUNDS):
-        which = torch.cdist(z, centres).argmin(1)
+        which = _distances(z, centres).argmin(1)
         number = torch.bincount(which, minlength=count)
         sums = torch.zeros_like(centres).index_add_(0, which, z)
         centres = torch.where(number[:, None] > 0, sums / number[:, None].clamp(min=1), centres)

@@ -14,6 +14,7 @@ from cryosuite.analysis.class_files import write_classes
 from cryosuite.analysis.clusters import Clusters, cluster, plot_choice, regrouped
 from cryosuite.analysis.polished import polish_to
 from cryosuite.console import say
+from cryosuite.data.processes import ALONE, Processes
 from cryosuite.data.results import ClustersDir, PolishDir, run_clusters, run_polish
 from cryosuite.data.workdir import RunDir
 from cryosuite.errors import FileError, InputError, notice
@@ -43,21 +44,34 @@ class ClassRow:
     resolution: float
 
 
-def finish(run: RunDir, loaded: LoadedRun, options: DecoOptions, seed: int, files: bool = True) -> list[ClassRow]:
+def finish(
+    run: RunDir, loaded: LoadedRun, options: DecoOptions, seed: int, files: bool = True, processes: Processes = ALONE
+) -> list[ClassRow]:
     """Classify the latents of an epoch and write clusters.N/, labels.N.pkl and polish.N/; the table of classes.
 
-    ``files=False`` leaves out the star and cs files (for particles that are in no file).
+    ``files=False`` leaves out the star and cs files (for particles that are in no file). ``processes`` share the images
+    where the classes are settled and their maps made; the first writes.
     """
-    epoch = loaded.epoch
-    folder = run_clusters(run.path, epoch)
-    if folder.path.exists():
-        shutil.rmtree(folder.path)
-    folder.path.mkdir(parents=True)
-    found = classify(loaded.z, options, seed)
+    folder = run_clusters(run.path, loaded.epoch)
+
+    def first() -> Clusters:
+        if folder.path.exists():
+            shutil.rmtree(folder.path)
+        folder.path.mkdir(parents=True)
+        return classify(loaded.z, options, seed)
+
+    found = processes.first_does(first)
     if options.settle:
-        found = settled(run, loaded, found, options, seed)
+        found = settled(run, loaded, found, options, seed, processes)
+    processes.first_does(lambda: _write(run, folder, loaded, found, files))
+    resolution = _polish(run, loaded, found.labels, processes)
+    return processes.first_does(lambda: _write_table(folder, found, _margins(run, loaded.epoch), resolution))
+
+
+def _write(run: RunDir, folder: ClustersDir, loaded: LoadedRun, found: Clusters, files: bool) -> None:
+    """What there is to write of the classes before their maps are polished."""
     write_pickle(folder.labels, found.labels)
-    write_pickle(run.labels(epoch), found.labels)
+    write_pickle(run.labels(loaded.epoch), found.labels)
     _write_centres(folder, found)
     if found.bic:
         plot_choice(folder.plot("bic"), found)
@@ -65,9 +79,13 @@ def finish(run: RunDir, loaded: LoadedRun, options: DecoOptions, seed: int, file
         write_map(folder.volume(k), volume, loaded.pixel_size)
     if files:
         write_classes(folder.path, loaded.particles, found.labels)
-    margin = _margins(run, epoch)
     pose_spread(folder.plot("poses"), loaded.particles.rotation, found.labels)
-    resolution = _polish(run, loaded, found.labels)
+
+
+def _write_table(
+    folder: ClustersDir, found: Clusters, margin: np.ndarray | None, resolution: dict[int, float]
+) -> list[ClassRow]:
+    """The table of classes, written and given back."""
     rows = []
     for k in range(found.k):
         own = found.labels == k
@@ -85,15 +103,17 @@ def classify(z: np.ndarray, options: DecoOptions, seed: int) -> Clusters:
     return cluster(z, how=options.cluster, k=options.k or "auto", seed=seed)
 
 
-def settled(run: RunDir, loaded: LoadedRun, found: Clusters, options: DecoOptions, seed: int) -> Clusters:
+def settled(
+    run: RunDir, loaded: LoadedRun, found: Clusters, options: DecoOptions, seed: int, processes: Processes = ALONE
+) -> Clusters:
     """The classes once the images themselves have chosen, by half maps that they are not part of.
 
     With one frame for all (known poses, or found with one map) they choose now. Classes that were found together with
     the poses have a frame each, in which the poses of their particles are: they stay as the search left them.
     """
     if options.poses == "known" or options.classes == 1:
-        return _settled(loaded, found, options, seed) if found.k > 1 else found
-    record = start_record(run) if options.start == "voxel" else None
+        return _settled(loaded, found, options, seed, processes) if found.k > 1 else found
+    record = processes.first_does(lambda: start_record(run) if options.start == "voxel" else None)
     if record is None or options.k not in (0, options.classes):
         return found
     new = regrouped(found, loaded.z, record["poses"]["label"].numpy())
@@ -103,7 +123,7 @@ def settled(run: RunDir, loaded: LoadedRun, found: Clusters, options: DecoOption
     return new
 
 
-def _settled(loaded: LoadedRun, found: Clusters, options: DecoOptions, seed: int) -> Clusters:
+def _settled(loaded: LoadedRun, found: Clusters, options: DecoOptions, seed: int, processes: Processes) -> Clusters:
     """Classes settled in one frame.
 
     Latents tell which particles are alike, but a cluster in them may hold two states or a part of one. So there are
@@ -111,11 +131,11 @@ def _settled(loaded: LoadedRun, found: Clusters, options: DecoOptions, seed: int
     particle tells apart are joined (`reconstruct.held_out`). With ``k`` given exactly so many are left.
     """
     many = min(math.ceil(MORE * found.k), len(loaded.z) // 2)
-    start = cluster(loaded.z, "kmeans", many, seed).labels
+    start = processes.first_does(lambda: cluster(loaded.z, "kmeans", many, seed).labels)
     try:
         result = settle(
             loaded.particles, ClassWeights.from_labels(start), count=options.k, progress="settle the classes",
-            device=resolve_accelerator("auto"),
+            device=resolve_accelerator("auto"), processes=processes,
         )  # fmt: skip
     except FileError:
         raise
@@ -150,21 +170,27 @@ def _margins(run: RunDir, epoch: int) -> np.ndarray | None:
     return read_npz(path, ["margin"])["margin"]
 
 
-def _polish(run: RunDir, loaded: LoadedRun, labels: np.ndarray) -> dict[int, float]:
+def _polish(run: RunDir, loaded: LoadedRun, labels: np.ndarray, processes: Processes = ALONE) -> dict[int, float]:
     """Per-class maps in polish.N/ and their resolutions; nothing where the classes do not allow it."""
     out: PolishDir = run_polish(run.path, loaded.epoch)
     say(f"maps of {labels.max() + 1} classes -> {out.path}")
+    rows, wrong = [], None
     try:
         rows = polish_to(
             out, loaded.particles, ClassWeights.from_labels(labels), PolishOptions(), source=str(run.path.absolute()),
-            classes_from="latents",
+            classes_from="latents", processes=processes,
         )  # fmt: skip
-    except FileError:
-        raise
     except InputError as error:
-        notice(f"no maps were polished: {error}")
-        return {}
-    return {row.number: row.resolution for row in rows}
+        wrong = error
+
+    def told() -> dict[int, float]:
+        if isinstance(wrong, FileError):
+            raise wrong
+        if wrong is not None:
+            notice(f"no maps were polished: {wrong}")
+        return {row.number: row.resolution for row in rows}
+
+    return processes.first_does(told)
 
 
 def pose_spread(path: Path, rotation: np.ndarray, labels: np.ndarray, most: int = 16) -> None:

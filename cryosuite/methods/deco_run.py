@@ -125,7 +125,7 @@ def train(
 ) -> Trained:
     """Find first poses (where none are known), train, classify, and write everything.
 
-    With several processes the first one makes the classes; the others come back.
+    Several processes share all of the work; the first one writes, and all come back with the same.
     """
     began = time.monotonic()
     if options.poses == "none":
@@ -149,13 +149,15 @@ def train(
         method, particles, run, training, resume="auto" if resume else False,
         on_epoch=epoch_writer(method, particles, run, options),
     )  # fmt: skip
-    if fitted.stopped or process_rank() != 0:
+    if fitted.stopped:
         return Trained(fitted.epochs_done, fitted.stopped, fitted.exit_code)
-    epoch = run.last_epoch()
-    loaded = load(run, read_run_config(run), epoch)
-    classes = finish(run, loaded, options, training.seed, files)
+    processes = training_processes()
+    epoch = processes.first_does(run.last_epoch)
+    loaded = processes.each(lambda: load(run, read_run_config(run), epoch))
+    classes = finish(run, loaded, options, training.seed, files, processes)
     for path in (run.encoder_images, run.encoder_images.with_name(run.encoder_images.name + ".json")):
-        path.unlink(missing_ok=True)
+        if processes.first:
+            path.unlink(missing_ok=True)
     return Trained(epoch, classes=tuple(classes))
 
 

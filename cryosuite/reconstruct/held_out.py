@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cryosuite.console import Progress
 from cryosuite.data.particles import ParticleSet
+from cryosuite.data.processes import ALONE, Processes
 from cryosuite.errors import InputError
 from cryosuite.kernels import assignment, slices
 from cryosuite.kernels import class_slices as kernel
@@ -63,6 +64,7 @@ def settle(
     box: int = FINE_BOX,
     device: torch.device | str = "cpu",
     progress: str | None = None,
+    processes: Processes = ALONE,
 ) -> Settled:
     """Let all particles choose their classes anew, join classes that are one, and settle in a finer box.
 
@@ -71,6 +73,7 @@ def settle(
         half: (N,) 0 or 1; default the half sets of the particles.
         join: make one class of twins (`overlap_groups`). count: join until so many are left, whether alike or not.
         box: of the last iterations, pixels. progress: label of a progress display, None for silence.
+        processes: that share the images; all get the same.
 
     Raises:
         InputError: no class has particles in both half sets; sizes that do not fit.
@@ -80,8 +83,8 @@ def settle(
     half = np.asarray(particles.half_sets() if half is None else half)
     coarse, fine = (min(size, box, particles.box_size) for size in (COARSE_BOX, FINE_BOX))
     total = COARSE_ITERATIONS + (JOIN_ITERATIONS + AGAIN if join else 0) + (FINE_ITERATIONS if fine > coarse else 0)
-    progress_bar = Progress(total, progress, "iterations") if progress else nullcontext()
-    work = ClassWork(ClusterImages(particles, coarse), device)
+    progress_bar = Progress(total, progress, "iterations") if progress and processes.first else nullcontext()
+    work = ClassWork(processes.each(lambda: ClusterImages(particles, coarse)), device, processes=processes)
     with progress_bar as bar, work.threads_of_torch():
         engine = _Settling(work, half, bar)
         p, groups = engine.run(start, COARSE_ITERATIONS), np.arange(start.n_classes)
@@ -90,7 +93,7 @@ def settle(
             groups = overlap_groups(warm, count)
             p = engine.run(warm.merged(groups), AGAIN)
         if fine > coarse:
-            work.images = ClusterImages(particles, fine)
+            work.images = processes.each(lambda: ClusterImages(particles, fine))
             p = engine.run(p, FINE_ITERATIONS)
     kept = np.flatnonzero(p.usage() > 0.5)
     place = np.full(p.n_classes, -1, np.int64)
