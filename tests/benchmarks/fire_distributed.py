@@ -27,21 +27,24 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import fire_distributed_sets as sets
 from common import save
+from fire_kill_compare import rows_but
 from forked import Ended, together
 
 from cryosuite.data.workdir import RunDir
 from cryosuite.formats.mrc import read_map
-from cryosuite.formats.pickles import read_latent
+from cryosuite.formats.pickles import read_latent, read_poses
+from cryosuite.kernels.rotations import geodesic_deg
 from cryosuite.training.logs import read_metrics
 
 SEED = 0
+SAME_POSE = 0.1  # degrees
 
 
 def main() -> None:
     """Try everything, write results/fire_distributed.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=None)
-    parser.add_argument("--kills", type=int, default=10, help="trainings whose process is killed")
+    parser.add_argument("--kills", type=int, default=10, help="trainings whose process is killed; 0: none")
     parser.add_argument("--only", nargs="*", default=None, help="names of trainings and commands; default all")
     given = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="fire_distributed")) if given.work is None else given.work
@@ -49,18 +52,21 @@ def main() -> None:
     folder = sets.stack(work / "set")
     commands = sets.commands(folder)
     rows: list[dict] = []
-    for row in tried(folder, work, commands if given.only is None else given.only, given.kills):
+    for row in tried(folder, work, commands if given.only is None else given.only, given.kills, given.only is None):
         rows.append(row)
-        save("fire_distributed", {"seed": SEED, "rows": rows})
+        typed = "python tests/benchmarks/fire_distributed.py --work WORK"
+        every = [*rows_but("fire_distributed", rows), *rows]  # of other commands, tried before
+        save("fire_distributed", {"command": typed, "seed": SEED, "rows": every})
     if given.work is None:
         shutil.rmtree(work)
 
 
-def tried(folder: Path, work: Path, names: Iterable[str], kills: int) -> Iterator[dict]:
+def tried(folder: Path, work: Path, names: Iterable[str], kills: int, mistakes: bool) -> Iterator[dict]:
     """The rows, one after the other."""
     for name in names:
         yield compare(name, sets.commands(folder)[name], work / name)
-    yield one_sided(folder, work)
+    if mistakes:
+        yield one_sided(folder, work)
     if kills:
         yield killed(kills, work)
 
@@ -98,6 +104,8 @@ def distances(one: Path, two: Path) -> str:
     for name in [str(n) for n in names if str(n).startswith("z.")][-1:]:
         z, other = (read_latent(run / name)[0] for run in (one, two))
         told.append("latents in the same order, " + _within(float(np.abs(z - other).max() / np.abs(z).max())))
+    for name in [str(n) for n in names if str(n).startswith("poses.") and str(n).endswith(".pkl")][-1:]:
+        told.append(_poses_apart(one / name, two / name))
     maps = [_map_distance(one / n, two / n) for n in names if n.suffix == ".mrc" and "mask" not in n.name]
     if maps:
         told.append(f"{len(maps)} maps {_within(max(maps))}")
@@ -106,6 +114,14 @@ def distances(one: Path, two: Path) -> str:
 
 def _apart(a: np.ndarray, b: np.ndarray) -> float:
     return float((np.abs(a - b) / np.abs(a)).max())
+
+
+def _poses_apart(one: Path, two: Path) -> str:
+    import torch
+
+    a, b = (torch.from_numpy(read_poses(path)[0]) for path in (one, two))
+    apart = geodesic_deg(a, b)
+    return f"{int((apart < SAME_POSE).sum())} of {len(apart)} poses within {SAME_POSE:g} degrees"
 
 
 def _within(share: float) -> str:

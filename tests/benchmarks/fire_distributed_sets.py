@@ -9,6 +9,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from forked import together
 from hype_toy import blob_particles, blobs
 from test_commands_train_fastar import TINY
 from test_methods_iev import SMALL
@@ -25,22 +26,30 @@ from cryosuite.nets.multiview import Multiview
 TRAININGS = {
     "train-hype": "hype", "train-kraqen": "kraqen", "train-kraqen-voxel": "voxel", "deco-classify": "deco",
     "pretrain-iev": "iev", "train-fastar": "fastar", "train-fastar-star": "fastar-star", "pretrain-lvm": "jepa",
-    "train-lvm": "lvm",
+    "train-lvm": "lvm", "train-fastar-real": "fastar-real",
+}  # fmt: skip
+SEARCHES = {
+    "deco-again": ["--refine-poses", "--re-search", 1],
+    "deco-network": ["--ab-initio", "--start", "network", "--warmup-images", 40, "--search", "cached"],
+    "deco-voxel": ["--ab-initio", "--starts", 2],
 }  # fmt: skip
 DETAIL = {"train-kraqen": " (network)", "train-kraqen-voxel": " (voxel field)", "train-fastar": " (target)",
-          "train-fastar-star": " (ab initio)", "encode": " --encode"}  # fmt: skip
+          "train-fastar-star": " (ab initio)", "encode": " --encode",
+          "train-fastar-real": " --finetune", "fastar-infer-search": " without a map",
+          "deco-again": " --refine-poses --re-search 1", "deco-network": " --ab-initio --start network --search cached",
+          "deco-voxel": " --ab-initio"}  # fmt: skip
 COUNT, FEW, BOX = 301, 78, 16  # neither fills its last batch
 
 
 def shrink() -> None:
     """Networks tinier than the smallest preset, and chunks of a few images, so that every process has some."""
     from cryosuite.data import preprocess
-    from cryosuite.methods import fastar_validate, lvm_validate
+    from cryosuite.methods import fastar_target, fastar_validate, lvm_validate
     from cryosuite.nets import ief
     from cryosuite.nets.multiview import SPECS
 
     ief.SPECS["vit_tiny"], SPECS["micro"] = SMALL, TINY
-    fastar_validate.GRID, lvm_validate.EACH = 0, 1
+    fastar_validate.GRID, lvm_validate.EACH, fastar_target.FEWEST = 0, 1, 50
     preprocess.CHUNK_BYTES = 4 * 37 * BOX**2
 
 
@@ -61,6 +70,12 @@ def stack(folder: Path) -> Path:
     torch.manual_seed(0)
     save_encoder(folder / "e.safetensors", IefEncoder(SMALL).eval(), "standard", 0.5, 0.15, {})
     save_multiview(folder / "w.safetensors", Multiview(TINY), {"mode": "target"})
+    few = folder / "few"
+    write_map(few / "ref.mrc", blobs(BOX, 0).numpy(), 6.0)
+    posed = ["--poses", few / "poses.pkl", "--ctf", few / "ctf.pkl"]
+    (made,) = together(few / "said", ["preprocess", few / "particles.mrcs", *posed, "-o", few / "work"], 1)
+    if made.code:
+        raise SystemExit(made.err)
     return folder
 
 
@@ -77,6 +92,9 @@ def commands(folder: Path) -> dict[str, list[object]]:
                          "--map", folder / "ref.mrc", "--weights", folder / "w.safetensors", *cpu],
         "encode": ["pretrain-iev", images, "--encode", "--weights", folder / "e.safetensors", "-b", 32, *cpu],
     }  # fmt: skip
+    bare = ["fastar-infer", few / "particles.mrcs", "--ctf", few / "ctf.pkl", "-b", 16, "--refine", 1, *cpu]
+    found["fastar-infer-search"] = [*bare, "--weights", folder / "w.safetensors"]
+    found |= {name: [*words("deco", few), "--log-interval", 1, *more] for name, more in SEARCHES.items()}
     return found | {name: words(short, few) for name, short in TRAININGS.items()}
 
 
