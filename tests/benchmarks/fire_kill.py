@@ -75,13 +75,12 @@ class Trial:
         allowed = list(np.diff(moments, prepend=0.0)) if self.command.resumes else list(moments)
         while True:
             log = self.base / "out.log"
-            arguments = self.next_arguments()
             fresh = self.fresh > 0 and self.done % self.fresh == self.fresh // 2
             if not allowed or self.done >= self.kills or self.spent > SPENT:
-                found = work(arguments, log)
-                if found.code != 0:
-                    self.problems.append(f"could not go on: {log.read_text()[-300:]}")
+                if problem := self.command.problem(self.out, log):
+                    self.problems.append(problem)
                 return
+            arguments = self.command.next_arguments(self.out)
             moment = allowed.pop(0) + (self.ready() if self.command.resumes else 0.0)
             found = start_up(arguments, log, self.random) if fresh else work(arguments, log, moment)
             self.spent += found.cpu
@@ -96,24 +95,13 @@ class Trial:
         """CPU seconds that a continuation needs before it comes to new work; at random, to hit that part too."""
         return float(self.random.uniform(0.2, 1.0)) * self.command.restart_s
 
-    def next_arguments(self) -> list[str]:
-        """What a user would type now: start, go on, or start over what had not come to a first checkpoint."""
-        out = self.out
-        plain = self.command.arguments(out)
-        if self.command.resumes and self.command.can_resume(out):
-            return self.command.resumed(out)
-        if out.exists() and self.command.overwrites:
-            return [*plain, "--overwrite"]
-        return plain
-
     def row(self) -> dict:
         """For the table."""
         unique = list(dict.fromkeys(self.problems))
         good = "the same files, bit for bit" if not unique else "; ".join(unique[:3])
-        how = "--resume" if self.command.resumes else "run again"
         return {
             "kind": "fault",
-            "what": f"kill -9 of `{self.command.name}`, then {how}",
+            "what": f"kill -9 of `{self.command.name}`, then {self.command.how}",
             "tried": self.done,
             "result": good,
             "detail": f"in {self.runs} runs of {self.total:.0f} CPU s",

@@ -47,6 +47,22 @@ class Command:
         """Whether it has come to a first checkpoint."""
         return (out / "checkpoint.pt").is_file() or (out / "start.pt").is_file()
 
+    def next_arguments(self, out: Path) -> list[str]:
+        """What a user would type now: start, go on, or start over what had not come to a first checkpoint."""
+        if self.resumes and self.can_resume(out):
+            return self.resumed(out)
+        return [*self.arguments(out), *(["--overwrite"] if out.exists() and self.overwrites else [])]
+
+    def problem(self, out: Path, log: Path) -> str:
+        """Let a run that broke off come to its end; what is wrong with that, or ""."""
+        ended = work(self.next_arguments(out), log)
+        return "" if ended.code == 0 else f"could not go on: {log.read_text()[-300:]}"
+
+    @property
+    def how(self) -> str:
+        """How it goes on, for the table."""
+        return "--resume" if self.resumes else "run again"
+
 
 def make_inputs(base: Path) -> Path:
     """A simulated set, a work folder, labels, a map and a trained run; made once."""

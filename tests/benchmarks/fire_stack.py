@@ -78,24 +78,19 @@ class Trial:
             said = " ".join(self.log.read_text().split())
             if ended.code != 2 or "Traceback" in said or "particles.mrcs: " not in said:
                 self.problems.append(f"exit code {ended.code}: {said[-300:]}")
-            arguments = self.command.arguments(self.out)
-            if self.command.resumes and self.command.can_resume(self.out):
-                arguments = self.command.resumed(self.out)
-            elif self.out.exists() and self.command.overwrites:
-                arguments.append("--overwrite")
-            if work(arguments, self.log).code != 0:
-                self.problems.append(f"could not go on: {self.log.read_text()[-300:]}")
+            if problem := self.command.problem(self.out, self.log):
+                self.problems.append(problem)
                 return
         self.problems += compare.differences(whole, self.out)[:3]
 
     def row(self) -> dict:
         """For the table."""
         unique = list(dict.fromkeys(self.problems))
-        how = "--resume" if self.command.resumes else "run again"
         good = "the same result at once, or code 2, one sentence that names the stack, and the same result afterwards"
         return {
             "kind": "fault",
-            "what": f"stack cut short, replaced or removed under `{self.command.name}`, then put back and {how}",
+            "what": f"stack cut short, replaced or removed under `{self.command.name}`, then put back and "
+            f"{self.command.how}",
             "tried": self.tried,
             "result": "; ".join(unique[:3]) or good,
             "detail": f"{self.stopped} ended with code 2",
