@@ -42,15 +42,28 @@ COUNT, FEW, BOX = 301, 78, 16  # neither fills its last batch
 
 
 def shrink() -> None:
-    """Networks tinier than the smallest preset, and chunks of a few images, so that every process has some."""
+    """Networks tinier than the smallest preset, searches of seconds, and chunks of a few images, so that every process
+    has some."""
     from cryosuite.data import preprocess
-    from cryosuite.methods import fastar_target, fastar_validate, lvm_validate
+    from cryosuite.methods import deco_start, fastar_infer, fastar_target, fastar_validate, lvm_validate
     from cryosuite.nets import ief
     from cryosuite.nets.multiview import SPECS
+    from cryosuite.reconstruct import abinitio
 
     ief.SPECS["vit_tiny"], SPECS["micro"] = SMALL, TINY
     fastar_validate.GRID, lvm_validate.EACH, fastar_target.FEWEST = 0, 1, 50
     preprocess.CHUNK_BYTES = 4 * 37 * BOX**2
+    short = {
+        "starts": 2,
+        "iterations": 8,
+        "batch": 60,
+        "settle": 2,
+        "radius": (3, 5),
+        "rounds": ((5, True), (8, False)),
+    }
+    fastar_infer.AbInitioOptions = lambda seed: abinitio.AbInitioOptions(seed=seed, **short)
+    deco_start.options_of = lambda options, seed: abinitio.AbInitioOptions(options.classes, seed=seed, **short)
+    abinitio.CHUNK = 20
 
 
 def stack(folder: Path) -> Path:
