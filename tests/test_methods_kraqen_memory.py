@@ -11,6 +11,7 @@ from cryosuite.errors import InputError, UserNotice
 from cryosuite.kernels import class_slices as kernel
 from cryosuite.methods.kraqen_codes import embed
 from cryosuite.methods.kraqen_cross import CrossEM
+from cryosuite.methods.kraqen_maps import Wiener
 from cryosuite.methods.kraqen_options import KraqenOptions
 from cryosuite.methods.kraqen_voxel import VoxelEM
 from cryosuite.reconstruct.held_out import settle
@@ -100,6 +101,21 @@ def test_memory_that_ends_in_the_middle_costs_that_iteration_alone(toy, monkeypa
         found = VoxelEM(toy[0], OPTIONS.changed(m_step="wiener")).run(progress=False, on_iteration=told)
     assert torch.equal(found.codes, whole.codes)
     assert [line["iteration"] for line in found.history] == [line["iteration"] for line in whole.history]
+
+
+def test_maps_that_the_gpu_has_no_room_for_are_made_elsewhere(toy, monkeypatch):
+    whole = run(toy, "wiener")
+    make, failed = Wiener.map, []
+
+    def map_once(self, sums):
+        if not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError(OOM)
+        return make(self, sums)
+
+    monkeypatch.setattr(Wiener, "map", map_once)
+    with pytest.warns(UserNotice, match="made on the processor"):
+        assert torch.equal(run(toy, "wiener").codes, whole.codes)
 
 
 def test_settling_goes_on_with_less(toy, monkeypatch):

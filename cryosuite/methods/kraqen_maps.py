@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cryosuite.errors import notice
 from cryosuite.kernels.class_slices import ClassAccumulator, padded_origin
+from cryosuite.kernels.memory import out_of_memory
 from cryosuite.reconstruct.masks import radius_grid, soft_sphere
 
 SPLIT_NOISE = 0.2  # of the rms of the map that is split
@@ -53,6 +55,7 @@ class Wiener:
 
     def map(self, sums: Tensor) -> Tensor:  # (2N+1, 2N+1, N+1, 3) -> (D, D, D)
         """The map of one code; it is set to zero around the particle, since no image shows the mean."""
+        sums = sums.to(self.level.device)
         plane = sums[:, :, 0]
         mates = plane.flip((0, 1)) * plane.new_tensor([1.0, -1.0, 1.0])
         full = sums[1:-1, 1:-1, :-1].clone()
@@ -75,9 +78,23 @@ class Wiener:
 
 
 def code_maps(acc: ClassAccumulator, wiener: Wiener, pool: Executor | None = None) -> Tensor:  # (K, D, D, D)
-    """The maps of all codes of an accumulator."""
+    """The maps of all codes of an accumulator, on the CPU.
+
+    Where the GPU has no memory left for that, they are made on the processor.
+    """
+
+    def made(sums: Tensor) -> Tensor:
+        return wiener.map(sums).cpu()
+
     run: Callable = map if pool is None or acc.data.is_cuda else pool.map
-    return torch.stack(list(run(wiener.map, acc.data)))
+    try:
+        return torch.stack(list(run(made, acc.data)))
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+    notice("out of memory while maps were made: they are made on the processor, one at a time")
+    wiener.to("cpu")
+    return torch.stack([made(sums) for sums in acc.data])
 
 
 def split_dead(

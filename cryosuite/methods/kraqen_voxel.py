@@ -370,7 +370,7 @@ class VoxelEM:
         if acc.r_max not in self._wiener:
             wiener = Wiener(self.box, acc.r_max, self.images.power, self.options.prior)
             self._wiener = {acc.r_max: wiener.to(self.device)}
-        return code_maps(acc, self._wiener[acc.r_max], self.work.pool).cpu()
+        return code_maps(acc, self._wiener[acc.r_max], self.work.pool)
 
     def threads_of_torch(self) -> AbstractContextManager[None]:
         """Compiled loops in as many threads as torch had, torch itself in one (`ClassWork.threads_of_torch`)."""
