@@ -85,3 +85,24 @@ def test_latents_and_trainings_tell_what_other_processes_met(tmp_path: Path) -> 
 def test_a_training_tells_them_after_each_epoch(tmp_path: Path) -> None:
     said = told(lambda: fit(Toy(), broken_set(range(25)), RunDir(tmp_path / "run"), options(epochs=2)))
     assert sum(f"25 images {END}" in text for text in said) == 1
+
+
+def test_broken_images_of_a_corpus_are_named_after_each_epoch(tmp_path: Path) -> None:
+    """Two of 16 images, in batches of 8 that two processes share."""
+    from cryosuite.methods.iev_data import Corpus, CorpusLoader, StackSource
+
+    images = np.random.default_rng(0).standard_normal((16, 16, 16)).astype(np.float32)
+    images[[3, 4]] = np.nan
+
+    def work(processes: Processes) -> None:
+        sources = [StackSource(ParticleSet.from_array(images, 2.0), 28, "standard", name="a")]
+        loader = CorpusLoader(Corpus(sources, 16, 28), 8, processes.rank, 2, prefetch=0)
+
+        def read() -> None:
+            list(loader.epoch(0))
+            loader.share_broken(processes)
+
+        said = " ".join(told(read))
+        assert not processes.first or ("3" in said and "4" in said and "2 so far" in said)
+
+    each(tmp_path, work, 2)

@@ -48,12 +48,12 @@ class Broken:
         original stack, with how many there are by now."""
         bad = not_finite(images)
         if bad.any():
-            self._add(np.asarray(rows)[bad])
+            self.add(np.asarray(rows)[bad])
         return bad
 
     def share(self, processes: Processes) -> None:
         """Take in what the other processes have met, so that the first, which alone speaks, tells all; all call it."""
-        self._add(np.concatenate(processes.everyone(lambda: np.flatnonzero(self.rows))))
+        self.add(np.concatenate(processes.everyone(lambda: np.flatnonzero(self.rows))))
         self.finish()
 
     def share_part(self, whole: ParticleSet, rows: np.ndarray, processes: Processes) -> None:
@@ -72,8 +72,8 @@ class Broken:
             of = self.particles.path or "the particles"
             notice(f"{of}: {count:,} images in all have NaN or infinite pixels; left out")
 
-    def _add(self, rows: np.ndarray) -> None:
-        """Broken rows; those that are new are told."""
+    def add(self, rows: np.ndarray) -> None:
+        """Rows of broken images that the reader has found itself; those that are new are told."""
         with self._lock:
             met = np.unique(rows)
             new = met[~self.rows[met]]

@@ -21,6 +21,7 @@ from cryosuite.data.buffers import Buffers
 from cryosuite.data.particles import ParticleSet
 
 if TYPE_CHECKING:
+    from cryosuite.data.processes import Processes
     from cryosuite.kernels.ctf import CtfParams
 
 BLOCK_BYTES = 1 << 19
@@ -185,6 +186,10 @@ class BatchLoader:
             ctf=particles.ctf_params(rows),
             group=torch.from_numpy(particles.optics_group[rows].astype(np.int64)),
         )
+
+    def share_broken(self, processes: Processes) -> None:
+        """Let the first process tell the broken images that all have met; all call it."""
+        self.broken.share(processes)
 
     def _mended(self, rows: np.ndarray, images: np.ndarray) -> np.ndarray:
         """Take broken images out of a batch; the rows that the images are of now."""

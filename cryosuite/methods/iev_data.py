@@ -16,15 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cryosuite.data.broken import Broken
 from cryosuite.data.encoder_images import EncoderCache, read_encoder_images
 from cryosuite.data.encoder_pixels import CLIP_PERCENT, STANDARD_RANGE, spline_matrix
 from cryosuite.data.loader import read_ahead
-from cryosuite.errors import InputError, notice
+from cryosuite.errors import InputError
 from cryosuite.kernels import chance
 from cryosuite.simulate.pool import RINGS, TURNS, Imaging, ProjectionPool, expose
 
 if TYPE_CHECKING:
     from cryosuite.data.particles import ParticleSet
+    from cryosuite.data.processes import Processes
 
 BLOCK = 256  # neighbouring images read together
 WINDOW_BYTES = 64 << 20
@@ -91,6 +93,7 @@ class StackSource:
         ends = particles.read(np.array(sorted({0, self.size - 1})))
         self.key = zlib.crc32(np.ascontiguousarray(ends, np.float32).tobytes(), self.size)
         self.cache = EncoderCache(particles, size_px, prep, cache, circle=False) if cache else None
+        self.broken = Broken(particles)
 
     def rows(self, first: int, count: int, seed: int, number: int) -> np.ndarray:
         """Rows number ``first`` .. of this set's endless stream: pass after pass, blocks in random order."""
@@ -117,7 +120,8 @@ class StackSource:
         if not len(good):
             raise InputError(f"{self.name}: {len(unique)} images in a row hold NaN or infinite pixels; run check on it")
         if len(good) < len(unique):
-            notice(f"{self.name}: images with NaN or infinite pixels are left out of the training")
+            if self.cache is None:  # which has told them when it was made
+                self.broken.add(unique[~finite])
             images = images[good[np.searchsorted(good, np.arange(len(unique))) % len(good)]]
         return images[back]
 
@@ -283,6 +287,12 @@ class CorpusLoader:
     def weight(self, batch: int) -> int:
         """Images of a batch that count for this process."""
         return self.batch_size // self.world_size
+
+    def share_broken(self, processes: Processes) -> None:
+        """Let the first process tell the broken images that all have met; all call it."""
+        for source in self.corpus.sources:
+            if isinstance(source, StackSource):
+                source.broken.share(processes)
 
     def epoch(self, n: int, start: int = 0) -> Iterator[PairBatch]:
         """The batches of epoch ``n`` from batch ``start`` on."""

@@ -17,6 +17,7 @@ from cryosuite.formats.atomic import remove_leftovers
 from cryosuite.training.guard import TrainingDiverged
 from cryosuite.training.launch import was_restarted
 from cryosuite.training.logs import MetricsLog
+from cryosuite.training.lookout import Lookout
 from cryosuite.training.method import Method, Step
 from cryosuite.training.options import TrainOptions
 from cryosuite.training.session import Session
@@ -80,7 +81,10 @@ def fit(
         remove_leftovers(run.checkpoint)
     metrics = session.open_logs()
     try:
-        stopped, loss = _train(session, metrics, on_epoch)
+        with Lookout(session.rank, session.processes):
+            stopped, loss = _train(session, metrics, on_epoch)
+            if not stopped:  # from here on nobody looks whether the others have ended: all come to it together
+                session.together()
     except TrainingDiverged as error:
         session.log.write(str(error))
         raise

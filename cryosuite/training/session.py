@@ -22,7 +22,7 @@ from cryosuite.kernels.memory import out_of_memory
 from cryosuite.training import checkpoint
 from cryosuite.training.ema import Ema
 from cryosuite.training.guard import Meter, Watch, describe_images
-from cryosuite.training.launch import rng_state, seed_all, set_rng_state, start_fabric, world
+from cryosuite.training.launch import PATIENCE, rng_state, seed_all, set_rng_state, start_fabric, world
 from cryosuite.training.logs import MetricsLog, RunLog, write_header
 from cryosuite.training.method import Method, Step
 from cryosuite.training.options import TrainOptions, plain
@@ -84,7 +84,7 @@ class Session:
         self.main, self.device = self.rank == 0, self.fabric.device
         self.control = None  # a group of CPU messages, so that asking for a stop does not wait for the GPU
         if self.processes > 1:
-            self.control = torch.distributed.new_group(backend="gloo")
+            self.control = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
         seed_all(options.seed)
         self.model = method.build(particles)
         self.objective = self.fabric.setup_module(Objective(method, self.model))
@@ -146,10 +146,16 @@ class Session:
                 if not out_of_memory(error):
                     raise
                 size = -(-len(batch.index) // self.micro_batches)
-                if self.halved or size < 2 or self.processes > 1:  # one process alone cannot go back: the others wait
+                if self.processes > 1:  # one alone cannot go back: the others are on their way to where they meet
                     raise InputError(
-                        f"the GPU has not enough memory for {size} images at a time: give a smaller --batch-size, or "
-                        f"--micro-batches {2 * self.micro_batches} (the same training in smaller pieces)"
+                        f"the GPU of process {self.rank} has not enough memory for {size} images at a time, and with "
+                        "several processes a batch is not halved: start again with half the --batch-size, or go on "
+                        "with --resume and more GPUs, which share the batch"
+                    ) from None
+                if self.halved or size < 2:
+                    raise InputError(
+                        f"the GPU has not enough memory for {size} images at a time: start again with a smaller "
+                        "--batch-size"
                     ) from None
             self._halve(len(batch.index))  # outside the except block, whose traceback holds on to the tensors
 
@@ -263,9 +269,9 @@ class Session:
 
     def share_broken(self) -> None:
         """Let the first process tell the broken images that all have met; all call it."""
-        broken = getattr(self.loader, "broken", None)
-        if broken is not None:
-            broken.share(Processes(self.rank, self.processes, self.control))
+        share = getattr(self.loader, "share_broken", None)
+        if share is not None:
+            share(Processes(self.rank, self.processes, self.control))
 
     def together(self) -> None:
         """Wait for all processes."""
