@@ -1,7 +1,7 @@
 """Work on particles shared out over processes: each takes a run of neighbouring rows, the first adds up what all found.
 
-A function that can share its work takes ``processes`` and shares nothing by default: where the first process alone calls
-it, it must not wait for the others. torch is loaded only for several.
+A function that can share its work takes ``processes`` and shares nothing by default: where the first process alone
+calls it, it must not wait for the others. torch is loaded only for several.
 """
 
 from __future__ import annotations
