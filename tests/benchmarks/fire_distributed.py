@@ -74,6 +74,7 @@ def tried(folder: Path, work: Path, names: Iterable[str], kills: int, mistakes: 
 def compare(name: str, words: list[object], work: Path) -> dict:
     """A command in one and in two processes; how far apart their results are."""
     shutil.rmtree(work, ignore_errors=True)
+    what = f"{words[0]}{sets.DETAIL.get(name, '')}: two processes against one"
     seconds = []
     for run, count in (("one", 1), ("two", 2)):
         began = time.monotonic()
@@ -81,10 +82,9 @@ def compare(name: str, words: list[object], work: Path) -> dict:
         seconds.append(time.monotonic() - began)
         if any(one.code for one in ended):
             print(f"{name} in {count} processes:\n{ended[0].err[-3000:]}\n{ended[-1].err[-1000:]}", flush=True)
-            return {"kind": "load", "what": words[0], "tried": 1, "result": f"FAILED in {count} processes"}
+            return {"kind": "load", "what": what, "tried": 1, "result": f"FAILED in {count} processes"}
     found = distances(work / "one", work / "two")
     print(f"{name}: {found} ({seconds[0]:.0f} s, {seconds[1]:.0f} s)", flush=True)
-    what = f"{words[0]}{sets.DETAIL.get(name, '')}: two processes against one"
     return {"kind": "load", "what": what, "tried": 1, "result": found, "detail": "gloo, the same global batch"}
 
 

@@ -31,13 +31,13 @@ TRAININGS = {
 SEARCHES = {
     "deco-again": ["--refine-poses", "--re-search", 1],
     "deco-network": ["--ab-initio", "--start", "network", "--warmup-images", 40, "--search", "cached"],
-    "deco-voxel": ["--ab-initio", "--starts", 2],
+    "deco-voxel": ["--ab-initio", "--classes", 1],
 }  # fmt: skip
 DETAIL = {"train-kraqen": " (network)", "train-kraqen-voxel": " (voxel field)", "train-fastar": " (target)",
           "train-fastar-star": " (ab initio)", "encode": " --encode",
           "train-fastar-real": " --finetune", "fastar-infer-search": " without a map",
           "deco-again": " --refine-poses --re-search 1", "deco-network": " --ab-initio --start network --search cached",
-          "deco-voxel": " --ab-initio"}  # fmt: skip
+          "deco-voxel": " --ab-initio --classes 1"}  # fmt: skip
 COUNT, FEW, BOX = 301, 78, 16  # neither fills its last batch
 
 
