@@ -20,6 +20,7 @@ from cryosuite.data.particles import ParticleSet
 from cryosuite.data.workdir import RunDir
 from cryosuite.kernels import chance
 from cryosuite.training.inference import encode_all
+from cryosuite.training.launch import world
 from cryosuite.training.loop import FitResult, fit
 from cryosuite.training.options import TrainOptions
 
@@ -49,6 +50,7 @@ class Toy:
 
     def __init__(self, options: ToyOptions = ToyOptions(), slow: float = 0.0, nan_at: int = -1) -> None:
         self.options, self.slow, self.nan_at = options, slow, nan_at
+        self.starved = -1  # the process whose memory runs out at step 5
 
     def build(self, particles: ParticleSet) -> nn.Module:
         """Encoder and decoder."""
@@ -59,6 +61,8 @@ class Toy:
         """Mean squared error of the noisy reconstruction."""
         if self.slow:
             time.sleep(self.slow)
+        if step.index == 5 and self.starved == world()[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
         flat = batch.images.flatten(1)
         z = model[0](flat)
         if self.options.noise:
@@ -107,10 +111,12 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--slow", type=float, default=0.0)
     parser.add_argument("--nan-at", type=int, default=-1)
+    parser.add_argument("--starved", type=int, default=-1)
     parser.add_argument("--noise", type=float, default=0.1)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     method = Toy(ToyOptions(noise=arguments.noise), slow=arguments.slow, nan_at=arguments.nan_at)
+    method.starved = arguments.starved
     result = train(arguments.run, method, resume=arguments.resume, **arguments.options)
     sys.exit(result.exit_code)
 
