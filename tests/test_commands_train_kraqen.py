@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import csv
+import os
 import pickle
+import signal
+import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +17,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import reconstruct_toy as toy
+from forked import together
 
 from cryosuite.cli import main
 from cryosuite.data.workdir import RunDir
@@ -21,6 +27,7 @@ from cryosuite.formats.stacks import StackWriter
 from cryosuite.methods import load_run
 from cryosuite.methods.kraqen_options import KraqenOptions, preset
 from cryosuite.reconstruct.weights import ClassWeights
+from cryosuite.training.logs import read_metrics
 
 N, D = 240, 24
 SHAPES = (toy.CENTRES * 0.7, -toy.CENTRES[:, [1, 0, 2]] * 0.7, toy.CENTRES[:, [2, 0, 1]] * [0.7, -0.7, 0.7])
@@ -179,6 +186,34 @@ def test_options_that_change_nothing_are_named(mixture, tmp_path, capsys, monkey
     )
     assert run(monkeypatch, "train-kraqen", mixture / "p.mrcs", "-o", out, "--resume", "-k", 9) == 0
     assert "--n-codes: not used" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_replaced_and_the_run_comes_to_the_same_end(mixture, tmp_path):
+    """torchrun --max-restarts: kill -9 of the second of two processes; what was done before is not done again."""
+    words = [*given(mixture), "--n-codes", 5, "-i", 16, "--accelerator", "cpu"]
+    (alone,) = together(tmp_path / "said", ["train-kraqen", *words, "-o", tmp_path / "one"], 1)
+    assert alone.code == 0, alone.err
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
+    command = [*start, f"--master-port={port}", "-m", "cryosuite", "train-kraqen", *words, "-o", tmp_path / "two"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen([str(word) for word in command], env=environment, stderr=subprocess.PIPE, text=True)
+    one, two = RunDir(tmp_path / "one"), RunDir(tmp_path / "two")
+    while len(read_metrics(two.metrics)) < 3 and process.poll() is None:
+        time.sleep(0.02)
+    done = read_metrics(two.metrics)[:2]
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    _, said = process.communicate(timeout=240)
+    assert process.returncode == 0, said[-2000:]
+    lines = [read_metrics(run.metrics) for run in (one, two)]
+    assert [line["step"] for line in lines[1]] == [line["step"] for line in lines[0]]
+    assert lines[1][:2] == done, "with their times"
+    np.testing.assert_allclose(*([line["loss"] for line in part] for part in lines), rtol=1e-4)
+    np.testing.assert_array_equal(*(pickle.loads(run.labels(16).read_bytes()) for run in (one, two)))
 
 
 def test_a_run_that_was_stopped_says_how_to_go_on(mixture, tmp_path, capsys, monkeypatch):
