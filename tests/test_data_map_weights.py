@@ -96,6 +96,7 @@ def test_encoder_alone_and_out_of_a_network(file, tmp_path):
         ({"spec": "{"}, "describe no network"),
         ({"spec": json.dumps({**SMALL.__dict__, "d": 1 << 20})}, "sizes that no network has"),
         ({"spec": json.dumps({**SMALL.__dict__, "d": 16})}, "tensors fit"),
+        ({"spec": json.dumps({**SMALL.__dict__, "n": 9})}, "too few for the network"),
         ({"spec": json.dumps({**SMALL.__dict__, "extra": 1})}, "other fields"),
         ({"net": "mamba"}, "describe no network"),
         ({"task": "paint"}, "task"),

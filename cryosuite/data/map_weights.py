@@ -48,6 +48,7 @@ KINDS = {"network": "cryosuite map network", "encoder": "cryosuite map encoder"}
 NETS = {"scunet": (ScunetSpec, Scunet, Encoder), "vit": (MapVitSpec, MapVit, VitEncoder)}
 LARGEST = {"d": 256, "n": 16, "window": 16, "bottleneck": 16, "head_dim": 256, "mlp": 16}  # of a file to be believed
 LARGEST |= {"dim": 2048, "depth": 64, "decoder_depth": 64, "heads": 64}
+PER_BLOCK = {"n": 100, "depth": 11, "decoder_depth": 11}  # tensors that a file has at least for each block it speaks of
 MAX_NOTES = 100_000  # characters
 
 
@@ -172,6 +173,13 @@ def _open(path: str | os.PathLike, *kinds: str) -> SafetensorsHeader:
 def _net(header: SafetensorsHeader, encoder: bool) -> nn.Module:
     """The network of a file with its weights."""
     spec, make = _spec(header, encoder)
+    built = asdict(spec) | ({"decoder_depth": 0} if encoder else {})
+    for name, least in PER_BLOCK.items():  # a network of many blocks takes memory before its tensors are missed
+        if built.get(name, 0) * least > len(header.entries):
+            raise InputError(
+                f"{header.path}: broken weights file: {len(header.entries)} tensors are too few for the network that "
+                f"its metadata describe, {spec}"
+            )
     with torch.device("meta"):
         wanted = {name: tuple(value.shape) for name, value in make(spec).state_dict().items()}
     found = {name: entry.shape for name, entry in header.entries.items()}
