@@ -12,6 +12,7 @@ from test_commands_pretrain_lvm import SHORT as LVM
 from test_commands_train_fastar import TINY
 from test_methods_iev import SMALL
 
+from cryosuite.data import encoder_cache
 from cryosuite.data.workdir import RunDir
 from cryosuite.formats.mrc import write_map
 from cryosuite.formats.pickles import read_latent, write_pickle
@@ -19,6 +20,7 @@ from cryosuite.formats.stacks import StackWriter
 from cryosuite.methods import fastar_target, fastar_validate, lvm_validate
 from cryosuite.nets import ief
 from cryosuite.nets.multiview import SPECS
+from cryosuite.ranks import process_rank
 from cryosuite.training.logs import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -93,3 +95,22 @@ def test_two_processes_learn_what_one_learns(name: str, stack: Path, tmp_path: P
         assert z.shape == other.shape and len(z) == N
         np.testing.assert_allclose(z, other, rtol=1e-3, atol=2e-3 * np.abs(z).max())
         assert np.abs(z - z[::-1]).max() > 0.05 * np.abs(z).max()  # in another order they would not be equal
+
+
+def test_images_kept_for_an_encoder_are_prepared_once(
+    stack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pretrain-iev --cache: each process prepares its part, although the file is made before the training begins."""
+    original = encoder_cache.read_encoder_images
+
+    def reading(particles, rows: np.ndarray, *rest: object) -> tuple[np.ndarray, np.ndarray]:
+        with open(tmp_path / f"read{process_rank()}", "a") as file:
+            print(*rows, file=file)
+        return original(particles, rows, *rest)
+
+    monkeypatch.setattr(encoder_cache, "read_encoder_images", reading)
+    monkeypatch.setattr(encoder_cache, "CHUNK_BYTES", 4 * D * D * 10)
+    ended = together(tmp_path / "said", [*words("iev", stack), "--cache", "-o", tmp_path / "run"])
+    assert [one.code for one in ended] == [0, 0], ended[0].err
+    parts = [np.array((tmp_path / f"read{rank}").read_text().split(), int) for rank in (0, 1)]
+    assert np.concatenate(parts).tolist() == list(range(N)) and min(map(len, parts)) >= 30

@@ -187,7 +187,7 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     from cryosuite.methods.iev import Guard, Iev, after_epoch, encoder_file
     from cryosuite.methods.iev_options import IevOptions
     from cryosuite.methods.iev_run import make_corpus, sets_from, simulated_from
-    from cryosuite.training.launch import process_rank, resolve_accelerator
+    from cryosuite.training.launch import meet, process_rank, resolve_accelerator
     from cryosuite.training.loop import fit
     from cryosuite.training.runs import make_config, start_run, train_options
 
@@ -208,21 +208,23 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     if not values["resume"] and process_rank() == 0:
         encoder_file(run).unlink(missing_ok=True)  # of a run that was replaced
     chosen = IevOptions.from_dict(config["options"])
+    again = {to: values[key] for key, to in TRAIN.items() if key in typed} if values["resume"] else {}
+    command = config["command"]
+    if values["resume"] and values["images"] is not None:  # a longer training: the learning rate rises again
+        again["epochs"] = max(1, count(values["images"], "--images") // config["epoch_images"])
+        command += f" (then --resume --images {values['images']})"
+    training = train_options(config, **again)
+    meet(training)  # all processes make the files of --cache
     device = resolve_accelerator(values["accelerator"])
     corpus, held = make_corpus(
         sets_from(config["sets"]), simulated_from(config["simulate"]), chosen, run, config["epoch_images"],
         config["cache"], device,
     )  # fmt: skip
     method = Iev(chosen)
-    again = {to: values[key] for key, to in TRAIN.items() if key in typed} if values["resume"] else {}
-    command = config["command"]
-    if values["resume"] and values["images"] is not None:  # a longer training: the learning rate rises again
-        again["epochs"] = max(1, count(values["images"], "--images") // config["epoch_images"])
-        command += f" (then --resume --images {values['images']})"
     notes = {"command": command, "seed": config["training"]["seed"], "trained_by": "cryosuite pretrain-iev"}
     guard = Guard(*held, method, run)
     result = fit(
-        method, corpus, run, train_options(config, **again),
+        method, corpus, run, training,
         resume=values["resume"], on_epoch=after_epoch(run, chosen, guard, notes),
     )  # fmt: skip
     if process_rank() == 0:

@@ -30,13 +30,7 @@ from cryosuite.methods.deco_options import FROM_NOTHING, RANDOM, DecoOptions, Pr
 from cryosuite.methods.deco_start import SAVE_SECONDS, options_of, start_margins, start_record, voxel_start
 from cryosuite.reconstruct.abinitio import AbInitio
 from cryosuite.training.checkpoint import load_into, load_state
-from cryosuite.training.launch import (
-    launch_shape,
-    process_rank,
-    resolve_accelerator,
-    start_fabric,
-    training_processes,
-)
+from cryosuite.training.launch import meet, process_rank, resolve_accelerator, training_processes
 from cryosuite.training.loop import fit
 from cryosuite.training.options import TrainOptions
 from cryosuite.training.runs import particles_path, read_run_config
@@ -172,8 +166,7 @@ def _started(
     particles: ParticleSet, run: RunDir, options: DecoOptions, training: TrainOptions
 ) -> tuple[ParticleSet, str]:
     """The voxel start, made by all processes of the training together."""
-    if launch_shape(training).world_size > 1:
-        start_fabric(training)
+    meet(training)
     device = resolve_accelerator(training.accelerator)
     every = min(SAVE_SECONDS, 60 * training.checkpoint_every_minutes)
     return voxel_start(

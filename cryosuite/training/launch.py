@@ -101,8 +101,14 @@ def join_processes(devices: int = 1, num_nodes: int = 1, accelerator: str = "cpu
     return Processes(fabric.global_rank, fabric.world_size)
 
 
+def meet(options: TrainOptions) -> None:
+    """Start and join the processes of a training that is about to begin, for work that they share before it."""
+    if launch_shape(options).world_size > 1:
+        start_fabric(options)
+
+
 def training_processes() -> Processes:
-    """The processes of the training that is going on, for work that they share once it is done; they speak by gloo."""
+    """The processes of a training, for work that they share before or after it; they speak by gloo."""
     rank, count = world()
     if count == 1:
         return ALONE
