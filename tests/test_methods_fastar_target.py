@@ -3,15 +3,21 @@
 from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hype_toy import blob_particles, blobs
+from test_data_broken import told
+from test_data_processes import each
 
+from cryosuite.data.images import ArrayImages
+from cryosuite.data.processes import Processes
 from cryosuite.errors import InputError
 from cryosuite.formats.mrc import write_map
 from cryosuite.kernels import fourier
 from cryosuite.kernels.rotations import random_rotations
 from cryosuite.methods import fastar_target
+from cryosuite.methods.fastar_loader import Molecules, SetLoader
 from cryosuite.methods.fastar_options import FastarOptions
 from cryosuite.methods.fastar_target import MapViews, PosedViews, open_target
 from cryosuite.methods.fastar_validate import HELD_OUT
@@ -93,6 +99,30 @@ def test_two_processes_share_the_sets_of_one(ref, monkeypatch):
             ours, theirs = getattr(batch, field.name), getattr(whole, field.name)[part::2]
             assert torch.allclose(ours, theirs, atol=1e-4), field.name
     assert not torch.allclose(whole.images[0], whole.images[1])
+
+
+def test_broken_images_that_another_process_met_are_told_by_the_first(ref, tmp_path, monkeypatch):
+    """Fifteen of 200 images, found by two processes in sets of their own."""
+    posed, _ = blob_particles([blobs(D, 3, count=12)], 200, 0.3, seed=1)
+    images = posed.read(np.arange(200))
+    images[1::14] = np.nan
+    particles = replace(posed, images=ArrayImages(images))
+    monkeypatch.setattr(fastar_target, "open_particles", lambda path: particles)
+    target = open_target(FastarOptions("micro", map=str(ref), finetune="p.star"), D)
+    molecules = Molecules(replace(CLEAN, views=(8, 8)), 64, target=target)
+
+    def work(processes: Processes) -> None:
+        loader = SetLoader(molecules, 32, processes.rank, 2)
+        broken = loader.stream.loader.broken
+        said = told(lambda: list(loader.epoch(0)))
+        mine = broken.rows.copy()
+        said += told(lambda: loader.share_broken(processes))
+        met = np.any(processes.everyone(lambda: mine), 0)
+        assert met.sum() > mine.sum() > 0 and np.array_equal(broken.rows, met)
+        named = " ".join(said).replace(",", " ").split()
+        assert not processes.first or all(str(row) in named for row in np.flatnonzero(met))
+
+    each(tmp_path, work, 2)
 
 
 def test_too_few_particles_are_refused(ref, monkeypatch):

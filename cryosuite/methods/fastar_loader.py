@@ -13,6 +13,7 @@ from cryosuite.errors import InputError
 from cryosuite.simulate.view_sets import FastarBatch, ViewOptions, ViewSets
 
 if TYPE_CHECKING:
+    from cryosuite.data.processes import Processes
     from cryosuite.methods.fastar_target import TargetViews
     from cryosuite.simulate.beads import Beads
 
@@ -103,6 +104,12 @@ class SetLoader:
     def weight(self, batch: int) -> float:
         """How many of a batch's images count for this process: by its molecules; asked after the batch was given."""
         return self.batch_size * self.part
+
+    def share_broken(self, processes: Processes) -> None:
+        """Let the first process tell the broken images of --finetune that all have met; all call it."""
+        read = getattr(self.stream, "loader", None)  # simulated streams read no images
+        if read is not None:
+            read.share_broken(processes)
 
     def epoch(self, n: int, start: int = 0) -> Iterator[FastarBatch]:
         """The batches of epoch ``n`` from batch ``start`` on."""
