@@ -176,9 +176,9 @@ class ViewSets:
         fx = torch.fft.rfftfreq(options.size, device=self.device)
         self.frequency = torch.stack([g.reshape(-1) for g in torch.broadcast_tensors(fx[None], fy[:, None])], 1)
 
-    def generator(self, number: int, part: int = 0) -> torch.Generator:
-        """The random numbers of one batch (``part``: of one process)."""
-        words = np.random.SeedSequence([ENTROPY, self.seed, STREAM, number, part]).generate_state(2, np.uint32)
+    def generator(self, number: int) -> torch.Generator:
+        """The random numbers of one batch."""
+        words = np.random.SeedSequence([ENTROPY, self.seed, STREAM, number, 0]).generate_state(2, np.uint32)
         return torch.Generator(device=self.device).manual_seed((int(words[0]) << 31) ^ int(words[1]))
 
     def progress(self, seen: int) -> float:
@@ -304,9 +304,8 @@ class ViewSets:
         of the curriculum."""
         sets = self.options.images // min(self.options.views[1], self.options.images)
         beads, edge = self.molecules(sets, self.generator(number))
-        fixed = replace(self.options, low_pass=(resolution, resolution))
         plain = copy(self)
-        plain.options = fixed
+        plain.options = replace(self.options, low_pass=(resolution, resolution))
         return plain.noise_free(beads, edge, rotation.expand(sets, -1, -1, -1), self.generator(0))
 
     def noise_free(self, beads: Beads, edge: Tensor, rotation: Tensor, generator: torch.Generator) -> Tensor:
@@ -339,14 +338,13 @@ class ViewSets:
 
     def _exposed(
         self, clean: Tensor, edge: Tensor, snr: Tensor, contrast: bool, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor | None]:
-        """Whitened noisy images (S, N, D, D), and phase-flipped ones (None where the CTF is absent or not told)."""
-        o, device = self.options, self.device
-        sets, count, size = *clean.shape[:2], o.size
+    ) -> tuple[Tensor, Tensor]:
+        """Whitened noisy images (S, N, D, D), and phase-flipped ones (0 where the CTF is not told)."""
+        o, device, (sets, count) = self.options, self.device, clean.shape[:2]
         draw = torch.rand(3, generator=generator, device="cpu" if device.type == "cpu" else device)
         knee = torch.exp(chance.rand(sets, generator=generator, device=device) * 2.3 - 1.5) * 0.25  # cycles/pixel
         gain = 0.7 + 0.6 * chance.rand(sets, count, 1, 1, generator=generator, device=device)
-        params, sign = self._optics(edge, count, generator), None
+        params = self._optics(edge, count, generator)
         spectra = torch.fft.rfft2(clean)
         # drawn on the device and never read back: both ways are blended by 0/1 factors
         on = (draw[0] < o.ctf).to(clean.dtype) if contrast else torch.zeros((), device=device)
@@ -354,7 +352,7 @@ class ViewSets:
         values = on * values + (1 - on)
         sign = torch.where(values < 0, -1.0, 1.0)
         spectra = spectra * values
-        power = torch.fft.irfft2(spectra, s=(size, size)).var((1, 2, 3))  # (S,)
+        power = torch.fft.irfft2(spectra, s=(o.size, o.size)).var((1, 2, 3))  # (S,)
         s2 = self.frequency.square().sum(1).view(spectra.shape[-2:])
         colour = 1 / (1 + s2 / knee[:, None, None].square())
         colour = colour / colour.mean((1, 2), keepdim=True)
@@ -363,9 +361,9 @@ class ViewSets:
         scale = (snr / power.clamp(min=1e-30)).sqrt()[:, None, None, None]
         white = chance.randn(*clean.shape, generator=generator, device=device)
         spectra = spectra * amplitude * scale * gain + torch.fft.rfft2(white)
-        images = torch.fft.irfft2(spectra, s=(size, size))
+        images = torch.fft.irfft2(spectra, s=(o.size, o.size))
         told = (draw[2] >= o.blind).to(clean.dtype)
-        return images, torch.fft.irfft2(spectra * sign, s=(size, size)) * told
+        return images, torch.fft.irfft2(spectra * sign, s=(o.size, o.size)) * told
 
     def _optics(self, edge: Tensor, count: int, generator: torch.Generator) -> CtfParams:
         """Microscopes drawn per molecule, defocus per particle."""
