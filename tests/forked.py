@@ -25,11 +25,16 @@ class Ended:
 
 
 def together(
-    folder: Path, words: list[object], count: int = 2, seconds: float = 240.0, before: Callable[[], None] | None = None
+    folder: Path,
+    words: list[object],
+    count: int = 2,
+    seconds: float = 240.0,
+    before: Callable[[], None] | None = None,
+    ended: bool = True,
 ) -> list[Ended]:
     """``cryosuite WORDS`` in ``count`` processes; when one fails the others are ended, as torchrun does.
 
-    folder: for what they print. before: called in each of them first.
+    folder: for what they print. before: called in each of them first. ended: False: nobody ends them, as under srun.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
@@ -44,7 +49,7 @@ def together(
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 codes[running.pop(pid)] = os.waitstatus_to_exitcode(status)
-                if status:
+                if status and ended:
                     for other in running:
                         os.kill(other, signal.SIGTERM)
         if time.monotonic() > deadline:

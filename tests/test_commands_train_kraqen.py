@@ -189,6 +189,17 @@ def test_options_that_change_nothing_are_named(mixture, tmp_path, capsys, monkey
 
 
 @pytest.mark.slow
+def test_a_folder_that_the_first_process_refuses_ends_all(mixture, tmp_path):
+    """Under srun nobody ends a process that waits for the first one."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("method: kraqen\n")
+    words = ["train-kraqen", *given(mixture), "-o", tmp_path / "run", *QUICK, "--accelerator", "cpu"]
+    found = together(tmp_path / "said", words, seconds=40, ended=False)
+    assert [one.code for one in found] == [2, 2]
+    assert "holds a run already" in found[0].err and "Traceback" not in found[1].err
+
+
+@pytest.mark.slow
 def test_a_killed_process_is_replaced_and_the_run_comes_to_the_same_end(mixture, tmp_path):
     """torchrun --max-restarts: kill -9 of the second of two processes; what was done before is not done again."""
     words = [*given(mixture), "--n-codes", 5, "-i", 16, "--accelerator", "cpu"]

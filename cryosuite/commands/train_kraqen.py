@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,8 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     from cryosuite.data.workdir import RunDir
     from cryosuite.methods.kraqen_options import KraqenOptions, preset
     from cryosuite.methods.kraqen_run import open_for, prepare, train
-    from cryosuite.training.launch import process_rank, resolve_accelerator
+    from cryosuite.ranks import process_count
+    from cryosuite.training.launch import process_rank, resolve_accelerator, was_restarted
     from cryosuite.training.options import TrainOptions
     from cryosuite.training.runs import make_config, particles_path, start_run, train_options
 
@@ -189,11 +191,14 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     merged.setdefault("save_every", merged["epochs"])
     training = TrainOptions(**merged)
     _say_what_counts_nothing(chosen.options, typed, resume)
-    # before the folder is touched; a run that is there already is refused by start_run, without waiting for this
-    fresh = particles is not None and (values["overwrite"] or not run.exists())
+    # before the folder is touched; a run that is there already is refused by start_run: without waiting for this, where
+    # no other process has to be told
+    several = process_count() > 1 and not was_restarted()
+    fresh = particles is not None and (values["overwrite"] or not run.exists() or several)
     engine = prepare(particles, chosen.options, training) if fresh else None
     config = make_config("kraqen", values["particles"], run, chosen.options, training, preset=name, **how)
-    config = start_run(run, config, resume=resume, overwrite=values["overwrite"])
+    begin = partial(start_run, run, config, resume=resume, overwrite=values["overwrite"])
+    config = begin() if engine is None else engine.processes.first_does(begin)
     if particles is None:
         particles = open_for(particles_path(config, run), config)
     again = {to: values[key] for key, to in TRAIN.items() if key in typed} if resume else {}
