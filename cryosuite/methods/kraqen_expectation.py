@@ -51,10 +51,6 @@ class Expectation:
         likelihood = assignment.likelihood_from_sums(h, g)
         self.log_likelihood += float((torch.logsumexp(likelihood, 1) - math.log(likelihood.shape[1])).sum())
 
-    def shares(self, number: int) -> ClassWeights:
-        """Shares of one chunk."""
-        return self.parts[number]
-
     def share(self, order: np.ndarray) -> None:
         """Put together what the processes found; ``order``: where the own images lie among the chunks, one by one."""
         own = stacked(self.parts, self.engine.codes)

@@ -281,7 +281,6 @@ class VoxelEM:
         _heed(found)
         order = np.argsort(np.concatenate([rows for _, rows in pairs]), kind="stable")
         step.share(order)
-        self.images.share_bad(self.processes)
         for acc in kept:
             self.work.add_up(acc)
         return kept or None
