@@ -21,6 +21,7 @@ from cryosuite.methods import fastar_target, fastar_validate, lvm_validate
 from cryosuite.nets import ief
 from cryosuite.nets.multiview import SPECS
 from cryosuite.ranks import process_rank
+from cryosuite.simulate import pool
 from cryosuite.training.logs import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -100,7 +101,7 @@ def test_two_processes_learn_what_one_learns(name: str, stack: Path, tmp_path: P
 def test_images_kept_for_an_encoder_are_prepared_once(
     stack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """pretrain-iev --cache: each process prepares its part, although the file is made before the training begins."""
+    """pretrain-iev --cache: each process prepares its part, the first makes projections, before the training."""
     original = encoder_cache.read_encoder_images
 
     def reading(particles, rows: np.ndarray, *rest: object) -> tuple[np.ndarray, np.ndarray]:
@@ -108,9 +109,17 @@ def test_images_kept_for_an_encoder_are_prepared_once(
             print(*rows, file=file)
         return original(particles, rows, *rest)
 
+    project = pool._project
+
+    def projecting(*arguments: object) -> None:
+        (tmp_path / f"projected{process_rank()}").touch()
+        project(*arguments)
+
+    monkeypatch.setattr(pool, "_project", projecting)
     monkeypatch.setattr(encoder_cache, "read_encoder_images", reading)
     monkeypatch.setattr(encoder_cache, "CHUNK_BYTES", 4 * D * D * 10)
     ended = together(tmp_path / "said", [*words("iev", stack), "--cache", "-o", tmp_path / "run"])
     assert [one.code for one in ended] == [0, 0], ended[0].err
     parts = [np.array((tmp_path / f"read{rank}").read_text().split(), int) for rank in (0, 1)]
     assert np.concatenate(parts).tolist() == list(range(N)) and min(map(len, parts)) >= 30
+    assert [path.name for path in tmp_path.glob("projected*")] == ["projected0"]

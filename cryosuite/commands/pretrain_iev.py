@@ -214,11 +214,11 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
         again["epochs"] = max(1, count(values["images"], "--images") // config["epoch_images"])
         command += f" (then --resume --images {values['images']})"
     training = train_options(config, **again)
-    meet(training)  # all processes make the files of --cache
+    processes = meet(training)  # which share the making of the files
     device = resolve_accelerator(values["accelerator"])
     corpus, held = make_corpus(
         sets_from(config["sets"]), simulated_from(config["simulate"]), chosen, run, config["epoch_images"],
-        config["cache"], device,
+        config["cache"], device, processes,
     )  # fmt: skip
     method = Iev(chosen)
     notes = {"command": command, "seed": config["training"]["seed"], "trained_by": "cryosuite pretrain-iev"}

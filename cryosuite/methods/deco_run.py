@@ -166,13 +166,12 @@ def _started(
     particles: ParticleSet, run: RunDir, options: DecoOptions, training: TrainOptions
 ) -> tuple[ParticleSet, str]:
     """The voxel start, made by all processes of the training together."""
-    meet(training)
+    processes = meet(training)
     device = resolve_accelerator(training.accelerator)
     every = min(SAVE_SECONDS, 60 * training.checkpoint_every_minutes)
     return voxel_start(
-        particles, run, options, training.seed, device, training.max_minutes, every=every,
-        processes=training_processes(),
-    )  # fmt: skip
+        particles, run, options, training.seed, device, training.max_minutes, every=every, processes=processes
+    )
 
 
 def warn_of_noise(particles: ParticleSet) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cryosuite.data.open import open_particles
 from cryosuite.data.particles import ParticleSet
+from cryosuite.data.processes import ALONE, Processes
 from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError, notice
 from cryosuite.formats.config import read_yaml
@@ -144,9 +145,12 @@ def molecules(options: SimulateOptions) -> tuple[list[State], list[State]]:
 
 def make_corpus(
     entries: list[Entry], simulated: SimulateOptions, options: IevOptions, run: RunDir, epoch_images: int,
-    cache: bool, device: str,
+    cache: bool, device: str, processes: Processes = ALONE,
 ) -> tuple[Corpus, tuple[Tensor, np.ndarray] | None]:  # fmt: skip
-    """The corpus of a run and its held-out particles (images (n, s, s) uint8, labels), made where they are missing."""
+    """The corpus of a run and its held-out particles (images (n, s, s) uint8, labels), made where they are missing.
+
+    ``processes``: of the training; what is made once for all is made by the first.
+    """
     size = SPECS[options.size].image_size
     sources: list[Source] = []
     for number, entry in enumerate(entries):
@@ -156,7 +160,9 @@ def make_corpus(
     if simulated.structures:
         parts = lru_cache(lambda: molecules(simulated))  # read or built once, and only where a pool is missing
         text = _in_words(simulated)
-        pool = ProjectionPool(folder / "pool.f16", lambda: parts()[0], simulated.pool, device, f"train {text}")
+        pool = ProjectionPool(
+            folder / "pool.f16", lambda: parts()[0], simulated.pool, device, f"train {text}", processes
+        )
         share = simulated.share if simulated.share is not None else (0.5 if sources else 1.0)
         weight = share / max(1 - share, 1e-9) * sum(source.weight for source in sources) if sources else 1.0
         sources.append(PoolSource(pool, size, options.prep, options.positives, simulated.imaging, weight, device))
@@ -165,7 +171,10 @@ def make_corpus(
     else:
         labelled = (lambda: molecules(held)[0], _in_words(held))
     corpus = Corpus(sources, epoch_images, size)
-    return corpus, held_out_particles(*labelled, size, options.prep, folder / "heldout.f16", simulated.pool)
+    held_out = held_out_particles(
+        *labelled, size, options.prep, folder / "heldout.f16", simulated.pool, processes=processes
+    )
+    return corpus, held_out
 
 
 def _in_words(options: SimulateOptions) -> str:
@@ -184,12 +193,13 @@ def held_out_particles(
     box: int = GUARD_BOX,
     snr: float = GUARD_SNR,
     seed: int = 0,
+    processes: Processes = ALONE,
 ) -> tuple[Tensor, np.ndarray]:
     """Labelled particles of molecules that are not trained on: (images (n, s, s) uint8, labels (n,)).
 
     ``states``, ``source``: as ``ProjectionPool`` takes them. snr at 128 pixels; box in pixels.
     """
-    made = ProjectionPool(path, states, replace(pool, seed=pool.seed + 1), source=source)
+    made = ProjectionPool(path, states, replace(pool, seed=pool.seed + 1), source=source, processes=processes)
     generator = torch.Generator().manual_seed(seed)
     imaging = Imaging(snr=(snr, snr), boxes=(box,), magnify=(1.0, 1.0))
     parts = []

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cryosuite.console import Progress
+from cryosuite.data.processes import ALONE, Processes
 from cryosuite.formats.atomic import atomic_path, reserve, write_text
 from cryosuite.kernels import chance
 from cryosuite.kernels.ctf import CtfParams, ctf
@@ -75,30 +76,33 @@ class ProjectionPool:
         options: PoolOptions,
         device: str = "cpu",
         source: str = "",
+        processes: Processes = ALONE,
     ) -> None:
         """Open the pool at ``path`` or make it there (the record beside it says what it is of).
 
         ``states`` may be a function that is called only when the pool must be made; then ``source`` says in words what
-        it would give.
+        it would give. Of several ``processes`` the first makes it, and all open it.
         """
         self.path, self.options = Path(path), options
         said = {"format": FORMAT, **asdict(options), "source": source}
         if not callable(states):
             said["atoms"] = [zlib.crc32(s.xyz.tobytes(), zlib.crc32(s.weight.tobytes())) for s in states]
-        names = self._recorded(said)
-        if names is None:
-            states = states() if callable(states) else states
-            names = [state.name for state in states]
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            shape = (len(names) * options.views, options.box_size, options.box_size)
-            with atomic_path(self.path, needed=2 * int(np.prod(shape))) as temporary:
-                reserve(temporary, 2 * int(np.prod(shape)))
-                _project(np.memmap(temporary, np.float16, "r+", shape=shape), states, options, device)
-            write_text(self._record, json.dumps(said | {"names": names}))
-        self.names = names
-        self.labels = np.repeat(np.arange(len(names)), options.views)
+        self.names = processes.first_does(lambda: self._recorded(said) or self._made(said, states, device))
+        self.labels = np.repeat(np.arange(len(self.names)), options.views)
         shape = (len(self.labels), options.box_size, options.box_size)
         self.images = np.memmap(self.path, np.float16, "r", shape=shape)
+
+    def _made(self, said: dict, states: list[State] | Callable[[], list[State]], device: str) -> list[str]:
+        """Write the file and its record; the names of the molecules."""
+        states = states() if callable(states) else states
+        names, box = [state.name for state in states], self.options.box_size
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        shape = (len(names) * self.options.views, box, box)
+        with atomic_path(self.path, needed=2 * int(np.prod(shape))) as temporary:
+            reserve(temporary, 2 * int(np.prod(shape)))
+            _project(np.memmap(temporary, np.float16, "r+", shape=shape), states, self.options, device)
+        write_text(self._record, json.dumps(said | {"names": names}))
+        return names
 
     @property
     def _record(self) -> Path:

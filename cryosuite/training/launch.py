@@ -101,10 +101,11 @@ def join_processes(devices: int = 1, num_nodes: int = 1, accelerator: str = "cpu
     return Processes(fabric.global_rank, fabric.world_size)
 
 
-def meet(options: TrainOptions) -> None:
+def meet(options: TrainOptions) -> Processes:
     """Start and join the processes of a training that is about to begin, for work that they share before it."""
     if launch_shape(options).world_size > 1:
         start_fabric(options)
+    return training_processes()
 
 
 def training_processes() -> Processes:
