@@ -118,6 +118,20 @@ def test_maps_that_the_gpu_has_no_room_for_are_made_elsewhere(toy, monkeypatch):
         assert torch.equal(run(toy, "wiener").codes, whole.codes)
 
 
+def test_latents_whose_maps_do_not_fit_together_are_made_elsewhere(toy, monkeypatch):
+    """An image needs all components at once: a run that went on with fewer maps at a time comes to its end."""
+    found = run(toy, "wiener")
+    whole, engine = embed(found)[0], found.engine
+
+    def small(volumes, r_max):
+        raise torch.OutOfMemoryError(OOM)
+
+    monkeypatch.setattr(engine.work, "transforms", small)
+    with pytest.warns(UserNotice, match="out of memory with 4 maps at a time"):
+        assert np.array_equal(embed(found)[0], whole)
+    assert np.array_equal(embed(found)[0], whole), "with the smaller number that is remembered"
+
+
 def test_settling_goes_on_with_less(toy, monkeypatch):
     start = ClassWeights.from_labels(toy[1])
     whole = settle(toy[0], start)

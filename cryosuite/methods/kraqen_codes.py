@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from cryosuite.data.processes import ALONE, Processes
+from cryosuite.errors import notice
 from cryosuite.kernels import assignment
 from cryosuite.kernels import class_slices as kernel
 from cryosuite.methods.kraqen_twins import correlation_groups, twin_groups
+from cryosuite.reconstruct.class_work import ClassWork
 from cryosuite.reconstruct.held_out import FINE_BOX, JOIN_AT, JOIN_ITERATIONS, overlap_groups
 from cryosuite.reconstruct.weights import ClassWeights
 from cryosuite.training.signals import StopNow
@@ -164,12 +166,19 @@ def embed(result: VoxelResult) -> tuple[np.ndarray, np.ndarray]:
     shares = p.matrix @ codes.double().numpy()  # sum_k p_ik c_k
     if not float(variance) > 0:
         return shares.astype(np.float32), codes.numpy()
-    rows, work, r_max = engine.processes.mine(np.arange(engine.count)), engine.work, engine.box // 2
-    z = np.zeros((len(rows), codes.shape[1]), np.float32)
+    return _places(engine, torch.cat([mean[None], basis]), shares, variance), codes.numpy()
 
-    def place() -> None:
-        transforms = work.transforms(torch.cat([mean[None], basis]), r_max)
-        disc, at = work.disc(r_max), 0
+
+def _places(engine: VoxelEM, maps: Tensor, shares: np.ndarray, variance: Tensor) -> np.ndarray:
+    """z (N, M) of `embed`; maps (1 + M, d, d, d): the mean and the components; shares (N, M): means of the codes.
+
+    An image needs all of the maps at once: where a GPU has no memory for them, the processor takes over.
+    """
+    rows, r_max = engine.processes.mine(np.arange(engine.count)), engine.box // 2
+    z = np.zeros((len(rows), shares.shape[1]), np.float32)
+
+    def place(work: ClassWork) -> None:
+        transforms, disc, at = work.transforms(maps, r_max), work.disc(r_max), 0
         for chunk in work.chunks(rows, r_max):
             G, h = kernel.class_gram(transforms, *chunk[1:], disc, work.pool, work.threads)
             system = assignment.Gram(G[:, 1:, 1:], h[:, 1:] - G[:, 0, 1:], h.new_zeros(len(h)))
@@ -177,9 +186,17 @@ def embed(result: VoxelResult) -> tuple[np.ndarray, np.ndarray]:
             z[at : at + len(h)] = assignment.map_codes(system, own, variance.to(G)).float().cpu().numpy()
             at += len(h)
 
-    with engine.threads_of_torch():
-        work.attempt(place)
-    return engine.processes.joined(z), codes.numpy()
+    work, done = engine.work, None
+    with work.threads_of_torch():
+        while done is None and len(work.groups(len(maps), r_max)) == 1:
+            done = work.once(lambda: place(work))
+    if done is None:
+        if work.device.type != "cpu":
+            notice("the latents' maps do not fit the GPU's memory together: latents are made on the processor")
+        other = ClassWork(engine.images, processes=engine.processes)
+        with other.threads_of_torch():
+            other.attempt(lambda: place(other))
+    return engine.processes.joined(z)
 
 
 def principal_components(maps: Tensor, usage: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
