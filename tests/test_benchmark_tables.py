@@ -100,12 +100,42 @@ def test_fire_table_sorts_by_kind_and_keeps_cells_whole(tables):
         tables_fire.fire_table([result("x", ("flood", "x", 1, "y"))])
 
 
+def test_ratios_say_what_held_of_which_run_and_what_is_missing(tables, tmp_path):
+    import tables_speed
+
+    versions = {"torch": "2", "machine": "m"}
+    one = {"command": "python tests/benchmarks/help_speed.py", "date": "2026-01-02", "versions": versions}
+    made = {"commands": {"cryosuite": {}, "check": {}, "export": {}}, "slowest_cpu_s": 0.7, "run": "2026-01-02 10:00"}
+    (tmp_path / "help_speed.json").write_text(json.dumps(one | made))
+    share = {"warm": {"processor": 9}, "memory": {"processor": 10}}
+    old = one | {"command": "python tests/benchmarks/fire_loader.py", "date": "2026-01-01", "images_per_second": share}
+    (tmp_path / "fire_loader.json").write_text(json.dumps(old))
+    lines = tables_speed.ratios_table(tmp_path).splitlines()
+    first = "| `--help` of `cryosuite` and its 2 commands | < 0.5 s | 0.70 s | **no** |  | `help_speed.py` |"
+    assert lines[2] == first
+    assert lines[3].endswith("| >= 80 % | 90% | yes | 2026-01-01 | `fire_loader.py` |")
+    assert "one run that began 2026-01-02 10:00" in lines[-1] and "`fastar_speed`" in lines[-1].split("Not measured")[1]
+    assert "help_speed" not in lines[-1]
+
+
 def test_readme_has_markers_for_every_table(tables, monkeypatch, tmp_path):
     import common
     import tables as writer
 
     text = writer.README.read_text()
-    for name in ("speed", "hype", "mix16", "kraqen", "polish", "methods", "ablation", "kraqen-speed", "fire", "proof"):
+    for name in (
+        "speed",
+        "hype",
+        "mix16",
+        "kraqen",
+        "polish",
+        "methods",
+        "ablation",
+        "kraqen-speed",
+        "ratios",
+        "fire",
+        "proof",
+    ):
         assert f"| {name} |" in writer.replace(text, name, f"| {name} |")
     monkeypatch.setattr(sys, "argv", ["bench.py", "--work", "/somewhere/mine"])
     monkeypatch.setattr(common, "RESULTS", tmp_path)
