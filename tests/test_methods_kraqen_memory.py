@@ -143,5 +143,6 @@ def test_settling_goes_on_with_less(toy, monkeypatch):
 
 def test_memory_for_nothing_is_one_sentence(toy, monkeypatch):
     Small(monkeypatch, maps=0)
-    with pytest.warns(UserNotice), pytest.raises(InputError, match="not enough memory for one of the maps"):
+    with pytest.warns(UserNotice), pytest.raises(InputError, match="not enough memory for one of the maps") as said:
         run(toy, "wiener")
+    assert ("--accelerator cpu" in str(said.value)) == torch.cuda.is_available(), "of use on a GPU only"

@@ -30,10 +30,9 @@ def halved(size: int, what: str) -> int:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if size <= 1:
-        raise InputError(
-            f"not enough memory for one of the {what}: end what else uses the GPU (nvidia-smi shows it), or run with "
-            "--accelerator cpu"
-        )
+        gpu = torch.cuda.is_available()
+        of = "the GPU (nvidia-smi shows it), or run with --accelerator cpu" if gpu else "this machine's memory"
+        raise InputError(f"not enough memory for one of the {what}: end what else uses {of}")
     notice(f"out of memory with {size} {what} at a time: going on with {size // 2}; the result is the same")
     return size // 2
 
