@@ -24,7 +24,13 @@ def _compiled(function):
         return numba.njit(**_OPTIONS)(function)
 
 
-@_compiled
+# A part of a loop becomes part of its text. As a function of its own it would be compiled twice, alone and within the
+# loop, to codes that add up in another order; which of the two is called depends on whether the loop comes from the
+# cache on disk, so that the first run on a machine would differ from all others in the last digits.
+_part = numba.njit(inline="always", **_OPTIONS)
+
+
+@_part
 def _raise(real, imag, sign, number, best, which):
     """best = max(best, real + sign imag), `which` the number of the last that raised it; all (H,)."""
     for h in range(real.shape[0]):
@@ -51,7 +57,7 @@ def best_of_shifts(
                 _raise(real[b, t], imag[b, t], sign, np.int32(t), corr[b, turned], which[b, turned])
 
 
-@_compiled
+@_part
 def _gather(flat, start, n, nx, pad, xy, R, place, part, real, imag):
     """One slice of the padded half transform that begins at `start`, into real and imag (P,).
 
@@ -104,7 +110,7 @@ def _gather(flat, start, n, nx, pad, xy, R, place, part, real, imag):
         imag[p] = im * sign
 
 
-@_compiled
+@_part
 def _move(g, xy, reach, tx, ty, table, real, imag):
     """T_t g for t = (tx, ty) as a fraction of the box, by tables of the phases along x and y."""
     for i in range(reach + 1):
@@ -121,7 +127,7 @@ def _move(g, xy, reach, tx, ty, table, real, imag):
         imag[p] = g[p, 0] * s + g[p, 1] * c
 
 
-@_compiled
+@_part
 def _dot(a, b):
     total = np.float32(0)
     for p in range(a.shape[0]):
@@ -129,7 +135,7 @@ def _dot(a, b):
     return total
 
 
-@_compiled
+@_part
 def _weigh(re, im, moved_re, moved_im, w, z_re, z_im):
     """z = conj(moved) S; returns sum Re z and sum w |S|^2."""
     total, size = np.float32(0), np.float32(0)

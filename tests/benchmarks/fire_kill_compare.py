@@ -94,7 +94,7 @@ def _state(path: Path) -> object:
 
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # an .npz
+    except (pickle.UnpicklingError, RuntimeError):  # an .npz
         with zipfile.ZipFile(path) as archive:
             return {name: archive.read(name) for name in archive.namelist()}
     return _plain(state)
