@@ -8,7 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from cryosuite.formats.npy_header import read_npy_header
+from cryosuite.formats.npy_header import read_npy_header, require_characters
 
 WIDE = np.dtype([(f"field/{i} (x)", "<f4", (2, 3)) for i in range(3000)])  # a header that needs version 2
 TABLES = [
@@ -61,3 +61,16 @@ def test_bent_headers_are_refused_before_they_cost_anything(name: str) -> None:
     tracemalloc.stop()
     assert peak < 500_000
     assert caught.value.__context__ is None or not isinstance(caught.value.__context__, MemoryError)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_text_of_numbers_that_are_no_characters_is_refused(order):
+    good = np.array(["ab", "\U0010ffff"], f"{order}U2")
+    require_characters(good)
+    bad = np.array([0x110000, 0, 65, 66], f"{order}u4").view(f"{order}U2")
+    for table in (bad, bad[::1].reshape(1, 2), np.array([(1, "x")], [("n", "i4"), ("t", f"{order}U2")])):
+        if table.dtype.names:
+            require_characters(table)
+            table["t"] = bad[:1]
+        with pytest.raises(ValueError, match="no character"):
+            require_characters(table)

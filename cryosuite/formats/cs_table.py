@@ -12,7 +12,7 @@ import numpy as np
 from cryosuite.errors import InputError, notice
 from cryosuite.formats.atomic import atomic_path
 from cryosuite.formats.checks import existing_file, printable
-from cryosuite.formats.npy_header import MAGIC, read_npy_header
+from cryosuite.formats.npy_header import MAGIC, read_npy_header, require_characters
 from cryosuite.formats.unpickler import load_bytes
 
 _MAX_HEADER = 1 << 20
@@ -49,6 +49,10 @@ def _read_npy(path: str | os.PathLike) -> np.ndarray:
                 raise InputError(f"{path}: the file became shorter while it was read")
     except OSError as error:
         raise InputError(f"{path}: cannot read this .cs file: {error.strerror or error}") from None
+    try:
+        require_characters(array)
+    except ValueError as error:
+        raise InputError(f"{path}: damaged: {error}; export it again from cryoSPARC") from None
     return array
 
 

@@ -10,6 +10,7 @@ import numpy as np
 MAGIC = b"\x93NUMPY"
 _QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
 _PLAIN = re.compile(r"[\w\s{}()\[\],:]*")  # names, numbers, brackets: no operators, which can be nested without end
+_LAST_CHARACTER = 0x10FFFF  # of Unicode
 _MAX_DEPTH = 10  # brackets in brackets; a table of fields with shapes has four
 
 
@@ -37,6 +38,16 @@ def read_npy_header(stream: BinaryIO, size: int, most: int) -> tuple[tuple[int, 
     # 3.0 differs from 2.0 in names that are not ASCII
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     return read(stream, max_header_size=most)
+
+
+def require_characters(values: np.ndarray) -> None:
+    """Raise ValueError for text, in an array or in fields of a table, whose numbers are no characters."""
+    for name in values.dtype.names or ():
+        require_characters(values[name])
+    if values.dtype.kind == "U" and values.dtype.itemsize:
+        codes = np.ascontiguousarray(values).reshape(-1).view(np.dtype("u4").newbyteorder(values.dtype.byteorder))
+        if codes.max(initial=0) > _LAST_CHARACTER:
+            raise ValueError(f"text with the number {codes.max()}, which is no character")
 
 
 def _require_modest(text: str) -> None:

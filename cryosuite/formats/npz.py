@@ -12,7 +12,7 @@ import numpy as np
 
 from cryosuite.errors import InputError
 from cryosuite.formats.checks import printable, read_bytes
-from cryosuite.formats.npy_header import read_npy_header
+from cryosuite.formats.npy_header import read_npy_header, require_characters
 
 _MAX_HEADER = 10_000  # bytes of text that describe one array
 
@@ -51,4 +51,5 @@ def _array(data: bytes) -> np.ndarray:
     if dtype.hasobject or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != left:
         raise ValueError(f"an array of {dtype} and shape {shape} in {left} bytes")
     values = np.frombuffer(data, dtype, offset=stream.tell()) if left else np.zeros(0, dtype)
+    require_characters(values)
     return values.reshape(shape, order="F" if fortran else "C").copy()
