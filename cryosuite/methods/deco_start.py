@@ -82,13 +82,18 @@ def voxel_start(
         return particles, stopped
     found = engine.found
     posed = replace(particles, rotation=found.rotation, shift=found.shift)
+    return _in_one_hand(posed, found.label, options.hand, processes), ""
+
+
+def _in_one_hand(posed: ParticleSet, label: np.ndarray, hand: str, processes: Processes) -> ParticleSet:
+    """`settle_hands` by the first process, the poses of it in all."""
 
     def settled() -> tuple[np.ndarray, np.ndarray]:
-        in_one_hand = settle_hands(posed, found.label, options.hand)
-        return in_one_hand.rotation, in_one_hand.shift
+        found = settle_hands(posed, label, hand)
+        return found.rotation, found.shift
 
     rotation, shift = processes.first_does(settled)
-    return replace(posed, rotation=rotation, shift=shift), ""
+    return replace(posed, rotation=rotation, shift=shift)
 
 
 def _run(
