@@ -194,7 +194,7 @@ def test_a_folder_that_the_first_process_refuses_ends_all(mixture, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("method: kraqen\n")
     words = ["train-kraqen", *given(mixture), "-o", tmp_path / "run", *QUICK, "--accelerator", "cpu"]
-    found = together(tmp_path / "said", words, seconds=40, ended=False)
+    found = together(tmp_path / "said", words, ended=False)
     assert [one.code for one in found] == [2, 2]
     assert "holds a run already" in found[0].err and "Traceback" not in found[1].err
 

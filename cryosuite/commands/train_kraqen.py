@@ -198,7 +198,7 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     engine = prepare(particles, chosen.options, training) if fresh else None
     config = make_config("kraqen", values["particles"], run, chosen.options, training, preset=name, **how)
     begin = partial(start_run, run, config, resume=resume, overwrite=values["overwrite"])
-    config = begin() if engine is None else engine.processes.first_does(begin)
+    config = engine.processes.first_does(begin) if several and engine is not None else begin()
     if particles is None:
         particles = open_for(particles_path(config, run), config)
     again = {to: values[key] for key, to in TRAIN.items() if key in typed} if resume else {}
