@@ -28,7 +28,6 @@ from cryosuite.methods.deco_start import start_record
 from cryosuite.reconstruct.held_out import settle
 from cryosuite.reconstruct.polish import PolishOptions
 from cryosuite.reconstruct.weights import ClassWeights
-from cryosuite.training.launch import resolve_accelerator
 
 MORE = 1.5  # clusters per class found, before twins are joined
 
@@ -45,12 +44,18 @@ class ClassRow:
 
 
 def finish(
-    run: RunDir, loaded: LoadedRun, options: DecoOptions, seed: int, files: bool = True, processes: Processes = ALONE
+    run: RunDir,
+    loaded: LoadedRun,
+    options: DecoOptions,
+    seed: int,
+    files: bool = True,
+    processes: Processes = ALONE,
+    device: str = "cpu",
 ) -> list[ClassRow]:
     """Classify the latents of an epoch and write clusters.N/, labels.N.pkl and polish.N/; the table of classes.
 
     ``files=False`` leaves out the star and cs files (for particles that are in no file). ``processes`` share the images
-    where the classes are settled and their maps made; the first writes.
+    where the classes are settled (on ``device``) and their maps made; the first writes.
     """
     folder = run_clusters(run.path, loaded.epoch)
 
@@ -62,7 +67,7 @@ def finish(
 
     found = processes.first_does(first)
     if options.settle:
-        found = settled(run, loaded, found, options, seed, processes)
+        found = settled(run, loaded, found, options, seed, processes, device)
     processes.first_does(lambda: _write(run, folder, loaded, found, files))
     resolution = _polish(run, loaded, found.labels, processes)
     return processes.first_does(lambda: _write_table(folder, found, _margins(run, loaded.epoch), resolution))
@@ -104,7 +109,13 @@ def classify(z: np.ndarray, options: DecoOptions, seed: int) -> Clusters:
 
 
 def settled(
-    run: RunDir, loaded: LoadedRun, found: Clusters, options: DecoOptions, seed: int, processes: Processes = ALONE
+    run: RunDir,
+    loaded: LoadedRun,
+    found: Clusters,
+    options: DecoOptions,
+    seed: int,
+    processes: Processes = ALONE,
+    device: str = "cpu",
 ) -> Clusters:
     """The classes once the images themselves have chosen, by half maps that they are not part of.
 
@@ -112,7 +123,7 @@ def settled(
     the poses have a frame each, in which the poses of their particles are: they stay as the search left them.
     """
     if options.poses == "known" or options.classes == 1:
-        return _settled(loaded, found, options, seed, processes) if found.k > 1 else found
+        return _settled(loaded, found, options, seed, processes, device) if found.k > 1 else found
     record = processes.first_does(lambda: start_record(run) if options.start == "voxel" else None)
     if record is None or options.k not in (0, options.classes):
         return found
@@ -123,7 +134,9 @@ def settled(
     return new
 
 
-def _settled(loaded: LoadedRun, found: Clusters, options: DecoOptions, seed: int, processes: Processes) -> Clusters:
+def _settled(
+    loaded: LoadedRun, found: Clusters, options: DecoOptions, seed: int, processes: Processes, device: str
+) -> Clusters:
     """Classes settled in one frame.
 
     Latents tell which particles are alike, but a cluster in them may hold two states or a part of one. So there are
@@ -135,7 +148,7 @@ def _settled(loaded: LoadedRun, found: Clusters, options: DecoOptions, seed: int
     try:
         result = settle(
             loaded.particles, ClassWeights.from_labels(start), count=options.k, progress="settle the classes",
-            device=resolve_accelerator("auto"), processes=processes,
+            device=device, processes=processes,
         )  # fmt: skip
     except FileError:
         raise

@@ -148,7 +148,8 @@ def train(
     processes = training_processes()
     epoch = processes.first_does(run.last_epoch)
     loaded = processes.each(lambda: load(run, read_run_config(run), epoch))
-    classes = finish(run, loaded, options, training.seed, files, processes)
+    device = resolve_accelerator(training.accelerator)
+    classes = finish(run, loaded, options, training.seed, files, processes, device)
     for path in (run.encoder_images, run.encoder_images.with_name(run.encoder_images.name + ".json")):
         if processes.first:
             path.unlink(missing_ok=True)
@@ -254,7 +255,8 @@ def load(run: RunDir, config: dict[str, Any], epoch: int) -> LoadedRun:
             torch.eye(3).expand(len(state["table.six"]), 3, 3), torch.zeros_like(state["table.shift"])
         )
     load_into(model, state, run.weights(epoch))
-    model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    no_gpu = config["training"].get("accelerator") == "cpu" or not torch.cuda.is_available()
+    model = model.eval().to("cpu" if no_gpu else "cuda")
     z = read_latent(run.z(epoch), finite=False)[0]
     if len(z) != len(particles):
         raise InputError(f"{run.z(epoch)}: {len(z)} latents for {len(particles)} particles: did the set change?")
