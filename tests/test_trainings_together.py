@@ -123,3 +123,14 @@ def test_images_kept_for_an_encoder_are_prepared_once(
     parts = [np.array((tmp_path / f"read{rank}").read_text().split(), int) for rank in (0, 1)]
     assert np.concatenate(parts).tolist() == list(range(N)) and min(map(len, parts)) >= 30
     assert [path.name for path in tmp_path.glob("projected*")] == ["projected0"]
+
+
+@pytest.mark.parametrize("name", ["hype", "kraqen", "deco", "iev", "fastar", "jepa", "lvm"])
+def test_a_folder_that_the_first_process_refuses_ends_all(name: str, stack: Path, tmp_path: Path) -> None:
+    """Under srun nobody ends a process that waits for the first one."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("method: other\n")
+    found = together(tmp_path / "said", [*words(name, stack), "-o", tmp_path / "run"], ended=False)
+    assert [one.code for one in found] == [2, 2], found
+    assert "holds a run already" in found[0].err and "Traceback" not in found[1].err, found
+    assert (tmp_path / "run" / "config.yaml").read_text() == "method: other\n"

@@ -202,10 +202,10 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     from cryosuite.methods.deco_run import can_resume, check, open_for, train
     from cryosuite.training.launch import process_rank, was_restarted
     from cryosuite.training.runs import (
+        begin_run,
         make_config,
         particles_path,
         read_run_config,
-        start_run,
         train_options,
         without_limit,
     )
@@ -231,7 +231,7 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
         config = make_config(
             "deco", values["particles"], run, options, training, preset=name, poses_found=options.table, **how
         )
-        config = start_run(run, config, resume=values["resume"], overwrite=values["overwrite"])
+        config = begin_run(run, config, training, resume=values["resume"], overwrite=values["overwrite"])
         resume = False
     again = {to: values[key] for key, to in TRAIN.items() if key in typed} if resume else {}
     result = train(particles, run, DecoOptions.from_dict(config["options"]), train_options(config, **again), resume)

@@ -189,7 +189,7 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     from cryosuite.methods.iev_run import make_corpus, sets_from, simulated_from
     from cryosuite.training.launch import meet, process_rank, resolve_accelerator
     from cryosuite.training.loop import fit
-    from cryosuite.training.runs import make_config, start_run, train_options
+    from cryosuite.training.runs import begin_run, make_config, train_options
 
     if values["weights"] is not None:
         raise InputError("--weights goes with --encode: training starts from nothing (to go on with a run: --resume)")
@@ -202,7 +202,7 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
         "iev", run.path, run, options, training, preset=name, epoch_images=epoch_images, sets=lists,
         simulate=simulated, cache=values["cache"], holds="training",
     )  # fmt: skip
-    config = start_run(run, config, resume=values["resume"], overwrite=values["overwrite"])
+    config = begin_run(run, config, training, resume=values["resume"], overwrite=values["overwrite"])
     if config.get("holds") != "training":
         raise InputError(f"{run.path}: holds features of --encode, not a training")
     if not values["resume"] and process_rank() == 0:

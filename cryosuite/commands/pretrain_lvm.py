@@ -210,13 +210,13 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     from cryosuite.methods.lvm_validate import PretrainExaminer
     from cryosuite.training.launch import process_rank
     from cryosuite.training.loop import fit
-    from cryosuite.training.runs import make_config, start_run, train_options
+    from cryosuite.training.runs import begin_run, make_config, train_options
 
     tune_process()
     run = RunDir(values["outdir"])
     options, training, every = _options(values)
     config = make_config("lvm-pretrain", run.path, run, options, training, epoch_images=every)
-    config = start_run(run, config, resume=values["resume"], overwrite=values["overwrite"])
+    config = begin_run(run, config, training, resume=values["resume"], overwrite=values["overwrite"])
     if not run.checkpoint.exists() and process_rank() == 0:
         run.encoder.unlink(missing_ok=True)  # of a run that was replaced
     chosen = PretrainOptions.from_dict(config["options"])

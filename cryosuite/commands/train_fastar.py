@@ -148,13 +148,13 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     from cryosuite.methods.fastar_validate import Examiner
     from cryosuite.training.launch import process_rank
     from cryosuite.training.loop import fit
-    from cryosuite.training.runs import make_config, start_run, train_options
+    from cryosuite.training.runs import begin_run, make_config, train_options
 
     tune_process()
     run = RunDir(values["outdir"])
     options, training, epoch_images = _options(values)
     config = make_config("fastar", run.path, run, options, training, epoch_images=epoch_images, warmup=values["warmup"])
-    config = start_run(run, config, resume=values["resume"], overwrite=values["overwrite"])
+    config = begin_run(run, config, training, resume=values["resume"], overwrite=values["overwrite"])
     chosen = FastarOptions.from_dict(config["options"])
     molecules, held = make_molecules(chosen, config["epoch_images"], run)
     method = Fastar(chosen, config["warmup"])

@@ -190,7 +190,7 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     from cryosuite.methods.hype_run import epoch_writer, open_for
     from cryosuite.training.launch import process_rank
     from cryosuite.training.loop import fit
-    from cryosuite.training.runs import make_config, particles_path, start_run, train_options
+    from cryosuite.training.runs import begin_run, make_config, particles_path, train_options
 
     run = RunDir(values["outdir"])
     tune_process()
@@ -200,7 +200,7 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     if particles is not None:
         Hype(options).check(particles)  # before the folder is touched
     config = make_config("hype", values["particles"], run, options, training, preset=name, **how)
-    config = start_run(run, config, resume=values["resume"], overwrite=values["overwrite"])
+    config = begin_run(run, config, training, resume=values["resume"], overwrite=values["overwrite"])
     if particles is None:
         particles = open_for(particles_path(config, run), config)
     method = Hype(HypeOptions.from_dict(config["options"]))

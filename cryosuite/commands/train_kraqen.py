@@ -175,7 +175,7 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     from cryosuite.ranks import process_count
     from cryosuite.training.launch import process_rank, resolve_accelerator, was_restarted
     from cryosuite.training.options import TrainOptions
-    from cryosuite.training.runs import make_config, particles_path, start_run, train_options
+    from cryosuite.training.runs import begin_run, make_config, particles_path, start_run, train_options
 
     run, resume = RunDir(values["outdir"]), values["resume"]
     if values["threads"] > 0:
@@ -197,8 +197,12 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     fresh = particles is not None and (values["overwrite"] or not run.exists() or several)
     engine = prepare(particles, chosen.options, training) if fresh else None
     config = make_config("kraqen", values["particles"], run, chosen.options, training, preset=name, **how)
-    begin = partial(start_run, run, config, resume=resume, overwrite=values["overwrite"])
-    config = engine.processes.first_does(begin) if several and engine is not None else begin()
+    how_begun = {"resume": resume, "overwrite": values["overwrite"]}
+    begin = partial(start_run, run, config, **how_begun)
+    if engine is None:
+        config = begin_run(run, config, training, **how_begun)
+    else:
+        config = engine.processes.first_does(begin) if several else begin()
     if particles is None:
         particles = open_for(particles_path(config, run), config)
     again = {to: values[key] for key, to in TRAIN.items() if key in typed} if resume else {}

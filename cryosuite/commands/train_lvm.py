@@ -170,14 +170,14 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     from cryosuite.methods.lvm_validate import Examiner
     from cryosuite.training.launch import process_rank
     from cryosuite.training.loop import fit
-    from cryosuite.training.runs import make_config, start_run, train_options
+    from cryosuite.training.runs import begin_run, make_config, train_options
 
     tune_process()
     run = RunDir(values["outdir"])
     goes_on = values["resume"] and run.checkpoint.exists()
     options, training, every = (TrainLvmOptions(), None, 1) if goes_on else _options(values)
     config = make_config("lvm", run.path, run, options, training, epoch_images=every)
-    config = start_run(run, config, resume=values["resume"], overwrite=values["overwrite"])
+    config = begin_run(run, config, training, resume=values["resume"], overwrite=values["overwrite"])
     fresh = not run.checkpoint.exists()
     if fresh and process_rank() == 0:
         run.network.unlink(missing_ok=True)  # of a run that was replaced

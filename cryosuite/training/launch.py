@@ -95,10 +95,10 @@ def join_processes(devices: int = 1, num_nodes: int = 1, accelerator: str = "cpu
         _need_gpus(shape.devices)
     if shape.world_size == 1:
         return ALONE
-    fabric = start_fabric(options, timeout=PATIENCE)
+    fabric = start_fabric(options)
     if torch.cuda.is_available():
         torch.cuda.set_device(fabric.local_rank % torch.cuda.device_count())
-    return Processes(fabric.global_rank, fabric.world_size)
+    return training_processes()
 
 
 def meet(options: TrainOptions) -> Processes:
@@ -138,7 +138,7 @@ def resolve_precision(name: str, accelerator: str) -> str:
     return "bf16-mixed" if name == "bf16" else "32-true"
 
 
-def start_fabric(options: TrainOptions, unused_parameters: bool = False, timeout: timedelta = TIMEOUT) -> Fabric:
+def start_fabric(options: TrainOptions, unused_parameters: bool = False) -> Fabric:
     """Lightning Fabric for these options, its processes started and joined."""
     shape = launch_shape(options)
     accelerator = resolve_accelerator(options.accelerator)
@@ -146,7 +146,7 @@ def start_fabric(options: TrainOptions, unused_parameters: bool = False, timeout
         _need_gpus(shape.devices)
     strategy: DDPStrategy | str = "auto"
     if shape.world_size > 1:
-        strategy = DDPStrategy(find_unused_parameters=unused_parameters, timeout=timeout)
+        strategy = DDPStrategy(find_unused_parameters=unused_parameters, timeout=TIMEOUT)
     # its remarks on precision and rank are in run.log in our own words
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     plugins = {"self": [LightningEnvironment()], "srun": [SLURMEnvironment()], "torchrun": None}[shape.launcher]
@@ -159,7 +159,7 @@ def start_fabric(options: TrainOptions, unused_parameters: bool = False, timeout
         plugins=plugins,
     )
     if shape.launcher == "torchrun" and world()[1] < shape.world_size and was_restarted():
-        _join_anew(accelerator, timeout)
+        _join_anew(accelerator)
     fabric.launch()
     if accelerator == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -171,7 +171,7 @@ def _need_gpus(count: int) -> None:
         raise InputError(f"--devices {count}: this machine has {torch.cuda.device_count()} GPUs")
 
 
-def _join_anew(accelerator: str, timeout: timedelta) -> None:
+def _join_anew(accelerator: str) -> None:
     """Join the processes of a torchrun that restarted them, under keys of this attempt.
 
     With a fixed --master-port the agent's store outlives a restart and still holds the addresses of the dead; a
@@ -179,10 +179,10 @@ def _join_anew(accelerator: str, timeout: timedelta) -> None:
     """
     if accelerator == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    store, rank, size = next(torch.distributed.rendezvous("env://", timeout=timeout))
+    store, rank, size = next(torch.distributed.rendezvous("env://", timeout=TIMEOUT))
     store = torch.distributed.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "nccl" if accelerator == "cuda" else "gloo"
-    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
 
 
 def seed_all(seed: int) -> None:

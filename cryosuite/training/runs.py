@@ -14,7 +14,7 @@ from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError
 from cryosuite.formats.checks import printable
 from cryosuite.formats.config import write_yaml
-from cryosuite.training.launch import process_rank, was_restarted
+from cryosuite.training.launch import meet, process_rank, was_restarted
 from cryosuite.training.options import TrainOptions, plain
 
 
@@ -82,6 +82,19 @@ def start_run(
     remove_run(run)
     write_yaml(run.config, config)
     return config
+
+
+def begin_run(
+    run: RunDir, config: dict[str, Any], training: TrainOptions | None, *, resume: bool = False, overwrite: bool = False
+) -> dict[str, Any]:
+    """``start_run`` in all processes of a training: a folder that the first one refuses ends every one of them.
+
+    To be told they must meet first, as ``training`` says (None for a run that is gone on with). Where one is gone on
+    with, or was started again, nothing is written and each sees for itself.
+    """
+    if resume or training is None or was_restarted():
+        return start_run(run, config, resume=resume, overwrite=overwrite)
+    return meet(training).first_does(lambda: start_run(run, config, resume=resume, overwrite=overwrite))
 
 
 def without_limit(config: dict[str, Any]) -> dict[str, Any]:
