@@ -47,7 +47,7 @@ def searched(particles) -> AbInitio:
     return engine
 
 
-@pytest.mark.parametrize(("room", "name", "most", "which"), [(em, "expect", 12, 1), (pose_search, "search", 20, 1)])
+@pytest.mark.parametrize(("room", "name", "most", "which"), [(em, "expect", 2, 1), (pose_search, "search", 20, 1)])
 def test_a_search_from_nothing_goes_on_with_less(
     room: object, name: str, most: int, which: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
