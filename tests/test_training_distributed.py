@@ -20,9 +20,9 @@ import training_toy
 from training_toy import Toy, ToyOptions, toy_particles, train
 
 from cryosuite.data.workdir import RunDir
+from cryosuite.training import launch
 from cryosuite.training.checkpoint import load_state
 from cryosuite.training.inference import encode_all
-from cryosuite.training.launch import start_fabric
 from cryosuite.training.logs import read_metrics
 from cryosuite.training.options import TrainOptions
 
@@ -153,7 +153,8 @@ def test_restarted_processes_do_not_call_the_dead() -> None:
             given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": server.port, "CUDA_VISIBLE_DEVICES": ""}
             os.environ.update({name: str(value) for name, value in given.items()})
             time.sleep(0.3 * (1 - rank))  # the first rank comes later, and the second finds the old keys
-            start_fabric(TrainOptions(accelerator="cpu"), timeout=timedelta(seconds=30))
+            launch.TIMEOUT = timedelta(seconds=30)
+            launch.start_fabric(TrainOptions(accelerator="cpu"))
             torch.distributed.all_reduce(torch.ones(1))
             if attempt == 0:
                 signal.pause()

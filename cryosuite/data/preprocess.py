@@ -87,7 +87,7 @@ def preprocess(
     size, pixel_size = target(particles, options.box_size)
     radius = background_radius(size, pixel_size, options.diameter)
     _require_other_folder(particles, work)
-    sign, sign_from = decide_sign(particles, options.diameter)
+    sign, sign_from = processes.each(lambda: decide_sign(particles, options.diameter))
     flip = sign * particles.sign < 0
     work.path.mkdir(parents=True, exist_ok=True)
     noise = NoiseEstimator(size, particles.n_groups)
