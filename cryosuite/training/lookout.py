@@ -61,6 +61,7 @@ class Lookout:
                 return False  # not a message but a traceback, which nobody else can show
             for _ in range(int(3 * GRACE / SECONDS)):
                 if self._store.check([TOLD]):
+                    Event().wait(2 * SECONDS + GRACE)  # a launcher that sees this one leave ends the first at once
                     return True
                 Event().wait(SECONDS)
         except RuntimeError:  # the first process keeps what they say: it has ended
