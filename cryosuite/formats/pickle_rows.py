@@ -96,10 +96,6 @@ class RowsWriter:
         except OSError as error:
             raise write_error(self.path, error, self.needed) from error
 
-    def read_back(self) -> PickledRows:
-        """The file, once it is written."""
-        return PickledRows(self.path, self.shape, self.dtype)
-
 
 class RowsPart(RowsWriter):
     """One process's part of a table: rows written into the file that the ``RowsWriter`` of another process made."""
