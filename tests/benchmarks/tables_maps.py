@@ -200,10 +200,9 @@ def kraqen_speed_table(result: dict) -> str:
         )
         what = f"train-kraqen, voxels, D = {one['box']}: image visits per CPU s, scores and insertion"
         rows.append([what, rates, f"**{one['growth']:.1f}x** the time for {one['codes_growth']:.0f}x the codes"])
-    for box in (64, 128):
-        if one := found.get("polish", {}).get(f"d{box}"):
-            what = f"polish, sums of {found['polish']['classes']} classes, D = {box}"
-            text = f"{one['polish_images_per_s']:,} images/CPU s; one map: {one['backproject_images_per_s']:,}"
-            rows.append([what, text, f"**{one['ratio']:.2f}x**"])
+    for one in found.get("polish", {}).get("sets", []):
+        what = f"polish, sums of {found['polish']['classes']} classes, {one['images']:,} images, D = {one['box']}"
+        text = f"{one['polish_images_per_s']:,} images/CPU s; one map: {one['backproject_images_per_s']:,}"
+        rows.append([what, f"{text} ({one['memory_s']:g} s for the memory alone)", f"**{one['ratio']:.2f}x**"])
     note = f"\n\nOne thread, torch {result['versions']['torch']}, {result['versions']['machine']}; {result['date']}."
     return markdown(["", "rate", "ratio"], rows) + note
