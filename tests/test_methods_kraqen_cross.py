@@ -19,7 +19,6 @@ from cryosuite.methods.kraqen_cross import CrossEM, engine_for
 from cryosuite.methods.kraqen_options import KraqenOptions
 from cryosuite.methods.kraqen_voxel import VoxelEM, VoxelResult
 from cryosuite.reconstruct.class_sums import accumulate
-from cryosuite.reconstruct.held_out import overlap_groups
 from cryosuite.reconstruct.polish import polish
 from cryosuite.reconstruct.weights import ClassWeights
 
@@ -155,11 +154,3 @@ def test_pure_noise_tells_nothing_apart(toy):
     noise = np.random.default_rng(0).normal(size=(480, BOX, BOX)).astype(np.float32)
     merged, _ = merge(CrossEM(replace(toy[0], images=ArrayImages(noise)), SMALL).run(progress=False))
     assert len(merged.codes) <= 2
-
-
-def test_overlap_is_measured_against_the_smaller_code():
-    p = np.zeros((100, 4))
-    p[:40, 0], p[:40, 1] = 0.5, 0.5  # twins
-    p[40:99, 2] = 1
-    p[99, 2:] = 0.9, 0.1  # a code with a tenth of an image is no twin of the one that has the rest
-    assert overlap_groups(ClassWeights.from_dense(p, 0.0)).tolist() == [0, 0, 1, 2]

@@ -9,7 +9,7 @@ from hype_toy import blob_particles, blobs
 from sklearn.metrics import adjusted_rand_score
 
 from cryosuite.errors import InputError
-from cryosuite.reconstruct.held_out import Settled, overlap_groups, settle, usable
+from cryosuite.reconstruct.held_out import Settled, settle, usable
 from cryosuite.reconstruct.weights import ClassWeights
 
 
@@ -70,13 +70,3 @@ def test_one_half_set_alone_is_refused(toy):
 def test_small_classes_are_given_up_before_they_mislead():
     assert usable(np.array([[9, 9], [3, 9], [0, 0], [5, 4]])).tolist() == [0, 3]
     assert usable(np.array([[1, 1], [0, 2]])).tolist() == [0]
-
-
-def test_pairs_are_joined_by_how_much_they_share():
-    """Codes 0 and 1 share everything, 2 and 3 a half, 4 nothing."""
-    p = np.zeros((40, 5), np.float32)
-    p[:10, :2], p[10:20, 2], p[20:30, 3], p[30:, 4] = 0.5, 1, 1, 1
-    p[15:25, 2:4] = 0.5
-    p = ClassWeights.from_dense(p)
-    assert overlap_groups(p).tolist() == [0, 0, 1, 2, 3]
-    assert overlap_groups(p, 3).tolist() == [0, 0, 1, 1, 2]

@@ -15,8 +15,9 @@ from cryosuite.errors import notice
 from cryosuite.kernels import assignment
 from cryosuite.kernels import class_slices as kernel
 from cryosuite.methods.kraqen_twins import correlation_groups, twin_groups
+from cryosuite.reconstruct import joining
 from cryosuite.reconstruct.class_work import ClassWork
-from cryosuite.reconstruct.held_out import FINE_BOX, JOIN_AT, JOIN_ITERATIONS, overlap_groups
+from cryosuite.reconstruct.held_out import FINE_BOX
 from cryosuite.reconstruct.weights import ClassWeights
 from cryosuite.training.signals import StopNow
 
@@ -39,10 +40,11 @@ def merge(result: VoxelResult, rule: str = "auto") -> tuple[VoxelResult, np.ndar
 
     Args:
         rule: "overlap" lets the codes compete at 2.5 times the Bayes temperature, where codes that tell few images
-            apart become equal, and joins those that share their images (`overlap_groups`); "likelihood" merges where
-            images of the other half set prefer the joint map (`kraqen_twins`); "correlation" codes whose half maps
-            correlate above .97 once corrected for noise, within D/4 (KRAQEN.md, section 5; measured: it leaves twins
-            apart and joins similar states); "none" nothing. "auto": the first with held-out scores, else the second.
+            apart become equal, and joins those that share their images (`joining.joined_groups`); "likelihood" merges
+            where images of the other half set prefer the joint map (`kraqen_twins`); "correlation" codes whose half
+            maps correlate above .97 once corrected for noise, within D/4 (KRAQEN.md, section 5; measured: it leaves
+            twins apart and joins similar states); "none" nothing. "auto": the first with held-out scores, else the
+            second.
 
     Returns:
         The result of the remaining codes and (K,) int64 the new number of each code, -1 for dropped ones.
@@ -85,10 +87,14 @@ def merge(result: VoxelResult, rule: str = "auto") -> tuple[VoxelResult, np.ndar
 
 def _fused(engine: VoxelEM, p: ClassWeights) -> tuple[ClassWeights, np.ndarray]:
     """Shares of the same K codes after a while at a raised temperature, and the (K,) group of each code."""
+
+    def warmed(part: ClassWeights, temperature: float) -> ClassWeights:
+        return refine(engine, part, joining.JOIN_ITERATIONS, temperature).p
+
     groups = np.arange(p.n_classes)
     for _ in range(FUSE_ROUNDS):
-        merged = refine(engine, p.merged(groups), JOIN_ITERATIONS, JOIN_AT).p
-        found = overlap_groups(merged)
+        merged = warmed(p.merged(groups), joining.JOIN_AT)
+        found = joining.joined_groups(merged, warmed)
         onto = np.unique(groups, return_index=True)[1]  # the first code of each group stands for it
         p = replace(merged, indices=onto.astype(np.int32)[merged.indices], n_classes=p.n_classes)
         before, groups = groups, found[groups]

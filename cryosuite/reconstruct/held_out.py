@@ -23,18 +23,17 @@ from cryosuite.console import Progress
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.processes import ALONE, Processes
 from cryosuite.errors import InputError
-from cryosuite.kernels import assignment, slices
 from cryosuite.kernels import class_slices as kernel
+from cryosuite.kernels import slices
 from cryosuite.reconstruct.class_images import ClusterImages
 from cryosuite.reconstruct.class_sums import ClassSums, accumulate
 from cryosuite.reconstruct.class_work import ClassWork
+from cryosuite.reconstruct.joining import JOIN_AT, JOIN_ITERATIONS, joined_groups
 from cryosuite.reconstruct.polish import polish
 from cryosuite.reconstruct.weights import ClassWeights
 
 COARSE_BOX, FINE_BOX = 32, 64  # pixels: where the classes are sorted first, and where they are settled
 COARSE_ITERATIONS, AGAIN, FINE_ITERATIONS = 12, 4, 3  # at most: before twins are joined, after it, in the fine box
-JOIN_AT, JOIN_ITERATIONS = 2.5, 6  # temperature at which twins become one, and for how long
-OVERLAP = 0.7  # of the shares of two classes, above which they are one
 SETTLED = 2e-3  # share of the images that change their class, below which an iteration is the last
 FEWEST = 4.0  # particles in a half set, below which a class says nothing and is given up
 
@@ -71,7 +70,7 @@ def settle(
     Args:
         particles: N with poses and CTF. start: shares of the N particles in K classes, better too many than too few.
         half: (N,) 0 or 1; default the half sets of the particles.
-        join: make one class of twins (`overlap_groups`). count: join until so many are left, whether alike or not.
+        join: make one class of twins (`joining.joined_groups`). count: join until so many are left, alike or not.
         box: of the last iterations, pixels. progress: label of a progress display, None for silence.
         processes: that share the images; all get the same.
 
@@ -82,15 +81,17 @@ def settle(
         raise InputError(f"{len(start)} rows of class shares for {len(particles)} particles: one each is needed")
     half = np.asarray(particles.half_sets() if half is None else half)
     coarse, fine = (min(size, box, particles.box_size) for size in (COARSE_BOX, FINE_BOX))
-    total = COARSE_ITERATIONS + (JOIN_ITERATIONS + AGAIN if join else 0) + (FINE_ITERATIONS if fine > coarse else 0)
+    twice = 1 if count else 2  # temperatures at which twins are looked for
+    total = COARSE_ITERATIONS + (twice * JOIN_ITERATIONS + AGAIN if join else 0)
+    total += FINE_ITERATIONS if fine > coarse else 0
     progress_bar = Progress(total, progress, "iterations") if progress and processes.first else nullcontext()
     work = ClassWork(processes.each(lambda: ClusterImages(particles, coarse)), device, processes=processes)
     with progress_bar as bar, work.threads_of_torch():
         engine = _Settling(work, half, bar)
         p, groups = engine.run(start, COARSE_ITERATIONS), np.arange(start.n_classes)
         if join:
-            warm = engine.run(p, JOIN_ITERATIONS, JOIN_AT, until_settled=False)
-            groups = overlap_groups(warm, count)
+            warm = engine.warmed(p, JOIN_AT)
+            groups = joined_groups(warm, engine.warmed, count)
             p = engine.run(warm.merged(groups), AGAIN)
         if fine > coarse:
             work.images = processes.each(lambda: ClusterImages(particles, fine))
@@ -102,27 +103,6 @@ def settle(
     p = p.columns(kept)
     before = start.labels()
     return Settled(p, groups, float((p.labels() != np.where(before < 0, -1, groups[before])).mean()), engine.likelihood)
-
-
-def overlap_groups(p: ClassWeights, count: int = 0) -> np.ndarray:
-    """(K,) group of each class: classes j, k are one where sum_i p_ij p_ik > .7 min(sum_i p_ij^2, sum_i p_ik^2).
-
-    Shares at a raised temperature: what two classes tell apart by fewer log units than that is gone. With ``count``
-    the pairs that overlap most are joined until so many classes are left.
-    """
-    overlap = (p.matrix.T @ p.matrix).toarray()
-    own = np.maximum(overlap.diagonal(), 1.0)  # less than one particle makes no twin of anything
-    overlap = torch.from_numpy(overlap / np.minimum.outer(own, own))
-    if not count:
-        return assignment.merge_groups(overlap, OVERLAP).numpy()
-    groups = np.arange(p.n_classes)
-    above, right = np.triu_indices(len(overlap), 1)
-    for pair in np.argsort(-overlap[above, right].numpy(), kind="stable"):
-        if len(np.unique(groups)) <= count:
-            break
-        groups[groups == groups[right[pair]]] = groups[above[pair]]
-    groups = np.unique(groups, return_inverse=True)[1]
-    return groups
 
 
 class _Settling:
@@ -144,6 +124,10 @@ class _Settling:
             if settled:
                 break
         return p
+
+    def warmed(self, p: ClassWeights, temperature: float) -> ClassWeights:
+        """Shares after `JOIN_ITERATIONS` at a raised temperature."""
+        return self.run(p, JOIN_ITERATIONS, temperature, until_settled=False)
 
     def _iteration(self, p: ClassWeights, temperature: float) -> ClassWeights:
         """New shares: of Bayes at temperature 1."""

@@ -151,11 +151,10 @@ def bench_voxel(rounds: int) -> dict:
 
 def bench_polish(rounds: int) -> dict:
     """One pass into 16 classes and two halves, beside the pass of one map and its two halves."""
+    from cryosuite.kernels import slices
     from cryosuite.reconstruct.backproject import Accumulator
     from cryosuite.reconstruct.class_sums import accumulate
     from cryosuite.reconstruct.weights import ClassWeights
-
-    from cryosuite.kernels import slices
 
     sets = []
     for box, count in POLISH_SETS:
