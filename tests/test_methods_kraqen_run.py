@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,21 @@ def test_an_empty_half_set_gives_maps_without_a_resolution(tmp_path):
     assert np.isfinite(read_map(folder.volume(1)).data).all()
     head, first = kraqen_run.occupancy_csv(rows).splitlines()[:2]
     assert head.startswith("code_from_0,") and first == f"0,{N / 2:.2f},{N // 2},0.50000,"
+
+
+def test_maps_are_written_a_few_codes_at_a_time(tmp_path, monkeypatch):
+    """Where the sums of all codes do not fit the memory: the same maps and table, and nothing waits on disk."""
+    particles = toy.particles(N, D, 0.3)
+    p = ClassWeights.from_dense(np.random.default_rng(0).dirichlet(np.ones(3), N).astype(np.float32))
+    at_once, in_turn = (RunDir(tmp_path / name) for name in ("a", "b"))
+    at_once.path.mkdir(), in_turn.path.mkdir()
+    rows = kraqen_run.write_maps(particles, p, at_once)
+    monkeypatch.setattr(kraqen_run, "class_groups", lambda count, box: [np.array([0, 1]), np.array([2])])
+    monkeypatch.setattr("tempfile.mkdtemp", lambda **_: pytest.fail("a folder for sums"))
+    again = kraqen_run.write_maps(particles, p, in_turn)
+    np.testing.assert_allclose([astuple(row) for row in again], [astuple(row) for row in rows], rtol=1e-5)
+    for k in range(3):
+        np.testing.assert_allclose(read_map(in_turn.volume(k)).data, read_map(at_once.volume(k)).data, atol=1e-6)
 
 
 def test_all_is_refused_before_a_folder_is_touched():

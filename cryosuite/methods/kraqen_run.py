@@ -31,7 +31,7 @@ from cryosuite.methods.kraqen_model import KraqenModel
 from cryosuite.methods.kraqen_options import KraqenOptions
 from cryosuite.methods.kraqen_voxel import VoxelEM, VoxelResult
 from cryosuite.reconstruct.backproject import common_pixel_size
-from cryosuite.reconstruct.class_sums import ClassSums, accumulate
+from cryosuite.reconstruct.class_sums import ClassSums, accumulate, class_groups
 from cryosuite.reconstruct.masks import half_map_mask
 from cryosuite.reconstruct.solve import solve
 from cryosuite.reconstruct.weights import ClassWeights
@@ -216,28 +216,36 @@ def _grouped(codes: np.ndarray, groups: np.ndarray, usage: np.ndarray) -> np.nda
 
 
 def write_maps(particles: ParticleSet, p: ClassWeights, run: RunDir, processes: Processes = ALONE) -> list[Code]:
-    """vol_k.mrc of every code at the particles' own box, from one pass over the images; the occupancy table."""
-    labelled = np.bincount(p.labels()[p.labels() >= 0], minlength=p.n_classes)
+    """vol_k.mrc of every code at the particles' own box and the occupancy table.
 
-    def write(sums: ClassSums) -> list[Code]:
+    As many codes at a time as their sums fit the memory: nothing waits on disk, and an image is read once for each
+    group of codes that it has a share in.
+    """
+    labelled = np.bincount(p.labels()[p.labels() >= 0], minlength=p.n_classes)
+    total = max(float(p.usage().sum()), 1e-30)
+
+    def write(sums: ClassSums, codes: list[int]) -> list[Code]:
         rows: list[Code] = []
-        total = max(float(sums.counts.sum()), 1e-30)
-        for k in range(p.n_classes):
-            joint = solve(sums.joint(k))
+        for at, k in enumerate(codes):
+            joint = solve(sums.joint(at))
             write_map(run.volume(k), joint.numpy(), sums.pixel_size)
             resolution = float("nan")
-            if (sums.counts[k] > 0).all():
-                a, b = (solve(sums.load(k, h)) for h in (0, 1))
+            if (sums.counts[at] > 0).all():
+                a, b = (solve(sums.load(at, h)) for h in (0, 1))
                 mask = half_map_mask(joint, shells.fsc(a, b))
                 resolution = shells.resolution(shells.fsc(a, b, mask), 0.143, joint.shape[-1], sums.pixel_size)
-            count = float(sums.counts[k].sum())
+            count = float(sums.counts[at].sum())
             rows.append(Code(k, count, int(labelled[k]), count / total, resolution))
         return rows
 
     processes.first_does(lambda: [old.unlink() for old in run.volumes()])
-    how = {"scratch": run.path, "progress": "maps of the codes", "processes": processes}
-    with accumulate(particles, p, **how) as sums:
-        return processes.first_does(lambda: write(sums))
+    table: list[Code] = []
+    groups = class_groups(p.n_classes, particles.box_size)
+    for group in groups:
+        label = "maps of the codes" if len(groups) == 1 else f"maps of codes {group[0]} to {group[-1]}"
+        with accumulate(particles, p.columns(group), progress=label, processes=processes) as sums:
+            table += processes.first_does(lambda sums=sums, codes=group.tolist(): write(sums, codes))
+    return table
 
 
 def occupancy_csv(rows: list[Code]) -> str:

@@ -109,6 +109,12 @@ def accumulator_bytes(box_size: int, pad: int = 2) -> int:
     return (2 * n + 1) ** 2 * (n + 1) * 3 * 4
 
 
+def class_groups(count: int, box_size: int, memory_gib: float = MEMORY_GIB) -> list[np.ndarray]:
+    """Classes 0 .. count - 1 in as few groups as the memory for the sums of both half sets allows."""
+    fit = max(1, int(memory_gib * 2**30) // (2 * accumulator_bytes(box_size)))
+    return np.array_split(np.arange(count), -(-count // fit))
+
+
 def accumulate(
     particles: ParticleSet,
     weights: ClassWeights,
@@ -141,8 +147,8 @@ def accumulate(
     half = particles.half_sets() if half is None else np.asarray(half).astype(np.int8)
     engine = Accumulator(particles, None, r_max, box, processes)
     size, count = engine.map_box, weights.n_classes
-    fit = max(1, int(memory_gib * 2**30) // (2 * accumulator_bytes(size)))
-    spill = fit < count
+    groups = class_groups(count, size, memory_gib)
+    spill = len(groups) > 1
     pixel_size = engine.pixel_size * particles.box_size / size
     counts = np.stack([weights.rows(np.nonzero(half == h)[0]).usage() for h in (0, 1)], 1)
     if not counts.sum() > 0:
@@ -150,7 +156,6 @@ def accumulate(
     made = processes.first_does(lambda: tempfile.mkdtemp(prefix="cryosuite-sums-", dir=scratch) if spill else "")
     folder = Path(made) if made and processes.first else None
     sums = ClassSums(count, size, pixel_size, counts, engine.disc.r_max, scratch=folder)
-    groups = np.array_split(np.arange(count), -(-count // fit))
     parts = [weights.columns(group) for group in groups]
     images = sum(int((np.diff(part.indptr) > 0).sum()) for part in parts) // processes.count
     bar = Progress(images, progress, "images") if progress and processes.first else None
