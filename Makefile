@@ -56,7 +56,10 @@ bench: bench-speed
 	$(BENCH)/mixture.py --structures $(BENCH_SHARED)/data/atomic/bench
 	$(BENCH)/kraqen.py --work $(BENCH_WORK)
 	$(BENCH)/polish.py --work $(BENCH_WORK) --family polish rough d128
-	$(BENCH)/polish.py --work $(BENCH_WORK) --family polish --seeds 0 --rows true,kraqen
+	$(BENCH)/polish.py --work $(BENCH_WORK) --family polish --rows true,kraqen
+	$(BENCH)/polish.py --work $(BENCH_WORK) --family rough --rows true,kraqen
+	$(BENCH)/polish_modes.py --work $(BENCH_WORK) --errors 0 0.3
+	$(BENCH)/classes_memory.py --work $(BENCH_WORK)/classes
 	$(BENCH)/polish.py --work $(BENCH_WORK) --family methods --seeds 0 --rows true,kraqen,hype,cryodrgn
 	$(BENCH)/ablation.py --work $(BENCH_WORK)
 	$(BENCH)/sets.py --work $(BENCH_WORK) --only methods

@@ -154,3 +154,22 @@ def test_every_result_says_when_and_with_what_it_was_made_and_names_no_folder_of
         script = next((word for word in command.split() if word.endswith(".py")), None)
         assert script is None or (BENCHMARKS.parents[1] / script).is_file(), path.name
         assert not [root for root in ("/home/", "/root/", "/work/", "/Users/") if root in path.read_text()], path.name
+
+
+def test_modes_stand_beside_what_has_no_latent(tables):
+    def row(mode: str, error: float | None, masked: float) -> dict:
+        return {
+            "mode": mode,
+            "error": error,
+            "masked": masked,
+            "unmasked": masked - 0.1,
+            "cpu_s": 0 if error is None else 9,
+        }
+
+    rows = [row("consensus", None, 0.3), row("default", 0.0, 0.45), row("default", 0.3, 0.44), row("kernel", 0.3, 0.4)]
+    lines = tables.modes_table([{"seed": seed, "snr": 0.01, "rows": rows} for seed in (0, 1)]).splitlines()
+    assert lines[0].startswith("| mode | true angles | angles off by 0.3 rad |")
+    assert lines[2] == "| consensus | 0.300 ± 0.000 / 0.200 ± 0.000 | 0.300 ± 0.000 / 0.200 ± 0.000 |  |"
+    assert "0.450" in lines[3] and lines[3].endswith("| 9 s |")
+    assert lines[4].split("|")[2].strip() == ""  # no kernel row at the true angles
+    assert lines[-1].endswith("seeds 0, 1.")

@@ -20,6 +20,14 @@ PAPER = {
     "no annealing, high T": 0.339,
     "no triplet": 0.295,
 }
+MODE = {
+    "consensus": "consensus",
+    "labels": "backprojection with the true labels",
+    "default": "**default: bins of the latent, then the modal filter**",
+    "kernel": "kernel: bandwidth chosen in each window and band",
+    "best fixed kernel": "kernel of one width, the one that the truth likes best",
+    "prior": "prior: the consensus of each half in place of a network's map",
+}
 METHOD = {"true": "true labels", "kraqen": "train-kraqen", "hype": "train-hype", "cryodrgn": "cryoDRGN train_vae"}
 
 
@@ -139,6 +147,29 @@ def methods_table(found: list[dict]) -> str:
             )
     columns = ["latents of", "seeds", "training", "ARI", "before polish", "after polish", "label backprojection"]
     return markdown([*columns, "states where after <= before", "<= label backprojection"], rows)
+
+
+def modes_table(found: list[dict]) -> str:
+    """The modes of polish side by side: AUC masked / unmasked by the error of the latents, means over seeds."""
+    by: dict[tuple[str, float | None], list[dict]] = {}
+    for row in (row for result in found for row in result["rows"]):
+        by.setdefault((row["mode"], row["error"]), []).append(row)
+    errors = sorted({error for _, error in by if error is not None})
+    rows = []
+    for mode in dict.fromkeys(mode for mode, _ in by):
+        cells = [MODE.get(mode, mode)]
+        for error in errors:
+            ones = by.get((mode, error)) or by.get((mode, None), [])
+            auc = [spread([one[curve] for one in ones]) for curve in ("masked", "unmasked") if ones]
+            cells.append(" / ".join(auc))
+        seconds = [one["cpu_s"] for key, ones in by.items() if key[0] == mode for one in ones]
+        rows.append([*cells, f"{mean(seconds):.0f} s" if any(seconds) else ""])
+    titles = [f"angles off by {error:g} rad" if error else "true angles" for error in errors]
+    seeds = ", ".join(str(seed) for seed in dict.fromkeys(result["seed"] for result in found))
+    return (
+        markdown(["mode", *titles, "CPU time"], rows)
+        + f"\n\nLoop of 24, D = 64, 2,400 images, SNR {found[0]['snr']:g}; seeds {seeds}."
+    )
 
 
 def verdict(values: list[float], full: list[float], paper: float) -> str:

@@ -135,6 +135,17 @@ def _loader(one: dict) -> Iterator[Row]:
     yield "shuffled loader, over one in memory", ">= 80 %", f"{share:.0%}", share >= 0.8
 
 
+def _classes(one: dict) -> Iterator[Row]:
+    titles = {
+        "kraqen": "`train-kraqen`, {} particles, D = {}, K = {}",
+        "polish": "`polish`, {} particles, D = {}, {} classes",
+    }
+    for name, row in one["rows"].items():
+        peak, limit = row["peak_gib"], row["limit_gib"]
+        what = titles[name].format(f"{row['particles']:,}", row["box"], row["classes"])
+        yield f"memory of {what}", f"< {limit:g} GiB", f"{peak:.1f} GiB", peak < limit
+
+
 def _million(one: dict) -> Iterator[Row]:
     measured = one["measured"]
     seconds = measured["star"]["cpu_s"]
@@ -162,9 +173,10 @@ def _analyze(one: dict) -> Iterator[Row]:
 
 
 MAKERS: dict[str, Callable[[dict], Iterator[Row]]] = {
-    "help_speed": _help, "speed": _peers, "kraqen_speed": _kraqen, "pose_search_speed": _pose_search,
-    "deco_decoder_speed": _decoder, "deco_step_speed": _step, "hype_published_way": _hype, "fastar_speed": _fastar,
-    "lvm_speed": _lvm, "lvm_sharpen_speed_cpu_default_300": _sharpen, "lvm_sharpen_memory_400": _sharpen_memory,
+    "help_speed": _help, "speed": _peers, "kraqen_speed": _kraqen, "classes_memory": _classes,
+    "pose_search_speed": _pose_search, "deco_decoder_speed": _decoder, "deco_step_speed": _step,
+    "hype_published_way": _hype, "fastar_speed": _fastar, "lvm_speed": _lvm,
+    "lvm_sharpen_speed_cpu_default_300": _sharpen, "lvm_sharpen_memory_400": _sharpen_memory,
     "fire_loader": _loader, "fire_million": _million, "report_speed": _report, "analyze_speed": _analyze,
 }  # fmt: skip
 
