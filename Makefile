@@ -58,6 +58,7 @@ bench: bench-speed
 	$(BENCH)/polish.py --work $(BENCH_WORK) --family polish rough d128
 	$(BENCH)/polish.py --work $(BENCH_WORK) --family polish --rows true,kraqen
 	$(BENCH)/polish.py --work $(BENCH_WORK) --family rough --rows true,kraqen
+	$(BENCH)/kraqen_limits.py --work $(BENCH_WORK)
 	$(BENCH)/polish_modes.py --work $(BENCH_WORK) --errors 0 0.3
 	$(BENCH)/classes_memory.py --work $(BENCH_WORK)/classes
 	$(BENCH)/polish.py --work $(BENCH_WORK) --family methods --seeds 0 --rows true,kraqen,hype,cryodrgn

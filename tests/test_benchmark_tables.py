@@ -173,3 +173,12 @@ def test_modes_stand_beside_what_has_no_latent(tables):
     assert "0.450" in lines[3] and lines[3].endswith("| 9 s |")
     assert lines[4].split("|")[2].strip() == ""  # no kernel row at the true angles
     assert lines[-1].endswith("seeds 0, 1.")
+
+
+def test_limits_stand_beside_what_was_found(tables):
+    found = [polish_result(seed, 0.4) for seed in (0, 1)]
+    facts = {"kind": "mix16", "snr": 0.01, "box": 64, "flaw": "", "bayes": {"ari": 0.95}, "from_the_truth": [0.8, 0.6]}
+    lines = tables.limits_table([facts | {"seed": seed} for seed in (0, 1, 2)], found).splitlines()
+    assert lines[2].split(" | ")[1:4] == ["0, 1", "0.95 ± 0.00", "0.60 ± 0.00"]  # seed 2 has no training
+    assert lines[2].endswith("**0.90 ± 0.00** |")
+    assert len(tables.limits_table([facts | {"seed": 0, "flaw": "coloured"}], found).splitlines()) == 2

@@ -15,6 +15,7 @@ from tables_maps import (
     ablation_table,
     kraqen_speed_table,
     kraqen_table,
+    limits_table,
     markdown,
     methods_table,
     modes_table,
@@ -146,6 +147,8 @@ def latest() -> dict[str, str]:
     if any(quality.values()):
         tables["lvm"] = lvm_table({name: found[0] for name, found in quality.items() if found})
     polished = results(RESULTS, "polish_*.json")
+    if limits := results(RESULTS, "limits_*.json"):
+        tables["limits"] = limits_table(limits, polished)
     for name, found, make in (
         ("kraqen", results(RESULTS, "kraqen_*_s*.json"), kraqen_table),
         ("polish", [one for one in polished if "true" in one["rows"]], polish_table),

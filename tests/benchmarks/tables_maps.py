@@ -172,6 +172,23 @@ def modes_table(found: list[dict]) -> str:
     )
 
 
+def limits_table(limits: list[dict], polished: list[dict]) -> str:
+    """ARI of train-kraqen beside that of two limits that know the truth, sets with both."""
+    found = {
+        (set_title(one), one["seed"]): one["rows"]["kraqen"]["agreement"]["ari"] for one in having(polished, "kraqen")
+    }
+    rows = []
+    for seeds in grouped(limits, set_title):
+        both = [one for one in seeds if (set_title(one), one["seed"]) in found]
+        if both:
+            cells = [set_title(both[0]), ", ".join(str(one["seed"]) for one in both)]
+            cells.append(spread([one["bayes"]["ari"] for one in both], 2))
+            cells.append(spread([one["from_the_truth"][-1] for one in both], 2))
+            rows.append([*cells, f"**{spread([found[set_title(one), one['seed']] for one in both], 2)}**"])
+    columns = ["", "seeds", "Bayes ARI, true maps", "begun from the true labels", "train-kraqen, begun from nothing"]
+    return markdown(columns, rows)
+
+
 def verdict(values: list[float], full: list[float], paper: float) -> str:
     """Whether a row's distance from the full method is that of the paper: same sign and beyond the seeds' spread."""
     if len(values) < 2 or len(full) < 2:
