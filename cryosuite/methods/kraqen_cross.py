@@ -26,8 +26,9 @@ from cryosuite.errors import notice
 from cryosuite.methods.kraqen_expectation import Expectation
 from cryosuite.methods.kraqen_maps import split_dead
 from cryosuite.methods.kraqen_options import KraqenOptions
+from cryosuite.methods.kraqen_state import State
 from cryosuite.methods.kraqen_voxel import VoxelEM
-from cryosuite.reconstruct import held_out
+from cryosuite.reconstruct import half_pairs, held_out
 from cryosuite.reconstruct.class_images import CACHE_GIB
 from cryosuite.reconstruct.class_work import MEMORY_GIB
 from cryosuite.reconstruct.weights import ClassWeights
@@ -73,7 +74,7 @@ class CrossEM(VoxelEM):
         processes: Processes = ALONE,
     ) -> None:
         super().__init__(particles, options, seed, device, memory_gib, cache_gib, processes)
-        self.half = np.asarray(particles.half_sets())
+        self.half, self.pair_halves = np.asarray(particles.half_sets()), False
         smaller = min(int((self.half == h).sum()) for h in (0, 1))
         if smaller < min(self.codes, len(particles) // 4):
             notice(
@@ -136,10 +137,20 @@ class CrossEM(VoxelEM):
         own = self.processes.mine(rows)
         pairs = [(volumes[1 - h], own[self.half[own] == h]) for h in (0, 1)]
         sums = self._expect(pairs, step, signals, bar)
+        half = self.half[rows]
         if sums is None:
-            return self.local_maps(step.spread(rows, self.count))
-        found = partial(held_out.class_sums, self.images, sums, step.whole, self.half[rows])
-        return held_out.first_filters(self.work, found, self.codes)
+            whole = step.spread(rows, self.count)
+            maps, order = held_out.paired_half_maps(self.work, whole, self.half, self.pair_halves)
+        else:
+            found = partial(held_out.class_sums, self.images, sums, step.whole, half)
+            maps, order = held_out.first_filters(self.work, found, self.codes, self.pair_halves)
+        if (order != np.arange(self.codes)).any():
+            step.whole = half_pairs.renamed(step.whole, half == 1, order)
+        return maps
+
+    def _iterate(self, state: State, total: int, everything: bool, signals: StopSignals, bar: Progress | None):
+        self.pair_halves = not everything  # shares that were given have the halves in order
+        return super()._iterate(state, total, everything, signals, bar)
 
     # --- maps ---------------------------------------------------------------------------------------------------------
 

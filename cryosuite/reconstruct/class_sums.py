@@ -87,6 +87,17 @@ class ClassSums:
                 f"all{room} ({error.strerror or error}): make room there, or write to a folder on another disk (-o)"
             ) from None
 
+    def exchange(self, order: np.ndarray, h: int) -> None:
+        """Give class k the sums of half set h that class order[k] had."""
+        moved = {(k, h): self.kept.pop((other, h)) for k, other in enumerate(order.tolist()) if (other, h) in self.kept}
+        self.kept.update(moved)
+        files = [self._file(k, h) for k in range(self.n_classes)]
+        aside = {k: path.rename(path.with_suffix(".old")) for k, path in enumerate(files) if path and path.exists()}
+        for k, other in enumerate(order.tolist()):
+            if other in aside:
+                aside[other].rename(files[k])
+        self.counts[:, h] = self.counts[order, h]
+
     def close(self) -> None:
         """Forget the sums and delete what lies in the scratch folder."""
         self.kept.clear()

@@ -28,6 +28,7 @@ from cryosuite.kernels import slices
 from cryosuite.reconstruct.class_images import ClusterImages
 from cryosuite.reconstruct.class_sums import ClassSums, accumulate
 from cryosuite.reconstruct.class_work import ClassWork
+from cryosuite.reconstruct.half_pairs import pairing
 from cryosuite.reconstruct.joining import JOIN_AT, JOIN_ITERATIONS, joined_groups
 from cryosuite.reconstruct.polish import polish
 from cryosuite.reconstruct.weights import ClassWeights
@@ -166,20 +167,41 @@ def half_maps(work: ClassWork, p: ClassWeights, half: np.ndarray) -> Tensor:
 
     Where the grids exceed the memory the sums wait on disk and the images are read once more.
     """
+    return paired_half_maps(work, p, half, False)[0]
+
+
+def paired_half_maps(
+    work: ClassWork, p: ClassWeights, half: np.ndarray, pair: bool = True
+) -> tuple[Tensor, np.ndarray]:
+    """`half_maps` once the classes of the half sets are paired, and their `half_pairs.pairing` (K,)."""
     images = work.images
     r_max, used = images.box // 2, np.flatnonzero(np.diff(p.indptr))
     while len(work.groups(p.n_classes, r_max, 2)) == 1:
         found = work.accumulated(p, [used[half[used] == h] for h in (0, 1)], r_max)
         if found is not None:
-            return first_filters(work, partial(class_sums, images, found, p, half), p.n_classes)
+            return first_filters(work, partial(class_sums, images, found, p, half), p.n_classes, pair)
     how = {"box": images.box, "memory_gib": work.memory / 2**30, "processes": work.processes}
     with accumulate(images.particles, p, half.astype(np.int8), **how) as sums:
-        return first_filters(work, lambda: sums, p.n_classes)
+        return first_filters(work, lambda: sums, p.n_classes, pair)
 
 
-def first_filters(work: ClassWork, sums: Callable[[], ClassSums], n_classes: int) -> Tensor:
-    """`filtered` half maps (2, K, d, d, d) of sums that the first process has, in all of them."""
-    return work.first_makes(lambda: filtered(sums()), (2, n_classes, *[work.images.box] * 3))
+def first_filters(
+    work: ClassWork, sums: Callable[[], ClassSums], n_classes: int, pair: bool = False
+) -> tuple[Tensor, np.ndarray]:
+    """`filtered` half maps (2, K, d, d, d) of sums that the first process has, and the (K,) order in which the classes
+    of half set 1 were put before (with ``pair``, else as they are); in all processes."""
+    made: list[ClassSums] = []
+
+    def put_in_order() -> np.ndarray:
+        made.append(sums())
+        if not pair:
+            return np.arange(n_classes)
+        order = pairing(made[0])
+        made[0].exchange(order, 1)
+        return order
+
+    order = work.processes.first_does(put_in_order)
+    return work.first_makes(lambda: filtered(made[0]), (2, n_classes, *[work.images.box] * 3)), order
 
 
 def class_sums(
