@@ -81,6 +81,7 @@ def without_paths(text: str) -> str:
     """A result without the folders of this machine: those on the command line become WORK, the project's own ``.``"""
     given = {word for word in sys.argv[1:] if word.startswith("/")}
     names = dict.fromkeys(given, "WORK") | {os.environ.get("CRYOSUITE_SHARED", ""): "../shared"}
+    names |= {os.environ.get("CRYODRGN_VENV", ""): ".venv-cryodrgn"}
     names |= {str(Path(__file__).resolve().parents[2]): ".", tempfile.gettempdir(): "/tmp"}
     for path in sorted(filter(None, names), key=len, reverse=True):
         text = text.replace(path, names[path])
