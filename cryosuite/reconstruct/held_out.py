@@ -92,7 +92,10 @@ def settle(
         p, groups = engine.run(start, COARSE_ITERATIONS), np.arange(start.n_classes)
         if join:
             warm = engine.warmed(p, JOIN_AT)
+            done = len(engine.likelihood)
             groups = joined_groups(warm, engine.warmed, count)
+            if bar is not None and not count and len(engine.likelihood) == done:  # no pair was tried again
+                bar.advance(JOIN_ITERATIONS)
             p = engine.run(warm.merged(groups), AGAIN)
         if fine > coarse:
             work.images = processes.each(lambda: ClusterImages(particles, fine))
