@@ -4,8 +4,8 @@
         [--seeds 0 1 2] [--work DIR]
 
 "bayes" knows the true maps and shares, poses and noise as they are told to every program: no method can do better.
-"from the truth" is train-kraqen's own expectation maximisation in its box of 32 pixels, begun with the true labels:
-where it settles, maps made of so few particles are what limits it, not the search for the classes. What train-kraqen
+"from the truth" is train-kraqen's own expectation maximisation in its box of 32 pixels, begun with the true labels,
+after ten iterations: what is lost there is lost because maps are made of so few particles, not by the search. What train-kraqen
 itself found is in the results of polish.py. One JSON per set.
 """
 
