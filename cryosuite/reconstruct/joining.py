@@ -9,8 +9,8 @@ have picked; two states at a squared distance d2 have 1 + d2 / 4. The filter of 
 So there are two temperatures. At 2.5 classes that share more than .7 of their images are one, whatever else they share.
 Related states would begin to flow together soon after that, but they come in families: each shares images with
 several others. Two classes that share images with each other and with nobody else are therefore tried at 3.2 as well.
-Measured on 100 structures with 200 images each (seed 0): twins share .43 to .57 at 2.5 and .75 to .93 at 3.2, the next pair of
-two states .09 and .17.
+Measured on 100 structures with 200 images each (seed 0): twins share .43 to .57 at 2.5 and .75 to .93 at 3.2, the
+next pair of two states .09 and .17.
 """
 
 from __future__ import annotations
