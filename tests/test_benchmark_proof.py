@@ -95,6 +95,16 @@ def test_table_has_blanks_for_what_was_not_run(tables):
     assert "Not run yet" not in text  # the only set of that suite was
 
 
+def test_short_table_has_what_was_run_from_bare_to_polished(tables):
+    lines = tables.short_table(known_results()).splitlines()
+    by = {line.split(" | ")[1]: [cell.strip() for cell in line[1:-1].split("|")] for line in lines[2:5]}
+    assert list(by) == ["consensus, one map for all", "true labels backprojected", "train-hype"] and lines[5] == ""
+    assert by["train-hype"][2:5] == ["0, 1", "0.200 ± 0.000 -> 0.400 ± 0.000", "0.25 ± 0.00 -> 0.75 ± 0.00"]
+    assert by["consensus, one map for all"][0].startswith("quick") and by["train-hype"][0] == ""
+    assert by["consensus, one map for all"][3] == "0.100 ± 0.000"  # there is nothing to polish
+    assert "0.85 ± 0.07" in by["train-hype"] and "> 2.0 ± 0.0" in by["train-hype"]
+
+
 def test_csv_has_every_seed_and_pictures_are_drawn(tables, tmp_path):
     tables.write(known_results(), tmp_path)
     with (tmp_path / "proof.csv").open() as file:

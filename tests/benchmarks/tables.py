@@ -24,7 +24,7 @@ from tables_maps import (
     spread,
 )
 from tables_poses import deco_table, search_table
-from tables_proof import proof_table
+from tables_proof import short_table, write_tables
 from tables_speed import ratios_table
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -159,7 +159,7 @@ def latest() -> dict[str, str]:
         ("fastar-race", results(RESULTS, "fastar_race_*.json"), race_table),
         ("ablation", results(RESULTS, "ablation_*.json"), ablation_table),
         ("fire", results(RESULTS, "fire_*.json"), fire_table),
-        ("proof", results(RESULTS, "proof_*.json"), proof_table),
+        ("proof", results(RESULTS, "proof_*.json"), short_table),
     ):
         if found:
             tables[name] = make(found)
@@ -167,7 +167,9 @@ def latest() -> dict[str, str]:
 
 
 def main() -> None:
-    """Rewrite README.md with the tables whose results exist."""
+    """Rewrite README.md with the tables whose results exist; the proof in full lies beside the results."""
+    if proof := results(RESULTS, "proof_*.json"):
+        write_tables(proof, RESULTS)
     text = README.read_text()
     for name, table in latest().items():
         text = replace(text, name, table)

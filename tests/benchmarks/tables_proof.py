@@ -1,4 +1,5 @@
-"""What proof.py found, as one table: Markdown (with the spread over seeds), CSV (every seed) and pictures."""
+"""What proof.py found: a short table for the README, all of it as Markdown (with the spread over seeds), CSV (every
+seed) and pictures."""
 
 from __future__ import annotations
 
@@ -48,6 +49,12 @@ COLUMNS: dict[str, tuple[str, int]] = {
     "cpu_min": ("CPU min", 1),
     "rss_gib": ("GiB", 1),
 }
+# of the short table: column of the CSV -> title; those of SHORT_PAIRS for bare and for polished maps
+SHORT_PAIRS = {"auc_masked": "AUC per image", "gain_masked": "gain", "viou": "vIoU"}
+SHORT = {
+    "kmeans_ari": "ARI k-means", "labels_ari": "ARI, own classes", "knn10_accuracy": "10-NN", "cpu_min": "CPU min",
+    "rss_gib": "GiB",
+}  # fmt: skip
 # in the CSV alone
 MORE = (
     "auc_unmasked_normalised", "class_auc_masked_normalised", "class_auc_unmasked_normalised", "gain_unmasked",
@@ -125,6 +132,23 @@ def proof_table(found: list[dict]) -> str:
     return "\n\n".join([table, notes(found), "\n".join(f"- {line}" for line in commands(found))])
 
 
+def short_table(found: list[dict]) -> str:
+    """One line per set and method that was run, bare -> polished; a set is named in its first line only."""
+    rows, lines = flat_rows(found), []
+    for of_set in grouped(sorted(rows, key=place), lambda row: row["set"]):
+        title = set_title(of_set[0])
+        for method, name in METHODS.items():
+            bare, polished = ([row for row in of_set if (row["method"], row["maps"]) == (method, m)] for m in MAPS)
+            if bare:
+                pairs = [" -> ".join(filter(None, (cell(bare, key), cell(polished, key)))) for key in SHORT_PAIRS]
+                seeds = ", ".join(str(row["seed"]) for row in bare)
+                lines.append([title, name, seeds, *pairs, *(cell(bare, key) for key in SHORT)])
+                title = ""
+    titles = [f"{title}, bare -> polished" for title in SHORT_PAIRS.values()]
+    table = markdown(["set", "method", "seeds", *titles, *SHORT.values()], lines)
+    return f"{table}\n\n{notes(found)}"
+
+
 def place(row: dict) -> tuple:
     """Where a row stands: mini before quick, sets in the order of the suite, little noise first."""
     kinds = list(KINDS)
@@ -135,12 +159,14 @@ def cells(seeds: list[dict]) -> list[str]:
     """The cells of one line."""
     if not seeds:
         return ["-", *[""] * len(COLUMNS)]
-    out = [", ".join(str(row["seed"]) for row in seeds)]
-    for name, (_, digits) in COLUMNS.items():
-        values = [row[name] for row in seeds if name in row]
-        more = "> " if name == "cpu_min" and any("continued" in row for row in seeds) else ""
-        out.append(more + spread(values, digits) if values else "")
-    return out
+    return [", ".join(str(row["seed"]) for row in seeds), *(cell(seeds, name) for name in COLUMNS)]
+
+
+def cell(seeds: list[dict], name: str) -> str:
+    """Mean and spread of one column over seeds; blank where it was not measured."""
+    values = [row[name] for row in seeds if name in row]
+    more = "> " if name == "cpu_min" and any("continued" in row for row in seeds) else ""
+    return more + spread(values, COLUMNS[name][1]) if values else ""
 
 
 def notes(found: list[dict]) -> str:
@@ -163,16 +189,20 @@ def commands(found: list[dict]) -> list[str]:
     return list(dict.fromkeys(f"`{command}` {place}" for command, place in zip(made, where, strict=True)))
 
 
-def write(found: list[dict], folder: Path) -> None:
-    """proof.md, proof.csv and a picture of every set."""
+def write_tables(found: list[dict], folder: Path) -> None:
+    """proof.md and proof.csv, all that was measured."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "proof.md").write_text(proof_table(found) + "\n")
-    rows = sorted(flat_rows(found), key=place)
     with (folder / "proof.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*IDENTITY, *COLUMNS, *MORE])
+        writer = csv.DictWriter(file, [*IDENTITY, *COLUMNS, *MORE], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
-    for of_set in grouped(rows, lambda row: row["set"]):
+        writer.writerows(sorted(flat_rows(found), key=place))
+
+
+def write(found: list[dict], folder: Path) -> None:
+    """proof.md, proof.csv and a picture of every set."""
+    write_tables(found, folder)
+    for of_set in grouped(sorted(flat_rows(found), key=place), lambda row: row["set"]):
         picture(of_set, folder / f"proof_{of_set[0]['set']}.png")
     print(f"wrote {folder / 'proof.md'}, proof.csv and proof_*.png")
 
