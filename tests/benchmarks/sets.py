@@ -99,10 +99,10 @@ FAMILIES: dict[str, list[Recipe]] = {
     ],
     "kraqen100": [Recipe("mix100", 20000, 64, 0.1, seed) for seed in SEEDS],
     "kraqen001": [Recipe("mix16", 32000, 64, 0.01, seed) for seed in SEEDS],
-    "rough": [Recipe(kind, 2400, 64, 0.01, 0, flaw) for flaw in FLAWS for kind in POLISH_KINDS],
+    "rough": [Recipe(kind, 2400, 64, 0.01, seed, flaw) for seed in SEEDS for flaw in FLAWS for kind in POLISH_KINDS],
     "try": [Recipe("phantom4", 600, 32, 0.1, 0)],  # needs no structures and a minute
     "methods": [Recipe("mix16", 8000, 32, 0.1, seed) for seed in SEEDS],
-    "d128": [Recipe(kind, 2400, 128, 0.01, 0) for kind in POLISH_KINDS],
+    "d128": [Recipe(kind, 2400, 128, 0.01, seed) for seed in SEEDS for kind in POLISH_KINDS],
     # 32 pixels and some thousand images: what two cores train every method on in an hour a set
     "mini": [
         Recipe(kind, images, 32, snr, seed)
