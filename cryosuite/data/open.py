@@ -83,9 +83,15 @@ def open_particles(
         path = path.parent
     if os.path.isdir(path):
         if not WorkDir(path).exists() and RunDir(path).exists():
-            chosen = {"ind": ind, "datadir": datadir, "passthrough": tuple(passthrough) or None}
-            chosen = {name: value for name, value in chosen.items() if value is not None}
-            return open_run_particles(RunDir(path), need_poses=need_poses, need_ctf=need_ctf, **chosen)
+            said = {
+                "poses": poses, "ctf": ctf, "ind": ind, "datadir": datadir, "pixel_size": pixel_size, "sign": sign,
+                "voltage_kv": voltage_kv, "cs_mm": cs_mm, "amplitude_contrast": amplitude_contrast,
+                "passthrough": tuple(passthrough) or None,
+            }  # fmt: skip
+            return open_run_particles(
+                RunDir(path), need_poses=need_poses, need_ctf=need_ctf, mixed_boxes=mixed_boxes,
+                keep_tables=keep_tables, **{name: value for name, value in said.items() if value is not None},
+            )  # fmt: skip
         return _open_work(WorkDir(path), sources)
     if not os.path.exists(path):
         raise InputError(f"{path}: no such file or folder. Give {KINDS}.")
@@ -93,19 +99,27 @@ def open_particles(
 
 
 def open_run_particles(run: RunDir, epoch: int | None = None, **options: Any) -> ParticleSet:
-    """The particles a run was trained on, as its config.yaml says (keys particles, poses, ctf, ind, datadir).
+    """The particles a run was trained on, as its config.yaml says (particles and how they were opened: poses, ctf, ind,
+    datadir, pixel_size, sign).
 
-    ``epoch``: whose poses they have where the run found them itself; None: the last.
+    ``epoch``: whose poses they have where the run found them itself; None: the last. ``options`` of ``open_particles``
+    stand in place of what the config says, poses also in place of those that the run found.
     """
     config = run.read_config()
     path = _particles_of(run, config)
     _require_no_circle(run, path)
-    links = {
+    how: dict[str, Any] = {
         key: resolve_link(str(config[key]), run.path) for key in ("poses", "ctf", "ind", "datadir") if config.get(key)
     }
-    if not config.get("poses_found"):
-        return open_particles(path, **{**links, **options})
-    found = open_particles(path, **{**links, **options, "need_poses": False})
+    if config.get("pixel_size"):
+        how["pixel_size"] = _positive(run.config, config, "pixel_size")
+    if config.get("sign"):
+        if config["sign"] not in (1, -1):
+            raise InputError(f"{run.config}: sign is {printable(config['sign'])}, expected 1 or -1")
+        how["sign"] = config["sign"]
+    if not config.get("poses_found") or options.get("poses") is not None:
+        return open_particles(path, **{**how, **options})
+    found = open_particles(path, **{**how, **options, "need_poses": False})
     return _with_found_poses(found, run, run.last_epoch() if epoch is None else epoch)
 
 
@@ -200,9 +214,9 @@ def _open_work(work: WorkDir, sources: Sources) -> ParticleSet:
         rows = star_rows(work.star, sources.given, False, False)
         table = {}
     if rows.pixel_size is None and dataset.get("pixel_size"):
-        rows.pixel_size = np.full(rows.n, _positive(work, dataset, "pixel_size"))
+        rows.pixel_size = np.full(rows.n, _positive(work.dataset, dataset, "pixel_size"))
     if dataset.get("source_particles"):
-        _positive(work, dataset, "source_particles")
+        _positive(work.dataset, dataset, "source_particles")
     rows.ctf_premultiplied = rows.ctf_premultiplied or bool(dataset.get("ctf_premultiplied"))
     noise = read_array(work.noise, (None, None), "noise power (groups, shells)") if work.noise.is_file() else None
     noise = None if noise is None else noise.astype(np.float32)
@@ -214,11 +228,11 @@ def _open_work(work: WorkDir, sources: Sources) -> ParticleSet:
     return found
 
 
-def _positive(work: WorkDir, dataset: dict[str, Any], name: str) -> float:
-    """A number above 0 of dataset.yaml."""
-    value = dataset[name]
+def _positive(path: Path, said: dict[str, Any], name: str) -> float:
+    """A number above 0 of a YAML file."""
+    value = said[name]
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e15:
-        raise InputError(f"{work.dataset}: {name} is {printable(value)}, expected a positive number")
+        raise InputError(f"{path}: {name} is {printable(value)}, expected a positive number")
     return float(value)
 
 
