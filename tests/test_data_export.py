@@ -179,3 +179,88 @@ def test_a_folder_made_from_itself_ends(golden, tmp_path):
     (tmp_path / "w/dataset.yaml").write_text(text.replace(source, f"source: {tmp_path}/w"))
     with pytest.raises(InputError, match="made from itself"):
         export_particles(open_particles(tmp_path / "w"), tmp_path / "out.star")
+
+
+def test_what_the_user_said_of_a_bare_stack_reaches_relion(golden, tmp_path):
+    """Pixel size and contrast stand in no file of a bare stack; poses of a run are those of its true pixel size."""
+    from cryosuite.formats.mrc import StackWriter
+
+    star = open_particles(golden / "relion/particles.star")
+    with StackWriter(tmp_path / "p.mrcs", len(star), 64, None) as writer:
+        writer.write(-star.read(slice(None)))
+    how = {"poses": golden / "cryodrgn/pose.pkl", "need_ctf": False}
+    preprocess(open_particles(tmp_path / "p.mrcs", pixel_size=3.0, **how), tmp_path / "w", PreprocessOptions(32))
+    work = open_particles(tmp_path / "w", need_ctf=False)
+    for poses in (False, True):
+        with pytest.warns(UserWarning, match="particles are dark in these stacks"):
+            export_particles(work, tmp_path / "out.star", poses=poses)
+        again = open_particles(tmp_path / "out.star", need_ctf=False)
+        assert np.allclose(again.pixel_size, 3.0)
+        assert np.abs(again.shift - star.shift).max() < 1e-5
+
+
+def test_a_voltage_that_the_user_gave_reaches_the_other_form(golden, tmp_path):
+    blocks = read_star(golden / "adversarial/no_optics_v30.star")
+    name, table = next(iter(blocks.items()))
+    write_star(tmp_path / "s.star", {name: table.drop(columns="rlnVoltage")})
+    shutil.copy(golden / "adversarial/good.mrcs", tmp_path / "good.mrcs")
+    source = open_particles(tmp_path / "s.star", voltage_kv=200.0)
+    preprocess(source, tmp_path / "w", PreprocessOptions(16))
+    export_particles(open_particles(tmp_path / "w"), tmp_path / "out.star", relion="3.1")
+    assert np.allclose(open_particles(tmp_path / "out.star").ctf, source.ctf, rtol=1e-5)
+
+
+def test_origins_of_a_table_without_optics_are_in_one_unit(golden, tmp_path):
+    """One table that says its origins in Angstrom: those of before must not stand beside the new ones in pixels."""
+    from dataclasses import replace
+
+    blocks = read_star(golden / "relion/particles.star")
+    optics = {name: blocks["optics"][name][0] for name in ("rlnImagePixelSize", "rlnVoltage")}
+    optics |= {name: blocks["optics"][name][0] for name in ("rlnSphericalAberration", "rlnAmplitudeContrast")}
+    write_star(tmp_path / "one.star", {"": blocks["particles"].drop(columns="rlnOpticsGroup").assign(**optics)})
+    shutil.copy(golden / "relion/particles.mrcs", tmp_path / "particles.mrcs")
+    source = open_particles(tmp_path / "one.star")
+    moved = replace(source, shift=source.shift + np.float32(0.05))
+    export_particles(moved, tmp_path / "out.star", poses=True)
+    assert np.abs(open_particles(tmp_path / "out.star").shift - moved.shift).max() < 1e-6
+
+
+def test_origins_in_pixels_do_not_change_with_the_pixel_size_of_the_user(golden, tmp_path):
+    source = open_particles(golden / "adversarial/no_optics_v30.star", pixel_size=3.3)
+    preprocess(source, tmp_path / "w", PreprocessOptions(16))
+    export_particles(open_particles(tmp_path / "w"), tmp_path / "out.star", poses=True)
+    assert np.abs(open_particles(tmp_path / "out.star").shift - source.shift).max() < 1e-5
+
+
+def test_stacks_of_two_boxes_reach_relion(golden, tmp_path):
+    from cryosuite.data.crop import fourier_crop
+    from cryosuite.formats.cs import write_cs
+    from cryosuite.formats.mrc import StackWriter
+
+    whole, table = open_particles(golden / "adversarial/good.cs"), read_cs(golden / "adversarial/good.cs")
+    size = whole.box_size * float(whole.pixel_size[0])
+    table["blob/path"][4:] = b"b.mrcs"
+    table["blob/shape"][4:], table["blob/psize_A"][4:] = 16, size / 16
+    write_cs(tmp_path / "two.cs", table)
+    shutil.copy(golden / "adversarial/good.mrcs", tmp_path / "good.mrcs")
+    with StackWriter(tmp_path / "b.mrcs", 8, 16, size / 16) as writer:
+        writer.write(fourier_crop(whole.read(slice(None)), 16))
+    preprocess(open_particles(tmp_path / "two.cs", mixed_boxes=True), tmp_path / "w", PreprocessOptions(16))
+    for poses in (False, True):
+        export_particles(open_particles(tmp_path / "w"), tmp_path / "out.star", poses=poses)
+        again = open_particles(tmp_path / "out.star", mixed_boxes=True)
+        assert again.box_sizes.tolist() == [whole.box_size] * 4 + [16] * 4
+        assert np.abs(again.shift - whole.shift).max() < 1e-6
+        assert np.allclose(again.pixel_size * again.box_sizes, size)
+
+
+def test_a_forced_file_type_stays_when_a_name_becomes_absolute(golden, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    shutil.copy(golden / "relion/particles.mrcs", source / "p.mrc")
+    blocks = read_star(golden / "relion/particles.star")
+    blocks["particles"]["rlnImageName"] = [f"{row + 1:06d}@p.mrc:mrcs" for row in range(200)]
+    write_star(source / "run.star", blocks)
+    (tmp_path / "far").mkdir()
+    export_particles(open_particles(source / "run.star"), tmp_path / "far/out.star")
+    assert read_star(tmp_path / "far/out.star")["particles"]["rlnImageName"][0] == f"000001@{source}/p.mrc:mrcs"

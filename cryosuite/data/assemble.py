@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,7 @@ def assemble(
         datadir=sources.datadir,
         poses_from=sources.user_poses,
         ctf_from=sources.user_ctf,
+        given={name: value for name, value in asdict(sources.given).items() if value is not None},
         n_source=everything.n,
         tables=everything.tables if sources.keep_tables else None,
         dataset=sources.dataset,

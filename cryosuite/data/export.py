@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cryosuite.data.contrast import box_of
 from cryosuite.data.export_poses import with_poses
 from cryosuite.data.export_relion import as_relion_30, columns_of_cs, relion_form
-from cryosuite.data.locate import StackFinder
+from cryosuite.data.locate import StackFinder, plain_name
 from cryosuite.data.particles import ParticleSet
+from cryosuite.data.rows import Given
 from cryosuite.data.star_tables import star_tables
 from cryosuite.data.workdir import DATASET, WorkDir
 from cryosuite.errors import InputError, notice
@@ -104,13 +106,25 @@ def origin(particles: ParticleSet) -> Origin:
             rows=particles.index,
             passthrough=tuple(Path(path) for path in dataset.get("passthrough") or ()),
             datadir=Path(dataset["datadir"]) if dataset.get("datadir") else None,
-            how={key: dataset[key] for key in ("poses", "ctf") if dataset.get(key)},
+            how=_opened_with(dataset),
         )
         dataset = WorkDir(folder).read_dataset() if folder.is_dir() else {}
     here = Origin(
-        particles.path or particles.source, particles.source, particles.rows, particles.passthrough, particles.datadir
-    )
+        particles.path or particles.source, particles.source, particles.rows, particles.passthrough, particles.datadir,
+        dict(particles.given),
+    )  # fmt: skip
     return found or here
+
+
+def _opened_with(dataset: dict[str, Any]) -> dict[str, Any]:
+    """How the source of a work directory was opened: arguments of ``open_particles``."""
+    how: dict[str, Any] = {key: dataset[key] for key in ("poses", "ctf") if dataset.get(key)}
+    given = dataset.get("given")
+    if isinstance(given, dict):
+        how |= {entry.name: given[entry.name] for entry in fields(Given) if type(given.get(entry.name)) in (int, float)}
+    if dataset.get("sign_from") in ("data", "option") and dataset.get("sign") in (1, -1):
+        how["sign"] = dataset["sign"]
+    return how
 
 
 def export_all(
@@ -152,7 +166,7 @@ def export_particles(
     if metadata is None:
         metadata = _rows_of(start.table, start.rows, start.passthrough)
     if poses and metadata is not None:
-        metadata = with_poses(metadata, particles)
+        metadata = with_poses(metadata, particles, start.how.get("pixel_size"))
     if out.suffix.lower() == ".cs":
         write_cs(out, metadata)
         return out
@@ -170,7 +184,10 @@ def _checked(particles: ParticleSet, out: Path, binned: bool) -> Origin:
         _require_not_source(out, [particles.path, particles.source, particles.poses_from, particles.ctf_from])
         return Origin(Path(), Path(), particles.index)
     if binned and particles.source is not None:
-        start = Origin(particles.source, particles.source, particles.rows, particles.passthrough, particles.datadir)
+        start = Origin(
+            particles.source, particles.source, particles.rows, particles.passthrough, particles.datadir,
+            dict(particles.given),
+        )  # fmt: skip
     else:
         start = origin(particles)
     _require_not_source(out, [particles.path, particles.source, start.source, start.table, *start.passthrough])
@@ -207,17 +224,18 @@ def _star_blocks(
     if not binned and particles.dataset:
         opened = open_particles(
             start.source, passthrough=start.passthrough, datadir=start.datadir, need_poses=False, need_ctf=False,
-            **start.how,
+            mixed_boxes=True, **start.how,
         )  # fmt: skip
         found = opened.subset(start.rows)
         particles = replace(found, **_moved(particles, found)) if poses else found
+    box = box_of(particles, np.arange(len(particles)))
     if own:  # 3.0 to 3.1: names stay, optics groups are made
         names = list(_reachable(metadata, start, out)["rlnImageName"])
-        blocks = star_tables(particles, names, particles.box_size, particles.pixel_size, metadata)
+        blocks = star_tables(particles, names, box, particles.pixel_size, metadata)
         blocks["particles"] = blocks["particles"].drop(columns="rlnImageOriginalName", errors="ignore")
         return blocks, "particles"
     _warn_relion(particles, out)
-    blocks = star_tables(particles, _image_names(particles, out), particles.box_size, particles.pixel_size)
+    blocks = star_tables(particles, _image_names(particles, out), box, particles.pixel_size)
     if isinstance(metadata, np.ndarray):
         blocks["particles"] = blocks["particles"].assign(**columns_of_cs(metadata))
     if form == "3.0":
@@ -234,7 +252,7 @@ def _tables_of(out: Path, blocks: dict[str, Any]) -> ParticleTables:
 
 def _moved(particles: ParticleSet, onto: ParticleSet) -> dict[str, np.ndarray | None]:
     """Poses of a set for images of another box: shifts, fractions of the box, by way of Angstrom."""
-    factor = particles.box_size * particles.pixel_size / (onto.box_size * onto.pixel_size)
+    factor = particles.box_size * particles.pixel_size / (box_of(onto, np.arange(len(onto))) * onto.pixel_size)
     shift = None if particles.shift is None else (particles.shift * factor[:, None]).astype(np.float32)
     return {"rotation": particles.rotation, "shift": shift}
 
@@ -243,7 +261,7 @@ def _warn_relion(particles: ParticleSet, out: Path) -> None:
     """Say what RELION takes otherwise than the program these stacks come from."""
     if particles.sign < 0 or getattr(particles.images, "signs", None) is not None:
         notice(
-            f"{out}: particles are dark in these stacks (blob/sign), and RELION takes them as white: extract again "
+            f"{out}: particles are dark in these stacks, and RELION takes them as white: extract again "
             "with white particles, or invert the stacks (relion_image_handler --multiply_constant -1)"
         )
 
@@ -262,10 +280,10 @@ def _reachable(tables: ParticleTables, start: Origin, out: Path) -> Any:
     here, there = StackFinder(out), StackFinder(start.table, start.datadir)
     changed = {}
     for name in stacks.unique():
-        in_project = start.datadir is not None and (Path(start.datadir) / name).is_file()
+        in_project = start.datadir is not None and (Path(start.datadir) / plain_name(name)).is_file()
         meant, reached = _exists(there, name), _exists(here, name)
         if not in_project and meant and not (reached and reached.samefile(meant)):
-            changed[name] = str(meant.absolute())
+            changed[name] = str(meant.absolute()) + name[len(plain_name(name)) :]  # a forced type such as :mrcs stays
     if not changed:
         return table
     table = table.copy()

@@ -16,10 +16,13 @@ SAME = 1e-5  # of a matrix element: the source's own angles are kept
 GROUP = "alignments3D"
 
 
-def with_poses(metadata: ParticleTables | np.ndarray, particles: ParticleSet) -> ParticleTables | np.ndarray:
+def with_poses(
+    metadata: ParticleTables | np.ndarray, particles: ParticleSet, pixel_size: float | None = None
+) -> ParticleTables | np.ndarray:
     """The same rows, in the order of ``particles``, with the set's rotations and shifts in place of their own.
 
-    Origins are converted through Angstrom, so the rows may be those of larger, un-binned images.
+    Origins are converted through Angstrom, so the rows may be those of larger, un-binned images. ``pixel_size`` (A) of
+    these: what the user gave in place of what a star file of RELION 3.0 says.
 
     Raises:
         InputError: the set has no poses; a star file of RELION 3.0 or a cs file gives no pixel size.
@@ -28,26 +31,28 @@ def with_poses(metadata: ParticleTables | np.ndarray, particles: ParticleSet) ->
         raise InputError(f"{particles.path}: these particles have no poses to write")
     shift = np.zeros((len(particles), 2)) if particles.shift is None else particles.shift.astype(np.float64)
     angstrom = shift * (particles.box_size * particles.pixel_size.astype(np.float64))[:, None]
-    write = _into_star if isinstance(metadata, ParticleTables) else _into_cs
-    return write(metadata, particles.rotation, angstrom, particles)
+    if isinstance(metadata, ParticleTables):
+        return _into_star(metadata, particles.rotation, angstrom, pixel_size)
+    return _into_cs(metadata, particles.rotation, angstrom, particles)
 
 
-def _into_star(tables: ParticleTables, rotation: np.ndarray, angstrom: np.ndarray, particles: ParticleSet):
+def _into_star(
+    tables: ParticleTables, rotation: np.ndarray, angstrom: np.ndarray, pixel_size: float | None
+) -> ParticleTables:
     table = tables.particles.copy()
     own = all(tables.has(name) for name in EULER)
     found = np.stack([tables.numbers(name) for name in EULER], axis=1) if own else None
     if found is None or not np.abs(from_euler(found) - rotation).max(initial=0.0) < SAME:
         for name, angle in zip(EULER, to_euler(rotation).T, strict=True):
             table[name] = np.round(angle, 5)
-    in_pixels = [name for name in ("rlnOriginX", "rlnOriginY") if name in table.columns]
+    in_pixels, names = ("rlnOriginX", "rlnOriginY"), ("rlnOriginXAngst", "rlnOriginYAngst")
+    stale = names if tables.optics is None else in_pixels
+    table = table.drop(columns=[name for name in stale if name in table.columns])
     if tables.optics is None:  # RELION 3.0: pixels, and Angstrom would not be read
-        pixel = pixel_sizes_from_star(tables)
+        pixel = pixel_sizes_from_star(tables) if pixel_size is None else np.full(len(tables), pixel_size)
         if pixel is None:
             raise InputError(f"{tables.path}: has no pixel size, so origins cannot be written in its pixels")
-        angstrom, names = angstrom / np.asarray(pixel)[:, None], ("rlnOriginX", "rlnOriginY")
-    else:
-        table = table.drop(columns=in_pixels)
-        names = ("rlnOriginXAngst", "rlnOriginYAngst")
+        angstrom, names = angstrom / np.asarray(pixel)[:, None], in_pixels
     for axis, name in enumerate(names):
         table[name] = np.round(angstrom[:, axis], 5)
     return replace(tables, particles=table)

@@ -42,6 +42,7 @@ class ParticleSet:
         normalised: True when mean 0 and sd 1 outside the particle have been set.
         box_sizes: (N,) int32 where stacks of several boxes are mixed, else None.
         path: what the user gave, with passthrough, datadir, poses_from, ctf_from. n_source: rows before ``ind``.
+        given: pixel_size, voltage_kv, ... where the user said them, as ``open_particles`` takes them.
         tables: the whole star tables or cs array, when they were to be kept.
         source: the metadata file whose row ``rows[i]`` is particle i.
     """
@@ -71,6 +72,7 @@ class ParticleSet:
     poses_from: Path | None = None
     ctf_from: Path | None = None
     n_source: int = 0
+    given: dict[str, float] = field(default_factory=dict)
     dataset: dict[str, Any] = field(default_factory=dict, repr=False)
     tables: Any = field(default=None, repr=False)
 

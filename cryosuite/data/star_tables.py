@@ -30,19 +30,24 @@ PRIVATE = "_"  # names of other programs' internal columns (cryoDRGN's __mrc_ind
 
 
 def star_tables(
-    particles: ParticleSet, image_names: Sequence[str], box_size: int, pixel_size: np.ndarray, carried: Any = None
+    particles: ParticleSet,
+    image_names: Sequence[str],
+    box_size: int | np.ndarray,
+    pixel_size: np.ndarray,
+    carried: Any = None,
 ) -> dict[str, pd.DataFrame]:
     """Blocks for ``write_star``: optics, particles, then the blocks carried from the source.
 
     Args:
         particles: poses, CTF, half sets and optics groups come from here.
         image_names: (N,) NUMBER@STACK.
-        box_size, pixel_size: of the images named, pixels and Angstrom (N,).
+        box_size, pixel_size: of the images named, pixels (N,) or of all, and Angstrom (N,).
         carried: the particle tables (formats.star.ParticleTables) of the source, its rows in the order of the set.
     """
     import pandas as pd
 
-    group, first = _groups(particles, pixel_size)
+    box_size = np.broadcast_to(box_size, len(particles))
+    group, first = _groups(particles, box_size, pixel_size)
     table: dict[str, Any] = {"rlnImageName": pd.array(image_names, dtype="str", copy=False)}
     table |= _poses(particles, box_size, pixel_size, carried)
     if particles.ctf is not None:
@@ -66,10 +71,10 @@ def star_tables(
     return blocks
 
 
-def _groups(particles: ParticleSet, pixel_size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _groups(particles: ParticleSet, box_size: np.ndarray, pixel_size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Optics group (N,) from 0 of the table we write, and a row of the set for each: the set's groups, split where
-    voltage, Cs, amplitude contrast, pixel size or aberrations differ within one."""
-    parts = [particles.optics_group, np.asarray(pixel_size)]
+    voltage, Cs, amplitude contrast, box, pixel size or aberrations differ within one."""
+    parts = [particles.optics_group, box_size, np.asarray(pixel_size)]
     if particles.ctf is not None:
         parts += [particles.ctf[:, 5:8]]
         parts += [particles.extras[name] for name in OPTICS_TERMS if name in particles.extras]
@@ -77,7 +82,7 @@ def _groups(particles: ParticleSet, pixel_size: np.ndarray) -> tuple[np.ndarray,
     return group, np.unique(group, return_index=True)[1]
 
 
-def _poses(particles: ParticleSet, box_size: int, pixel_size: np.ndarray, carried: Any) -> dict[str, np.ndarray]:
+def _poses(particles: ParticleSet, box_size: np.ndarray, pixel_size: np.ndarray, carried: Any) -> dict[str, np.ndarray]:
     """Euler angles (the source's own numbers where they mean the same rotations) and origins in Angstrom."""
     if particles.rotation is None:
         return {}
@@ -94,7 +99,7 @@ def _poses(particles: ParticleSet, box_size: int, pixel_size: np.ndarray, carrie
 
 
 def _optics(
-    particles: ParticleSet, first: np.ndarray, box_size: int, pixel_size: np.ndarray, carried: Any
+    particles: ParticleSet, first: np.ndarray, box_size: np.ndarray, pixel_size: np.ndarray, carried: Any
 ) -> pd.DataFrame:
     """One row per optics group; columns of the source's optics table that we do not know stay."""
     import pandas as pd
@@ -109,7 +114,7 @@ def _optics(
         for column, name in ((5, "rlnVoltage"), (6, "rlnSphericalAberration"), (7, "rlnAmplitudeContrast")):
             table[name] = particles.ctf[first, column]
     table["rlnImagePixelSize"] = np.round(np.asarray(pixel_size, np.float64)[first], 6)
-    table["rlnImageSize"] = np.full(len(first), box_size)
+    table["rlnImageSize"] = box_size[first]
     table["rlnImageDimensionality"] = np.full(len(first), 2)
     if particles.ctf_premultiplied:
         table[PREMULTIPLIED] = np.ones(len(first), np.int64)

@@ -71,6 +71,7 @@ def _dataset(
         "passthrough": [str(path.resolve()) for path in particles.passthrough] or None,
         "poses": str(particles.poses_from.resolve()) if particles.poses_from else None,
         "ctf": str(particles.ctf_from.resolve()) if particles.ctf_from else None,
+        "given": particles.given or None,
     }
     return {
         "kind": "preprocessed",
