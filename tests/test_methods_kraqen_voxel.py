@@ -313,3 +313,35 @@ def test_temperature_follows_the_options(toy):
     expected = [assignment.annealed(i / 7, 8.0, 1.0, 0.8) for i in range(8)]
     assert [line["temperature"] for line in found.history] == pytest.approx(expected[: len(found.history)])
     assert math.isclose(found.history[-1]["temperature"], 1.0)
+
+
+@pytest.mark.parametrize("changes", [{"t_max": 30.0}, {"march_from": 0.25, "march_over": 1.0}])
+def test_a_run_does_not_end_before_its_last_temperature_and_radius(changes):
+    """Two easy states: no image changes its code from the second or third iteration on."""
+    particles, _ = blob_particles([blobs(BOX, 3, 8), blobs(BOX, 11, 3)], 60, noise=0.1)
+    options = SMALL.changed(n_codes=2, iterations=16, split=False, **changes)
+    last = VoxelEM(particles, options).run(progress=False).history[-1]
+    assert (last["temperature"], last["r_max"]) == (1.0, BOX // 2)
+
+
+def test_finish_begins_at_the_last_temperature(toy):
+    shares = ClassWeights.from_labels(toy[1])
+    found = finish(toy[0], shares, SMALL.changed(n_codes=3, em_finish=3, t_max=30.0))
+    assert {line["temperature"] for line in found.history} == {1.0}
+
+
+def test_finish_takes_more_codes_than_images(toy):
+    """As a network may have; the numbers of the codes stay."""
+    few, shares = toy[0].subset(np.arange(4)), ClassWeights.from_labels(np.array([0, 6, 3, 6]), 9)
+    found = finish(few, shares, SMALL.changed(em_finish=2))
+    assert found.p.n_classes == len(found.codes) == 9 and np.isfinite(found.codes.numpy()).all()
+
+
+def test_a_broken_image_has_no_latent(toy):
+    images = toy[0].read(slice(None)).copy()
+    images[7, 3, 3] = np.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserNotice)
+        found = VoxelEM(replace(toy[0], images=ArrayImages(images)), SMALL).run(progress=False)
+        z, _ = embed(merge(found)[0])
+    assert np.flatnonzero(~np.isfinite(z).all(1)).tolist() == [7]

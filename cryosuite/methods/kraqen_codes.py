@@ -147,7 +147,9 @@ def finish(
     from cryosuite.methods.kraqen_cross import engine_for
     from cryosuite.methods.kraqen_voxel import VoxelResult
 
-    engine = engine_for(particles, options.changed(n_codes=p.n_classes), seed, device, FINE_BOX, processes)
+    fewer = options.changed(n_codes=min(p.n_classes, len(p)))
+    engine = engine_for(particles, fewer, seed, device, FINE_BOX, processes)
+    engine.codes = p.n_classes  # a network may have more codes than there are images
     if options.em_finish:
         return engine.run(start=p, label="last iterations")
     return VoxelResult(engine.maps(p), p, p.usage(), engine)
@@ -164,15 +166,17 @@ def embed(result: VoxelResult) -> tuple[np.ndarray, np.ndarray]:
     mean of its codes as far as the image is noisy.
 
     Returns:
-        z (N, M) float32 and codes (K, M) float32, M = min(K - 1, 16), at least 1.
+        z (N, M) float32, NaN where an image is broken, and codes (K, M) float32, M = min(K - 1, 16), at least 1.
     """
     engine, p = result.engine, result.p
     mean, basis, codes = principal_components(result.codes, result.usage)
     variance = assignment.code_variance(codes)
     shares = p.matrix @ codes.double().numpy()  # sum_k p_ik c_k
-    if not float(variance) > 0:
-        return shares.astype(np.float32), codes.numpy()
-    return _places(engine, torch.cat([mean[None], basis]), shares, variance), codes.numpy()
+    z = shares.astype(np.float32)
+    if float(variance) > 0:
+        z = _places(engine, torch.cat([mean[None], basis]), shares, variance)
+    z[engine.images.bad] = np.nan  # analyze leaves them out
+    return z, codes.numpy()
 
 
 def _places(engine: VoxelEM, maps: Tensor, shares: np.ndarray, variance: Tensor) -> np.ndarray:

@@ -212,15 +212,20 @@ class VoxelEM:
         half = self.box // 2
         return max(2, math.ceil(march(fraction, self.options.march_from * half, half, self.options.march_over)))
 
+    def schedule(self, iteration: int, total: int, everything: bool) -> tuple[float, float, int]:
+        """(temperature, strength of the balance, r_max) of an iteration, counted from 0; from given shares the last."""
+        o, fraction = self.options, iteration / max(total - 1, 1)
+        if everything:
+            return o.t_min, self.balance(fraction, True), self.box // 2
+        temperature = assignment.annealed(fraction, o.t_max, o.t_min, o.anneal_over, o.anneal)
+        return temperature, self.balance(fraction, False), self.radius(iteration / total)
+
     # --- one iteration -----------------------------------------------------------------------------------------------
 
     def _iterate(self, state: State, total: int, everything: bool, signals: StopSignals, bar: Progress | None):
         """(new state, its line of metrics); raises StopNow in all processes when a signal asked one of them to stop."""
         began, o, done = time.monotonic(), self.options, state.iteration
-        fraction = done / max(total - 1, 1)
-        r_max = self.box // 2 if everything else self.radius(done / total)
-        temperature = assignment.annealed(fraction, o.t_max, o.t_min, o.anneal_over, o.anneal)
-        strength = self.balance(fraction, everything)
+        temperature, strength, r_max = now = self.schedule(done, total, everything)
         step = Expectation(self, state.usage, temperature, strength, r_max)
         rows = self.rows(done, total, everything)
         volumes = self._pass(state.volumes, rows, step, signals, bar)
@@ -254,7 +259,12 @@ class VoxelEM:
         }
         whole = p if len(rows) == self.count else None
         settled = False
-        if whole is not None and state.p is not None and not pairs:
+        if (
+            whole is not None
+            and state.p is not None
+            and not pairs
+            and now == self.schedule(total - 1, total, everything)
+        ):
             settled = bool((state.p.labels() != whole.labels()).mean() < SETTLED)
         return State(done + 1, volumes, usage, whole, state.seconds + seconds, settled), record
 
