@@ -187,6 +187,13 @@ def test_options_without_effect_are_told():
     assert network.without_effect(["iterations", "margin", "levels", "width"]) == {
         "iterations": "--field fourier", "margin": "--beta 0", "levels": "--field fourier",
     }  # fmt: skip
+    em = KraqenOptions(field="fourier", blend="em", march_from=1.0)
+    assert em.without_effect(["em_last", "march_over", "anneal", "blend"]) == {
+        "em_last": "--blend em", "march_over": "--march 1", "anneal": "--t-max 1",
+    }  # fmt: skip
+    assert not em.changed(t_max=8.0, blend="blended", march_from=0.5).without_effect(
+        ["em_last", "march_over", "anneal"]
+    )
     assert not KraqenOptions(field="triplane", assign="kernel", beta=0.1).without_effect(["kernel", "margin", "levels"])
 
 
@@ -199,3 +206,11 @@ def test_more_codes_than_images_is_said(tmp_path):
     with pytest.warns(UserNotice, match="3 codes are used"):
         found = kraqen_run.train(toy.particles(3, D, 0.3), RunDir(tmp_path), KraqenOptions(n_codes=9), TrainOptions())
     assert 1 <= len(found.codes) <= 3
+
+
+def test_a_network_may_have_more_codes_than_there_are_images(tmp_path):
+    """The finish in closed form takes them as they are; it is done where the network was trained."""
+    options = KraqenOptions(field="fourier", n_codes=12, rank=2, features=4, width=8, layers=1, em_finish=1)
+    training = TrainOptions(epochs=1, batch_size=4, lr=1e-3, precision="32", accelerator="cpu")
+    found = kraqen_run.train(toy.particles(8, D, 0.3), RunDir(tmp_path), options, training)
+    assert 1 <= len(found.codes) <= 12 and RunDir(tmp_path).volume(0).exists()

@@ -133,6 +133,12 @@ class KraqenOptions:
             out |= {name: "--m-step local" for name in idle if name in names}
         if not self.beta and self.field != "voxel":
             out |= {name: "--beta 0" for name in ("margin", "alignment") if name in names}
+        if self.t_max == self.t_min and "anneal" in names:
+            out["anneal"] = f"--t-max {self.t_max:g}"
+        if self.march_from == 1 and "march_over" in names:
+            out.setdefault("march_over", "--march 1")
+        if self.blend == "em" and "em_last" in names:
+            out.setdefault("em_last", "--blend em")
         if self.n_codes and "n_states" in names:
             out["n_states"] = f"--n-codes {self.n_codes}"
         return out

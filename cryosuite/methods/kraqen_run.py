@@ -157,7 +157,8 @@ def _train_network(
     if fitted.stopped:
         return Trained(fitted.epochs_done, fitted.stopped, fitted.exit_code)
     p, z = describe(fitted.model, particles)
-    found = finish(particles, p, options, training.seed, processes=training_processes())
+    device = resolve_accelerator(training.accelerator)
+    found = finish(particles, p, options, training.seed, device, training_processes())
     if found.stopped:
         return Trained(fitted.epochs_done, found.stopped, found.exit_code)
     codes = fitted.model.codes.detach().cpu().numpy().astype(np.float32)
@@ -274,7 +275,7 @@ def load(run: RunDir, config: dict[str, Any], epoch: int) -> LoadedRun:
     if len(z) != len(particles):
         raise InputError(f"{run.z(epoch)}: {len(z)} latents for {len(particles)} particles: did the set change?")
     decode = _from_maps(run, epoch, z) if options.field == "voxel" else _from_network(run, epoch, z, options, particles)
-    pixel_size = float(np.median(particles.pixel_size))
+    pixel_size = common_pixel_size(particles.pixel_size)
     return LoadedRun("kraqen", particles, z, epoch, pixel_size, particles.box_size, decode, config)
 
 
