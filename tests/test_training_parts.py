@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from cryosuite.training.launch import (
     Shape,
     launch_shape,
     process_rank,
+    resolve_precision,
     rng_state,
     seed_all,
     set_rng_state,
@@ -141,6 +143,20 @@ def test_launchers_decide_the_number_of_processes() -> None:
     assert launch_shape(chosen, batch_script) == Shape(2, 1, "self") and process_rank(batch_script) == 0
     with pytest.raises(InputError, match="same number on every node"):
         launch_shape(chosen, {"SLURM_STEP_NUM_TASKS": "5", "SLURM_STEP_NUM_NODES": "2"})
+
+
+@pytest.mark.parametrize(("capability", "precision"), [(7, "32-true"), (8, "bf16-mixed")])
+def test_auto_is_bf16_only_on_cards_that_have_it(
+    monkeypatch: pytest.MonkeyPatch, capability: int, precision: str
+) -> None:
+    """torch emulates bfloat16 on older cards (V100, T4) and calls that supported; it is slower than float32."""
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=capability))
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda _: True, raising=False)
+    assert resolve_precision("auto", "cuda") == precision
+    assert resolve_precision("bf16", "cuda") == "bf16-mixed"
 
 
 def test_plain_values_only() -> None:

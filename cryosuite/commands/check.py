@@ -165,6 +165,7 @@ def _cost(particles: ParticleSet, name: str) -> Finding:
     from cryosuite.methods.hype import Hype
     from cryosuite.methods.hype_options import preset
     from cryosuite.reconstruct.inspect import OK, WARN, Finding
+    from cryosuite.training.inference import autocast
     from cryosuite.training.method import Step
 
     gpu = torch.cuda.is_available()
@@ -176,7 +177,7 @@ def _cost(particles: ParticleSet, name: str) -> Finding:
     try:
         model = method.build(particles).to(device)
         found = next(iter(BatchLoader(particles, min(batch, len(particles)), prefetch=0).epoch(0))).to(device)
-        half = torch.autocast(device.type, dtype=torch.bfloat16, enabled=gpu)
+        half = autocast(device, "auto")
         for step in range(STEPS + 1):
             if step == 1:
                 began = time.perf_counter()

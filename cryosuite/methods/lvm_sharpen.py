@@ -253,7 +253,7 @@ def _corners(
 
 
 def _fast_bf16(device: torch.device) -> bool:
-    return fast_bf16() if device.type == "cpu" else torch.cuda.is_bf16_supported()
+    return fast_bf16() if device.type == "cpu" else torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _finished(

@@ -134,7 +134,7 @@ def fast_bf16() -> bool:
 def resolve_precision(name: str, accelerator: str) -> str:
     """Lightning's name of the precision: "auto" is bf16-mixed on cards that have it, else 32-true."""
     if name == "auto":
-        name = "bf16" if accelerator == "cuda" and torch.cuda.is_bf16_supported() else "32"
+        name = "bf16" if accelerator == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "32"
     return "bf16-mixed" if name == "bf16" else "32-true"
 
 
