@@ -177,7 +177,8 @@ def test_a_finished_or_missing_run_is_not_trodden_on(tmp_path: Path) -> None:
 
 
 def test_bad_options_are_one_sentence() -> None:
-    for bad in ({"epochs": 0}, {"lr": 0}, {"ema": 1.0}, {"precision": "fp16"}, {"batch_size": 0}, {"betas": (0.9,)}):
+    bad_ones = ({"epochs": 0}, {"lr": 0}, {"ema": 1.0}, {"precision": "fp16"}, {"batch_size": 0}, {"betas": (0.9,)})
+    for bad in (*bad_ones, {"seed": -1}, {"seed": 1 << 64}):
         with pytest.raises(InputError, match=f"--{next(iter(bad)).replace('_', '-')} "):
             options(**bad)
 

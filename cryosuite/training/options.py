@@ -61,6 +61,7 @@ class TrainOptions:
         self._need("weight_decay", self.weight_decay >= 0, "0 or more")
         self._need("grad_clip", self.grad_clip >= 0, "0 (no clipping) or more")
         self._need("ema", 0 <= self.ema < 1, "0 (off) or a decay below 1, for example 0.999")
+        self._need("seed", 0 <= self.seed < 1 << 63, "a whole number of at least 0")
         self._need("betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)")
         self._need("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
         self._need("accelerator", self.accelerator in ACCELERATORS, f"one of {', '.join(ACCELERATORS)}")
