@@ -58,7 +58,8 @@ def test_preset(shared, tmp_path, monkeypatch):
     ("arguments", "match"),
     [(["--recipe", "soup"], "soup"), (["--structures", "no/such.pdb"], "no/such.pdb"), (["-D", "31"], "even"),
      (["--compat", "x"], "cryobench"), (["--preset", "x"], "mini-mix16"), (["--noise-at", "3D"], "2D or D"),
-     (["--occupancies", "1,2"], "16 states")],
+     (["--occupancies", "1,2"], "16 states"), (["--recipe", "loop", "--states", "-1"], "--states -1"),
+     (["--recipe", "assembly", "--states", "0"], "--states 0"), (["--seed", "-1"], "--seed -1")],
 )  # fmt: skip
 def test_bad_input_is_one_error(tmp_path, arguments, match):
     with pytest.raises(InputError, match=match):

@@ -276,12 +276,24 @@ def test_stream_is_a_function_of_its_number(states):
 @pytest.mark.parametrize(
     ("change", "match"),
     [({"box_size": 33}, "even"), ({"snr": 0.0}, "snr"), ({"render_box": 40}, "render-box"),
-     ({"pixel_size": -1.0}, "Apix"), ({"n_particles": 0}, "at least one"), ({"defocus_um": (2.0, 1.0)}, "defocus")],
+     ({"pixel_size": -1.0}, "Apix"), ({"n_particles": 0}, "at least one"), ({"defocus_um": (2.0, 1.0)}, "defocus"),
+     ({"defocus_um": (1.0, np.inf)}, "defocus"), ({"astigmatism": -1.0}, "astigmatism"), ({"seed": -1}, "seed"),
+     ({"voltage_kv": 0.0}, "voltage"), ({"amplitude_contrast": 2.0}, "amplitude-contrast"),
+     ({"neighbours": -1.0}, "neighbours"), ({"resolution": -3.0}, "resolution"), ({"snr": np.inf}, "snr"),
+     ({"device": "gpu"}, "expected cpu or cuda"), ({"device": "cuda:99"}, "GPUs")],
 )  # fmt: skip
 def test_impossible_options_are_refused(states, tmp_path, change, match):
     with pytest.raises(InputError, match=match):
         simulate(states, replace(BASE, **change), tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_nothing_of_an_earlier_simulation_stays_that_does_not_belong_to_the_new_one(states, tmp_path):
+    simulate(states, replace(BASE, n_particles=6, pose_error_deg=3.0, keep_clean=True), tmp_path)
+    assert (tmp_path / "truth_poses.pkl").exists() and (tmp_path / "clean.mrcs").exists()
+    simulate(states, replace(BASE, n_particles=6, keep_clean=False), tmp_path)
+    left = {entry.name for entry in tmp_path.iterdir()}
+    assert "dataset.yaml" in left and not left & {"truth_poses.pkl", "truth_ctf.pkl", "clean.mrcs"}
 
 
 def test_does_not_overwrite_another_kind_of_set(states, tmp_path):

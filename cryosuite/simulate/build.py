@@ -57,6 +57,8 @@ def build_states(options: RecipeOptions, seed: int, render_pixel: float) -> Stat
     """
     if options.recipe not in RECIPES:
         raise InputError(f"--recipe {options.recipe}: unknown; there are {', '.join(RECIPES)}.")
+    if options.n_states is not None and options.n_states < 1:
+        raise InputError(f"--states {options.n_states}: at least 1 is needed.")
     rng = stage_rng(seed, "structures")
     maps = [path for path in find_files(options.structures) if has_ending(path, MAP_FILES)]
     if maps:
@@ -108,11 +110,14 @@ def _one(options: RecipeOptions, rng: np.random.Generator) -> Structure:
     files = find_files(options.structures)
     if not files:  # phantoms in several items
         return load_structures("phantom:1", rng)[0]
+    return read_structure(_first(files, options.recipe))
+
+
+def _first(files: list[Path], recipe: str) -> Path:
+    """The file that a recipe of one molecule takes, with a notice where there are more."""
     if len(files) > 1:
-        notice(
-            f"--recipe {options.recipe} takes one structure: {files[0].name} is used, the other {len(files) - 1} not."
-        )
-    return read_structure(files[0])
+        notice(f"--recipe {recipe} takes one structure: {files[0].name} is used, the other {len(files) - 1} not.")
+    return files[0]
 
 
 def _assembly_phantom(rng: np.random.Generator) -> Phantom:
@@ -161,6 +166,6 @@ def _from_maps(paths: list[Path], options: RecipeOptions, render_pixel: float) -
     if others or any(phantom_count(item) is not None for item in options.structures.split(",")):
         raise InputError("--structures: give either maps or atomic models, not both.")
     if options.recipe == "homogeneous":
-        paths = paths[:1]
+        paths = [_first(paths, options.recipe)]
     states: list[State] = [map_state(path, render_pixel) for path in paths]
     return StateSet(options.recipe, states, details={"structures": [s.name for s in states], "from_maps": True})

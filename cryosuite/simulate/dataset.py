@@ -27,6 +27,7 @@ from cryosuite.simulate.truth import write_truth
 from cryosuite.simulate.write import write_metadata
 
 ENTROPY = 20240526
+SOMETIMES = ("clean.mrcs", "truth_poses.pkl", "truth_ctf.pkl")  # files that only some options write
 STAGES = ("structures", "poses", "shifts", "ctf", "noise", "order", "neighbours", "errors", "ice")
 
 
@@ -80,17 +81,38 @@ class SimulateOptions:
                 f"--render-box {render}: must be even and at least twice the box size ({2 * box})",
             ),
             (self.n_particles >= 1, f"-n {self.n_particles}: at least one image is needed"),
-            (self.pixel_size > 0, f"--Apix {self.pixel_size}: the pixel size must be positive (Angstrom)"),
-            (self.snr > 0, f"--snr {self.snr}: must be positive"),
+            (0 < self.pixel_size < np.inf, f"--Apix {self.pixel_size}: the pixel size must be positive (Angstrom)"),
+            (self.optics.resolution >= 0, f"--resolution {self.resolution}: must be 0 or more (Angstrom)"),
+            (0 < self.snr < np.inf, f"--snr {self.snr}: must be positive"),
+            (0 < self.voltage_kv < np.inf, f"--voltage {self.voltage_kv}: must be positive (kV)"),
+            (
+                0 <= self.amplitude_contrast <= 1,
+                f"--amplitude-contrast {self.amplitude_contrast}: a fraction between 0 and 1",
+            ),
             (0 <= self.shift <= 0.5, f"--shift {self.shift}: a fraction of the box between 0 and 0.5"),
             (
-                self.defocus_um[0] <= self.defocus_um[1],
+                -np.inf < self.defocus_um[0] <= self.defocus_um[1] < np.inf,
                 f"--defocus {self.defocus_um}: give the smaller value first (micrometres)",
             ),
+            (0 <= self.astigmatism < np.inf, f"--astigmatism {self.astigmatism}: must be 0 or more (Angstrom)"),
+            (0 <= self.neighbours <= 100, f"--neighbours {self.neighbours}: a mean number between 0 and 100"),
+            (self.seed >= 0, f"--seed {self.seed}: must be 0 or more"),
         ]
         for good, message in tests:
             if not good:
                 raise InputError(message)
+        self._check_device()
+
+    def _check_device(self) -> None:
+        """Raise InputError for a device that torch does not know or that is not here."""
+        try:
+            device = torch.device(self.device)
+        except RuntimeError:
+            device = None
+        if device is None or device.type not in ("cpu", "cuda"):
+            raise InputError(f"--device {self.device}: expected cpu or cuda")
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise InputError(f"--device {self.device}: this machine has {torch.cuda.device_count()} GPUs; use cpu")
 
 
 def stage_rng(seed: int, stage: str) -> np.random.Generator:
@@ -303,13 +325,14 @@ def simulate(states: StateSet, options: SimulateOptions, out: Path | str, comman
 
 
 def _make_folder(work: WorkDir) -> None:
-    """Make the output folder; of an earlier simulation remove what says that it is complete, and its maps."""
+    """Make the output folder; of an earlier simulation remove what says that it is complete, and what may not be
+    written again: maps, clean images, true poses."""
     if work.exists() and work.read_dataset().get("kind") != "simulated":
         raise InputError(f"{work.path}: holds a particle set that was not simulated; choose another folder (-o).")
     work.path.mkdir(parents=True, exist_ok=True)
     work.dataset.unlink(missing_ok=True)  # written last: its presence says the folder is complete
-    for old in work.volume(0).parent.glob("vol_*.mrc"):
-        old.unlink()
+    for old in [*work.volume(0).parent.glob("vol_*.mrc"), *(work.path / name for name in SOMETIMES)]:
+        old.unlink(missing_ok=True)
 
 
 def _warn_large(states: StateSet, optics: Optics) -> None:
