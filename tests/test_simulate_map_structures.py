@@ -44,6 +44,11 @@ def test_molecules_of_a_folder_are_kept(tmp_path: Path) -> None:
     assert all(np.array_equal(x.xyz, y.xyz) and x.name == y.name for x, y in zip(first, again, strict=True))
     write_model(folder / "c.pdb", 0.0)
     assert [m.name for m in load_molecules(str(folder), cache)] == ["a", "b", "c"]  # other files: read anew
+    text = (folder / "a.pdb").read_text()
+    (folder / "a.pdb").write_text(text.replace(" 105.000", " 109.000"))  # as long as before
+    assert len((folder / "a.pdb").read_text()) == len(text)
+    moved = load_molecules(str(folder), cache)
+    assert np.abs(moved[0].xyz - first[0].xyz).max() > 1
     cache.write_bytes(b"not a zip")
     assert len(load_molecules(str(folder), cache)) == 3
 

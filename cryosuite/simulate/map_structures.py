@@ -83,7 +83,7 @@ def _from_phantom(phantom: Phantom, name: str) -> Molecule:
 
 
 def _from_files(files: list[Path], cache: Path | None) -> list[Molecule]:
-    said = " ".join(f"{file.name} {file.stat().st_size}" for file in files)
+    said = " ".join(f"{file.name} {zlib.crc32(file.read_bytes())}" for file in files)
     key = np.array([zlib.crc32(said.encode()), FORMAT], np.int64)
     if cache is not None and (kept := _cached(cache, key)) is not None:
         return kept
