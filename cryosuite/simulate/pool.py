@@ -98,6 +98,7 @@ class ProjectionPool:
         names, box = [state.name for state in states], self.options.box_size
         self.path.parent.mkdir(parents=True, exist_ok=True)
         shape = (len(names) * self.options.views, box, box)
+        self._record.unlink(missing_ok=True)  # it is not of the new file, which may have the size of the old one
         with atomic_path(self.path, needed=2 * int(np.prod(shape))) as temporary:
             reserve(temporary, 2 * int(np.prod(shape)))
             _project(np.memmap(temporary, np.float16, "r+", shape=shape), states, self.options, device)
