@@ -15,6 +15,7 @@ from cryosuite.data.noise import noise_spectrum
 from cryosuite.data.particles import ParticleSet
 from cryosuite.kernels import ctf as ctf_kernel
 from cryosuite.kernels import fourier
+from cryosuite.kernels.aberrations import magnified_rotation
 
 SPECTRUM_IMAGES = 2000
 
@@ -59,6 +60,17 @@ def whitened(
             coeffs, transfer = undo_multiplication(coeffs, transfer)
     white = noise_amplitude[batch.group].reciprocal()[:, disc.shell]  # (b, P)
     return Target(coeffs * white, transfer * white)
+
+
+def slice_matrices(batch: Batch, pixel_size: Tensor | float) -> Tensor:  # -> (b, 3, 3)
+    """Rotations with the magnification and the pixel size of each row folded in: a point of an image belongs at
+    (kx, ky, 0) times its matrix in the transform of a volume of ``pixel_size`` Angstrom. Call it outside autocast."""
+    rotation = batch.rotation
+    if batch.ctf is None:
+        return rotation
+    if batch.ctf.mag_matrix is not None:
+        rotation = magnified_rotation(rotation, batch.ctf.mag_matrix.to(rotation))
+    return rotation * (pixel_size / batch.ctf.pixel_size.to(rotation.dtype))[:, None, None]
 
 
 def undo_multiplication(coeffs: Tensor, transfer: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from cryosuite.data.loader import Batch, BatchLoader
 from cryosuite.data.particles import ParticleSet
-from cryosuite.data.spectra import measure_spectra
+from cryosuite.data.spectra import measure_spectra, slice_matrices
 from cryosuite.errors import InputError
 from cryosuite.kernels import fourier
 from cryosuite.methods.hype_latent import LatentSpace, TokensFromImages, build_bank, principal_axes, subset_rows
 from cryosuite.methods.hype_model import HypeModel
 from cryosuite.methods.hype_options import HypeOptions
+from cryosuite.reconstruct.backproject import common_pixel_size
 from cryosuite.training.inference import encode_all
 from cryosuite.training.method import Step
 from cryosuite.training.schedule import march
@@ -41,6 +42,7 @@ class Hype:
         self.options = options or HypeOptions()
         self.space: LatentSpace | None = None
         self.tokens_at: TokensFromImages | None = None
+        self.pixel_size = 1.0  # of the volumes, Angstrom; known once the model is built
         self._chances: dict[int, Tensor] = {}  # of coefficients, per number of them
 
     def check(self, particles: ParticleSet) -> None:
@@ -61,6 +63,7 @@ class Hype:
         """The model; raises InputError as ``check`` does."""
         self.check(particles)
         self._chances.clear()
+        self.pixel_size = common_pixel_size(particles.pixel_size)
         spectra = measure_spectra(particles, self.options.window)
         return HypeModel(particles.box_size, self.options, spectra, particles.ctf_premultiplied)
 
@@ -76,7 +79,7 @@ class Hype:
         count = disc.count(r_max)
         chosen, weight = self._choose(model, disc, count, step)
         with torch.autocast(device.type, enabled=False):
-            q = slice_frequencies(disc.frequency[chosen], batch.rotation)
+            q = slice_frequencies(disc.frequency[chosen], slice_matrices(batch, self.pixel_size))
         values = model.values(q, disc.radius[chosen], condition)
         with torch.autocast(device.type, enabled=False):
             difference = torch.view_as_real(target.values[:, chosen]) - target.ctf[:, chosen, None] * values

@@ -21,6 +21,7 @@ from cryosuite.methods.hype import Hype
 from cryosuite.methods.hype_latent import LatentSpace
 from cryosuite.methods.hype_model import HypeModel
 from cryosuite.methods.hype_options import HypeOptions
+from cryosuite.reconstruct.backproject import common_pixel_size
 from cryosuite.training.checkpoint import load_into, load_state
 from cryosuite.training.launch import process_rank
 from cryosuite.training.runs import particles_path
@@ -91,5 +92,5 @@ def load(run: RunDir, config: dict[str, Any], epoch: int, volume_from: str | Non
         with torch.no_grad():
             return method.decode(model, latents).cpu().numpy()
 
-    pixel_size = float(np.median(particles.pixel_size))
+    pixel_size = common_pixel_size(particles.pixel_size)
     return LoadedRun("hype", particles, z, epoch, pixel_size, particles.box_size, decode, config)

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from cryosuite.data.loader import Batch
-from cryosuite.data.spectra import Spectra, Target, whitened
+from cryosuite.data.spectra import Spectra, Target, slice_matrices, whitened
 from cryosuite.kernels import assignment, fourier
-from cryosuite.kernels.aberrations import magnified_rotation
 from cryosuite.kernels.ball import half_ball, volume_of_half_ball
 from cryosuite.methods.kraqen_options import KraqenOptions
 from cryosuite.nets.inr import half_space
@@ -89,19 +88,10 @@ class KraqenModel(nn.Module):
         with torch.autocast(device.type, enabled=False):
             disc = fourier.half_disc(self.box_size, min(r_max, self.box_size // 2), device)
             target = whitened(batch, disc, self.noise_amplitude, self.premultiplied)
-            q = disc.frequency @ self.matrices(batch)[:, :2]  # (kx, ky, 0) @ R
+            q = disc.frequency @ slice_matrices(batch, self.pixel_size)[:, :2]  # (kx, ky, 0) @ R
             sign = half_space(q)
             weight = target.ctf * self.amplitude(disc.radius)
         return Scene(target, weight, sign, self.field.hidden(q * sign[..., None]))
-
-    def matrices(self, batch: Batch) -> Tensor:  # -> (b, 3, 3)
-        """Rotations with the magnification and the pixel size of each row folded in."""
-        rotation = batch.rotation
-        if batch.ctf is None:
-            return rotation
-        if batch.ctf.mag_matrix is not None:
-            rotation = magnified_rotation(rotation, batch.ctf.mag_matrix.to(rotation))
-        return rotation * (self.pixel_size / batch.ctf.pixel_size.to(rotation.dtype))[:, None, None]
 
     def amplitude(self, radius: Tensor) -> Tensor:  # (P,) -> (P,)
         """The data's radial amplitude, linear between shells."""
