@@ -20,7 +20,7 @@ from cryosuite.kernels.ctf import ctf
 from cryosuite.kernels.shells import fsc
 from cryosuite.methods.hype import Hype, inclusion, slice_frequencies, systematic_sample
 from cryosuite.methods.hype_input import turn, view_direction
-from cryosuite.methods.hype_latent import build_bank, mean_tokens, nearest_rows, principal_axes
+from cryosuite.methods.hype_latent import TokensFromImages, build_bank, mean_tokens, nearest_rows, principal_axes
 from cryosuite.methods.hype_model import HypeModel
 from cryosuite.methods.hype_options import PRESETS, HypeOptions, preset
 from cryosuite.training.loop import fit
@@ -76,7 +76,10 @@ def test_auto_takes_the_small_preset_without_a_gpu():
 @pytest.mark.parametrize(
     "change, message",
     [({"loss": "l1"}, "--loss l1: expected one of whitened, mse"), ({"heads": 5}, "--heads 5"), ({"knn": 0}, "--knn 0"),
-     ({"groups": 5}, "--groups 5"), ({"march_from": 0.0}, "--march-from 0.0")],
+     ({"groups": 5}, "--groups 5"), ({"march_from": 0.0}, "--march 0.0"),
+     ({"inr_width": 0}, "--inr-dim 0"), ({"march_over": -1.0}, "--march-over -1.0"),
+     ({"feat_sigma": 0.0}, "--feat-sigma 0.0"),
+     ({"encoder_rmax": -4}, "--encoder-rmax -4"), ({"patch": -4}, "--patch -4")],
 )  # fmt: skip
 def test_impossible_options_are_refused(change, message):
     with pytest.raises(InputError, match=message):
@@ -420,3 +423,40 @@ def test_two_volumes_are_learnt_and_told_apart(tmp_path):
     for k in (0, 1):
         right, wrong = fsc(decoded[k], volumes[k])[:10].mean(), fsc(decoded[k], volumes[1 - k])[:10].mean()
         assert right > 0.9 and right > wrong + 0.2
+
+
+def test_pixel_sizes_of_rows_reach_the_slices(tiny_set):
+    """A point of an image with larger pixels lies nearer to the centre of the one volume."""
+    particles = tiny_set[0]
+    table = particles.ctf.copy()
+    table[1::2, 1] = 7.5
+    mixed = replace(particles, ctf=table, pixel_size=table[:, 1])
+    method = Hype(replace(TINY, march_from=1.0))
+    model, seen = method.build(mixed), []
+    model.values = lambda q, radius, condition: seen.append(q) or torch.zeros(*q.shape[:2], 2)
+    method.loss(model, first_batch(mixed), Step(99, 100))
+    radius = fourier.half_disc(model.box_size).radius / model.box_size
+    found = seen[0].norm(dim=-1) / radius
+    torch.testing.assert_close(found[::2], torch.ones_like(found[::2]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1::2], torch.full_like(found[1::2], 6.0 / 7.5), rtol=1e-5, atol=1e-5)
+
+
+def test_options_without_effect_are_told():
+    options = HypeOptions(inr="triplane", march_from=1.0)
+    assert options.without_effect(["feat_sigma", "march_over", "knn"]) == {
+        "feat_sigma": "--inr triplane", "march_over": "--march 1",
+    }  # fmt: skip
+    assert not HypeOptions().without_effect(["feat_sigma", "march_over", "knn", "hyper"])
+
+
+def test_a_broken_image_is_near_to_nothing():
+    """Its latent is NaN: it belongs to no volume, not even where all the others are asked for."""
+    z = np.arange(6, dtype=np.float32)[:, None].repeat(2, 1)
+    z[4] = np.nan
+    assert sorted(nearest_rows(z, np.zeros((1, 2)), 6)[0]) == [0, 1, 2, 3, 5]
+    read = []
+    tokens = TokensFromImages(
+        z, lambda rows: read.extend(rows) or [(rows, torch.zeros(len(rows), 1, 1))], "cluster", 1, 1
+    )
+    tokens(torch.zeros(1, 2))
+    assert read == [0, 1, 2, 3, 5]

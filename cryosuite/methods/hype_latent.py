@@ -95,11 +95,13 @@ def _float(values: np.ndarray) -> Tensor:
 
 
 def nearest_rows(z: np.ndarray, targets: np.ndarray, k: int, chunk: int = 64) -> np.ndarray:
-    """Rows of z (n, d) nearest to each target (m, d), exact, nearest first: (m, k); rows that are NaN come last."""
+    """Rows of z (n, d) nearest to each target (m, d), exact, nearest first: (m, k). Rows with NaN (of broken
+    images) are near to nothing: where fewer than k are left, so many."""
     cloud = torch.from_numpy(np.ascontiguousarray(z, np.float32))
+    k = min(k, int(cloud.isfinite().all(1).sum()))
     found = []
     for part in torch.from_numpy(np.ascontiguousarray(targets, np.float32)).split(chunk):
-        found.append(torch.cdist(part, cloud).nan_to_num(nan=torch.inf).topk(min(k, len(cloud)), largest=False).indices)
+        found.append(torch.cdist(part, cloud).nan_to_num(nan=torch.inf).topk(k, largest=False).indices)
     return torch.cat(found).numpy()
 
 
@@ -158,7 +160,8 @@ class TokensFromImages:
     def _cluster(self, point: np.ndarray) -> np.ndarray:
         if self._members is None:
             middle = centres(self.z, self.clusters)
-            self._middle, self._members = middle, nearest_rows(middle, self.z, 1)[:, 0]
+            member = np.where(np.isfinite(self.z).all(1), nearest_rows(middle, self.z, 1)[:, 0], -1)
+            self._middle, self._members = middle, member
         rows = np.flatnonzero(self._members == nearest_rows(self._middle, point[None], 1)[0, 0])
         return np.random.default_rng(0).permutation(rows)[:500]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ CHOICES = {
     "encoder_input": ("hartley", "real"),
     "encoder_scale": ("noise", "total", "wiener"),
 }
+TYPED_AS = {"march_from": "march", "inr_width": "inr-dim", "n_frequencies": "features"}  # where it differs
 POSITIVE = ("dim", "depth", "heads", "groups", "inr_width", "inr_layers", "n_frequencies", "knn", "bank")
 
 
@@ -67,27 +69,48 @@ class HypeOptions:
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise InputError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)}: expected one of {', '.join(allowed)}"
-                )
+                raise InputError(f"{flag(name)} {getattr(self, name)}: expected one of {', '.join(allowed)}")
         for name in POSITIVE:
             if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected 1 or more")
+                raise InputError(f"{flag(name)} {getattr(self, name)}: expected 1 or more")
         if not 0 <= self.encoder_drop < 1:
             raise InputError(f"--encoder-drop {self.encoder_drop}: expected 0 or more and below 1")
         for name in ("march_from", "sample_fraction"):
             if not 0 < getattr(self, name) <= 1:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected above 0 and at most 1")
+                raise InputError(f"{flag(name)} {getattr(self, name)}: expected above 0 and at most 1")
+        for name in ("patch", "encoder_rmax", "encoder_lowpass"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{flag(name)} {getattr(self, name)}: expected 0 or more")
+        if not 0 <= self.march_over <= 1:
+            raise InputError(f"--march-over {self.march_over}: expected 0 or more and at most 1")
+        if not self.feat_sigma > 0:
+            raise InputError(f"--feat-sigma {self.feat_sigma}: expected above 0")
         if self.dim % self.heads:
             raise InputError(f"--heads {self.heads}: must divide the transformer's width (--dim {self.dim})")
         if self.conditioning == "hyper" and self.hyper == "groups" and self.inr_width % self.groups:
             raise InputError(f"--groups {self.groups}: must divide the network's width (--inr-width {self.inr_width})")
+
+    def without_effect(self, names: Iterable[str]) -> dict[str, str]:
+        """Those of the named options that change nothing beside the others, and why: {"knn": "--latent tokens"}."""
+        idle = [
+            (self.conditioning == "concat", "--conditioning concat", ("hyper",)),
+            (self.inr == "triplane", "--inr triplane", ("n_frequencies", "feat_sigma")),
+            (self.latent == "tokens", "--latent tokens", ("volume_from", "knn")),
+            (self.march_from == 1, "--march 1", ("march_over",)),
+        ]
+        found = {name: why for holds, why, which in idle if holds for name in which}
+        return {name: found[name] for name in names if name in found}
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> HypeOptions:
         """From the mapping of a config.yaml; names that are not options are left out."""
         known = {field.name for field in fields(HypeOptions)}
         return HypeOptions(**{name: value for name, value in values.items() if name in known})
+
+
+def flag(name: str) -> str:
+    """How an option is typed."""
+    return f"--{TYPED_AS.get(name, name).replace('_', '-')}"
 
 
 @dataclass(frozen=True)
