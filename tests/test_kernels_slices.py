@@ -113,6 +113,14 @@ def test_loops_and_torch_agree_bit_for_rounding():
     assert (first.data - second.data).abs().max() < 1e-5 * second.data.abs().max()
 
 
+def test_half_precision_of_a_network_moves_no_frequency():
+    disc, R = half_disc(24), random_rotations(4)
+    transform = slices.volume_transform(torch.randn(24, 24, 24)).requires_grad_()  # gradients: without the loops
+    wanted = slices.extract_slices(transform, R, disc)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(slices.extract_slices(transform, R, disc), wanted)
+
+
 def test_insertion_is_the_adjoint_of_extraction(path):
     D, disc, R = 16, half_disc(16), random_rotations(40, dtype=F64)
     acc = slices.new_accumulator(D, dtype=F64)

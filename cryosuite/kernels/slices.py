@@ -137,7 +137,8 @@ def _check_reach(disc: HalfDisc, pad: int, columns: int) -> None:
 def _corners(rotation: Tensor, disc: HalfDisc, pad: int, N: int) -> tuple[Tensor, Tensor, Tensor]:
     """Voxels and weights of trilinear interpolation: (b, P, 8) int64, (b, P, 8), and (b, P) -1 where conjugated."""
     plane = disc.xy.to(rotation.dtype) * pad
-    q = plane @ rotation[..., :2, :]  # (b, P, 3) as x, y, z
+    with torch.autocast(rotation.device.type, enabled=False):  # frequencies keep their digits
+        q = plane @ rotation[..., :2, :]  # (b, P, 3) as x, y, z
     inside = (q.detach() ** 2).sum(-1, keepdim=True) <= (N - 1 + 0.01) ** 2
     q = torch.where(inside, q, torch.zeros_like(q))
     conjugate = torch.where(q[..., 0] < 0, -1.0, 1.0).to(rotation.dtype)
