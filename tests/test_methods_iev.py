@@ -192,6 +192,24 @@ def test_batches_do_not_depend_on_where_one_starts_or_on_the_processes(pool: Pro
     assert torch.equal(parts[0].index, whole.index[0::2])
 
 
+def test_simulated_images_join_those_of_files_wherever_they_were_made(pool: ProjectionPool) -> None:
+    sources = [StackSource(stacks(70), 56, "standard", 1.0), PoolSource(pool, 56, "standard", "same-view", EASY)]
+    elsewhere = CorpusLoader(Corpus(sources, 32, 56), 16, device="meta", prefetch=0)  # stands for another device
+    batch = next(elsewhere.epoch(0))
+    assert batch.images.shape == (16, 2, 56, 56)
+    assert batch.images.device.type == "meta"
+
+
+def test_broken_images_have_the_same_stand_in_whatever_is_read_with_them() -> None:
+    particles = stacks(20)
+    particles.images.array[[3, 4, 19], 0, 0] = np.nan
+    whole = StackSource(particles, 56, "standard").read(np.arange(20))
+    for rows in (np.array([3]), np.array([19, 4, 3, 0])):
+        np.testing.assert_array_equal(StackSource(particles, 56, "standard").read(rows), whole[rows])
+    np.testing.assert_array_equal(whole[3], whole[5])
+    np.testing.assert_array_equal(whole[19], whole[0])
+
+
 def test_broken_images_are_replaced_and_a_broken_set_is_refused() -> None:
     particles = stacks(20)
     particles.images.array[3, 0, 0] = np.nan
@@ -252,6 +270,16 @@ def test_turned_particles_keep_their_mass() -> None:
     x = (moved * axis).sum((1, 2)) / moved.sum((1, 2))
     assert float(x.abs().max()) <= 0.05 * 56 + 0.1
     assert float(x.std()) > 0.5
+
+
+def test_half_precision_moves_no_pixel() -> None:
+    images = torch.randn(8, 112, 112)
+    torch.manual_seed(0)
+    wanted = augment(images, frozenset(("rotate", "shift", "crop")))
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = augment(images, frozenset(("rotate", "shift", "crop")))
+    torch.testing.assert_close(out, wanted)
 
 
 def test_circle_is_the_last_thing_and_grey_zero(small: None) -> None:
@@ -367,6 +395,7 @@ def test_weight_decay_is_for_matrices_only(small: None) -> None:
         ({"momentum": 1.0}, "--momentum"),
         ({"chunk": 8}, "batch norm"),
         ({"keep": 0.0}, "--keep"),
+        ({"hidden": 0}, "--hidden 0"),
     ],
 )
 def test_impossible_options_are_refused(wrong: dict, says: str) -> None:

@@ -94,6 +94,7 @@ class StackSource:
         self.key = zlib.crc32(np.ascontiguousarray(ends, np.float32).tobytes(), self.size)
         self.cache = EncoderCache(particles, size_px, prep, cache, circle=False) if cache else None
         self.broken = Broken(particles)
+        self.stand_in: dict[int, int] = {}  # of broken images the row that is taken instead
 
     def rows(self, first: int, count: int, seed: int, number: int) -> np.ndarray:
         """Rows number ``first`` .. of this set's endless stream: pass after pass, blocks in random order."""
@@ -110,20 +111,36 @@ class StackSource:
         return out
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """Images (b, s, s) uint8; broken ones are replaced by others of the same rows."""
+        """Images (b, s, s) uint8; in place of a broken one comes the next of the set that is not, whatever is read."""
         unique, back = np.unique(rows, return_inverse=True)
-        if self.cache is not None:
-            images, finite = self.cache.batch(unique).numpy(), ~self.cache.bad[unique]
-        else:
-            images, finite = read_encoder_images(self.particles, unique, self.size_px, self.prep, circle=False)
-        good = np.flatnonzero(finite)
-        if not len(good):
-            raise InputError(f"{self.name}: {len(unique)} images in a row hold NaN or infinite pixels; run check on it")
-        if len(good) < len(unique):
+        images, finite = self._prepared(unique)
+        if not finite.all():
             if self.cache is None:  # which has told them when it was made
                 self.broken.add(unique[~finite])
-            images = images[good[np.searchsorted(good, np.arange(len(unique))) % len(good)]]
+            for place in np.flatnonzero(~finite):
+                images[place] = self._stand_in(int(unique[place]))
         return images[back]
+
+    def _prepared(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Images (b, s, s) uint8 and (b,) whether their pixels are finite."""
+        if self.cache is not None:
+            return self.cache.batch(rows).numpy(), ~self.cache.bad[rows]
+        return read_encoder_images(self.particles, rows, self.size_px, self.prep, circle=False)
+
+    def _stand_in(self, row: int) -> np.ndarray:
+        """The first image behind a broken one that is whole; InputError where none of a block is."""
+        if row not in self.stand_in:
+            for step in range(1, min(BLOCK, self.size)):
+                other = (row + step) % self.size
+                if self._prepared(np.array([other]))[1][0]:
+                    self.stand_in[row] = other
+                    break
+            else:
+                raise InputError(
+                    f"{self.name}: image {row} (0-based) and all of the {min(BLOCK, self.size) - 1} behind it hold NaN "
+                    "or infinite pixels; run check on it"
+                )
+        return self._prepared(np.array([self.stand_in[row]]))[0][0]
 
 
 class PoolSource:
@@ -143,6 +160,8 @@ class PoolSource:
     ) -> None:
         self.pool, self.size_px, self.prep, self.positives = pool, size_px, prep, positives
         self.imaging, self.weight, self.device = imaging or Imaging(), weight, torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:  # a reading thread would take the first card
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.name = f"simulated particles of {len(pool.names)} molecules"
         self.shapes = pool.shapes()
         self.key = zlib.crc32(repr((pool.names, pool.options, self.imaging, positives)).encode())
@@ -356,7 +375,7 @@ class CorpusLoader:
                 places = torch.from_numpy(np.flatnonzero(source == s))
                 if len(places):
                     made, molecule, shapes[places] = self._simulate(s, whole, epoch, batch)
-                    pairs[places.to(self.device)] = made
+                    pairs[places.to(self.device)] = made.to(self.device)
                     label[places] = molecule
         one_image = [self.corpus.sources[s].positives == "augment" for s in endless]
         once = [s for s, one in zip(endless, one_image, strict=True) if one]

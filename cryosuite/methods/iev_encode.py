@@ -27,14 +27,16 @@ EPOCH = 1  # features have no epochs; analyze counts from 1
 
 def encode_to_run(
     path: Path, outdir: Path, weights: str, *, overwrite: bool = False, batch: int = 64, accelerator: str = "auto",
-    precision: str = "auto", prep: str | None = None, circle: bool = True, **how: Any,
+    precision: str = "auto", prep: str | None = None, circle: bool = True, devices: int = 1, num_nodes: int = 1,
+    **how: Any,
 ) -> None:  # fmt: skip
     """Write OUTDIR with the features of a particle set: z.1.pkl (N, C) float32, index.pkl, config.yaml.
 
     ``precision``: 32, bf16, or auto: bf16 on a GPU. ``how``: arguments of ``open_particles``. Features go to disk as
     they come: memory does not grow with the number of particles. Prints how well neighbours agree where the true
-    labels are known (simulated sets). The processes that torchrun or srun started share the particles. Raises
-    InputError for weights or particles that cannot be used, and a folder that already holds a run.
+    labels are known (simulated sets). The processes that torchrun or srun started share the particles, or as many as
+    ``devices`` on each of ``num_nodes`` say. Raises InputError for weights or particles that cannot be used, and a
+    folder that already holds a run.
     """
     loaded = open_encoder(weights, prep)
     options = TrainOptions(epochs=EPOCH, precision=precision)
@@ -42,7 +44,8 @@ def encode_to_run(
     run = RunDir(outdir)
     facts = {"weights": loaded.source, "prep": loaded.prep, "circle": circle, "size": loaded.spec.size}
     config = make_config("iev", path, run, facts, options, holds="features", **how)
-    processes = join_processes()
+    kind = resolve_accelerator(accelerator)
+    processes = join_processes(devices, num_nodes, kind)
 
     def start() -> None:
         start_run(run, config, overwrite=overwrite)
@@ -50,7 +53,7 @@ def encode_to_run(
 
     processes.first_does(start)
     say(f"encoder: {loaded.source}, prep {loaded.prep}")
-    device = torch.device(resolve_accelerator(accelerator))
+    device = torch.device(kind)
     half = None if precision == "auto" else precision == "bf16"
     z = features_to_file(run.z(EPOCH), particles, loaded, batch, device, circle=circle, half=half, processes=processes)
     if processes.first:

@@ -70,8 +70,10 @@ class IevOptions:
             raise InputError(f"--keep {self.keep}: expected above 0 and at most 1, the share of patches shown")
         if self.guide < 0:
             raise InputError(f"--guide {self.guide}: expected 0 or more")
-        if self.hidden < 1 or self.out < 1 or self.chunk < 0:
-            raise InputError("--hidden and --out: expected 1 or more; --chunk: 0 or more")
+        if self.hidden < 1:
+            raise InputError(f"--hidden {self.hidden}: expected 1 or more")
+        if self.out < 1 or self.chunk < 0:
+            raise InputError(f"out {self.out}, chunk {self.chunk}: expected 1 or more, and 0 or more")
         if self.chunk and self.norm2 == "bn":
             raise InputError("--chunk needs --norm2 ln: a batch norm must see the whole batch at once")
 

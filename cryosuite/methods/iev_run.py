@@ -28,7 +28,6 @@ from cryosuite.simulate.sources import find_files, load_structures
 from cryosuite.simulate.states import State
 from cryosuite.training.runs import particles_path
 
-KINDS = (".star", ".cs", ".mrcs", ".mrc", ".txt")
 FITS = 0.47  # largest radius of a molecule that is imaged whole, of the field
 GUARD_SNR, GUARD_BOX = 0.024, 64  # of the held-out particles: a nominal signal to noise ratio of 0.1
 SMALLEST_GUARD = 8  # phantoms made for the guard where nothing else is held out
@@ -93,8 +92,8 @@ def _from_list(path: Path) -> list[Entry]:
     entries = []
     for number, item in enumerate(items):
         item = {"path": item} if isinstance(item, str) else item
-        known = {"path", "weight", "datadir", "pixel_size", "sign"}
-        if not isinstance(item, dict) or "path" not in item or set(item) - known:
+        known = ("weight", "datadir", "pixel_size", "sign")
+        if not isinstance(item, dict) or "path" not in item or set(item) - {"path", *known}:
             raise InputError(f"{path}: set {number} (0-based): expected path and, if wanted, {', '.join(known)}")
         try:
             numbers = {
@@ -130,7 +129,8 @@ def molecules(options: SimulateOptions) -> tuple[list[State], list[State]]:
         notice(f"too large for a field of {options.pool.field:g} A, left out: {', '.join(large)}")
     states = [state for state in states if state.name not in large]
     if options.hold_out.strip().isdigit():
-        real = [s.name for s in states if not s.name.startswith("phantom")] or [s.name for s in states]
+        real = [s.name for s in states if not s.name.startswith("phantom")]
+        real = real if len(real) > 1 else [s.name for s in states]  # of a lone one among phantoms nothing can be spared
         count = min(int(options.hold_out), len(real) // 2)
         kept = set(np.random.default_rng([options.seed, 3]).permutation(sorted(real))[:count].tolist())
     else:
@@ -155,7 +155,9 @@ def make_corpus(
     sources: list[Source] = []
     for number, entry in enumerate(entries):
         path = Path(run.path) / f"images.{number}.u8" if cache else None
-        sources.append(StackSource(open_set(entry), size, options.prep, entry.weight, str(entry.path), path))
+        # a set that one process cannot read ends all of them: the others would wait for it
+        particles = processes.each(lambda entry=entry: open_set(entry))
+        sources.append(StackSource(particles, size, options.prep, entry.weight, str(entry.path), path))
     folder, held = Path(run.path), SimulateOptions(f"phantom:{SMALLEST_GUARD}", "0", seed=simulated.seed + 1000)
     if simulated.structures:
         parts = lru_cache(lambda: molecules(simulated))  # read or built once, and only where a pool is missing

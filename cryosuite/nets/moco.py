@@ -180,17 +180,20 @@ class MoCo(nn.Module):
 
 
 def smooth_patches(patch: int, dim: int) -> Tensor:
-    """A start for the patch projection that suits noisy pictures of molecules: (dim, 1, patch, patch), dim <= patch^2.
+    """A start for the patch projection that suits noisy pictures of molecules: (dim, 1, patch, patch).
 
-    Cosine patterns (DCT-II) with the gain 1 / (1 + (r / 3)^2) at r half periods per patch, mixed by a random rotation.
-    A molecule's power falls steeply with frequency and the noise's does not: a random projection passes on noise.
+    Cosine patterns (DCT-II) with the gain 1 / (1 + (r / 3)^2) at r half periods per patch, mixed by a random rotation,
+    by several where ``dim`` is above patch^2. A molecule's power falls steeply with frequency and the noise's does not:
+    a random projection passes on noise.
     """
     node = torch.arange(patch, dtype=torch.float64)
     basis = torch.cos(math.pi * (node + 0.5) * node[:, None] / patch) * math.sqrt(2 / patch)  # (frequency, pixel)
     basis[0] /= math.sqrt(2)
     patterns = torch.einsum("uy,vx->uvyx", basis, basis).reshape(patch**2, patch, patch)
     radius2 = (node[:, None].square() + node.square()).reshape(-1)
-    mix = torch.linalg.qr(torch.randn(patch**2, patch**2, dtype=torch.float64))[0][:, :dim]
+    count = patch**2
+    rotations = [torch.linalg.qr(torch.randn(count, count, dtype=torch.float64))[0] for _ in range(-(-dim // count))]
+    mix = torch.cat(rotations, 1)[:, :dim]
     return torch.einsum("kc,kyx->cyx", mix / (1 + radius2 / 9)[:, None], patterns)[:, None].float()
 
 
