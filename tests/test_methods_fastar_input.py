@@ -21,7 +21,14 @@ from cryosuite.kernels.rotations import geodesic_deg, random_rotations
 from cryosuite.methods.fastar_images import Preparation, Window, choose_window
 from cryosuite.methods.fastar_output import judge
 from cryosuite.methods.fastar_predict import Cells, MatchPredictor, TargetPredictor, quarter_turns
-from cryosuite.methods.fastar_reference import Reference, Views, gyration, load_reference, template_views
+from cryosuite.methods.fastar_reference import (
+    Reference,
+    Views,
+    gyration,
+    load_reference,
+    resampled,
+    template_views,
+)
 from cryosuite.nets.multiview import Multiview
 
 NO_CTF = Window(32, 32, 32)
@@ -147,6 +154,14 @@ def test_maps_of_other_boxes_and_pixels(tmp_path, own_box: int, own: float) -> N
     found, wanted = load_reference(32, 6.0, tmp_path / "v.mrc", low_pass=0).volume, sampled(32, 6.0)
     inner = slice(8, 24)  # a smaller box does not hold the tails
     assert float((found - wanted)[inner, inner, inner].abs().max()) < 0.03 * float(wanted.max())
+
+
+def test_details_that_the_voxels_cannot_hold_are_left_out() -> None:
+    axis = torch.arange(64) - 32
+    coarse, fine = (torch.cos(2 * torch.pi * axis * k / 64).expand(64, 64, 64).contiguous() for k in (6, 20))
+    wanted = torch.cos(2 * torch.pi * (torch.arange(32) - 16) * 2 * 6 / 64)
+    found = resampled(coarse + fine, 1.0, 32, 2.0)  # 20 of 64 per A: beyond 1 / (2 x 2 A)
+    assert float((found[16, 16, 4:28] - wanted[4:28]).abs().max()) < 0.1
 
 
 def test_references_that_cannot_be_used(tmp_path) -> None:

@@ -107,6 +107,19 @@ def test_every_loss_reaches_its_part_of_the_network(weight):
     assert all(torch.isfinite(value) for value in losses.values())
 
 
+def test_half_precision_learns_the_same():
+    options = replace(OPTIONS, map_weight=1.0, grid_order=1)
+    method, things = Fastar(options), molecules(options)
+    model, batch = method.build(things), next(SetLoader(things, 16).epoch(0))
+    found = []
+    for half in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            found.append({name: float(v.detach()) for name, v in method.loss(model, batch, Step(400, 1000)).items()})
+    for name, value in found[0].items():
+        assert found[1][name] == pytest.approx(value, rel=0.05, abs=0.02), name
+
+
 @pytest.mark.parametrize("rule", ["min", "anchor", "none"])
 def test_ab_initio_sets_train(rule):
     options = replace(OPTIONS, mode="ab-initio", views=(3, 6), junk=0.2, hand_loss=rule, symmetric=0.0)

@@ -33,18 +33,23 @@ class FastarModel(nn.Module):
 
 
 class Fastar:
-    """The method ``fastar`` for the training loop; ``particles`` are ``Molecules``."""
+    """The method ``fastar`` for the training loop; ``particles`` are ``Molecules``.
+
+    Args:
+        warmup: steps in which the learning rate rises.
+        load: take the weights of ``options.start`` (not when a training goes on: they are in its checkpoint).
+    """
 
     name = "fastar"
     unused_parameters = True  # the clean picture, the role of the hand, and in ab-initio mode the grid head
 
-    def __init__(self, options: FastarOptions, warmup: int = 500) -> None:
-        self.options, self.warmup = options, warmup
+    def __init__(self, options: FastarOptions, warmup: int = 500, load: bool = True) -> None:
+        self.options, self.warmup, self.load = options, warmup, load
 
     def build(self, particles: Molecules) -> FastarModel:
         """The model, from a weight file where one is to be gone on from."""
         model = FastarModel(self.options)
-        if self.options.start:
+        if self.load and self.options.start:
             from cryosuite.data.multiview_weights import load_multiview
 
             loaded, _ = load_multiview(self.options.start, SPECS[self.options.preset])
@@ -101,7 +106,8 @@ class Fastar:
         spec = net.spec
         _, error = nearest_mate((found.c, found.a, found.b), batch.rotation, batch.mates, spec.size, spec.patch)
         # one random turn of all cells a step, so that nothing is learnt about the places of the grid
-        cells = model.cells @ quaternion_to_matrix(torch.randn(4, device=batch.rotation.device))
+        with torch.autocast(model.cells.device.type, enabled=False):
+            cells = model.cells @ quaternion_to_matrix(torch.randn(4, device=batch.rotation.device))
         scores = net.grid_scores(found.pooled, cells)
         return {
             "map": weighted(error, found.conf_logit, batch.known, step.index >= o.steady),

@@ -112,17 +112,21 @@ def predict_target(
     chosen = replace(particles if n in (0, len(particles)) else particles.subset(mine), rotation=None, shift=None)
     loader = BatchLoader(chosen, options.batch, shuffle=False)
     batches = loader.epoch(0) if n else iter(())
-    pending: list[tuple[np.ndarray, Any, Any]] = []  # one batch behind, so that a GPU never waits for the copy back
-    with Progress(n, "poses") if progress else _Silent() as bar:
-        for batch in _timed(batches, clock):
-            with clock("load"):
-                images, good = preparation(batch)
-            pending.append((batch.index.numpy(), predictor(images, batch.index + int(mine[0])), good))
-            if len(pending) > 1:
-                _store(out, *pending.pop(0), window)
-            bar.advance(len(batch))
-        for one in pending:
-            _store(out, *one, window)
+
+    def work() -> None:
+        pending: list[tuple[np.ndarray, Any, Any]] = []  # one batch behind, so that a GPU never waits for the copy back
+        with Progress(n, "poses") if progress else _Silent() as bar:
+            for batch in _timed(batches, clock):
+                with clock("load"):
+                    images, good = preparation(batch)
+                pending.append((batch.index.numpy(), predictor(images, batch.index + int(mine[0])), good))
+                if len(pending) > 1:
+                    _store(out, *pending.pop(0), window)
+                bar.advance(len(batch))
+            for one in pending:
+                _store(out, *one, window)
+
+    processes.each(work)  # an image that one cannot read ends all of them
     loader.broken.share_part(particles, mine, processes)
     if processes.count > 1:
         kept = max(processes.everyone(lambda: 0 if out.rivals is None else out.rivals.shape[1]))

@@ -81,8 +81,6 @@ class FastarOptions:
             self._need(name, getattr(self, name) >= 0, "0 or more")
         if self.mode == "ab-initio" and (self.map or self.finetune):
             raise InputError("--map and --finetune go with --mode target: in ab-initio mode no molecule is known")
-        if self.mode == "ab-initio" and self.hand_loss == "none" and self.symmetric:
-            object.__setattr__(self, "symmetric", 0.0)
 
     def _need(self, name: str, good: bool, expected: str) -> None:
         if not good:
@@ -107,7 +105,7 @@ class FastarOptions:
         )  # fmt: skip
 
     def _share(self) -> float:
-        return STRUCTURES_SHARE if self.structures.startswith("both") else 1.0
+        return STRUCTURES_SHARE if self.structures.startswith("both:") else 1.0
 
 
 @dataclass(frozen=True)

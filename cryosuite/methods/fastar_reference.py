@@ -104,18 +104,18 @@ def low_passed(volume: Tensor, resolution: float) -> Tensor:
 def resampled(volume: Tensor, own: float, box: int, pixel_size: float) -> Tensor:
     """A map of voxels of ``own`` Angstrom on the grid of a box of another pixel size, the origins (D // 2) on top.
 
-    Finer grids are reached by cropping the spectrum as far as that goes, the rest by linear interpolation on a grid
-    twice as fine; a map on the same grid comes back as it is.
+    What the wanted voxels cannot hold is cut off the spectrum, the rest is done by linear interpolation on a grid twice
+    as fine as the finer of the two; a map on the same grid comes back as it is.
     """
     if abs(own / pixel_size - 1) < 1e-3:
         return _centred(volume, box)
     D = volume.shape[-1]
     fine = max(own, pixel_size / 2)  # no voxel finer than half of those wanted
-    size = min(2 * round(D * own / fine / 2), D)
-    if size < D:
-        volume, own = fourier.fourier_crop_volume(volume, size), own * D / size
-    doubled = 2 * volume.shape[-1]
-    volume, own = _padded_spectrum(volume, doubled), own / 2
+    doubled = 2 * min(2 * round(D * own / fine / 2), D)
+    kept = min(2 * round(D * own / pixel_size / 2), D)
+    if kept < D:
+        volume = fourier.fourier_crop_volume(volume, kept)
+    volume, own = _padded_spectrum(volume, doubled), own * D / doubled
     axis = (torch.arange(box) - box // 2) * (pixel_size / own)  # voxels from the origin of the map
     place = 2 * (axis + doubled // 2) / (doubled - 1) - 1
     grid = torch.stack(torch.meshgrid(place, place, place, indexing="ij")[::-1], -1)  # x, y, z

@@ -50,6 +50,8 @@ def make_molecules(options: FastarOptions, epoch_images: int, run: RunDir) -> tu
         every, names = _library(spec, Path(run.path) / "structures.npz")
         kept = _held_out(names, options.hold_out)
         held = every.rows(torch.tensor([name in kept for name in names])) if kept else None
+        if len(kept) == len(names):
+            raise InputError(f"--hold-out {options.hold_out}: leaves no structure to train on")
         library = every.rows(torch.tensor([name not in kept for name in names]))
         names = [name for name in names if name not in kept]
     target = None
@@ -153,11 +155,14 @@ def card(options: FastarOptions, notes: dict[str, Any], scores: dict[str, float]
     table = [HEADER, ["---"] * len(HEADER), *score_rows(scores)]
     rows = "\n".join("| " + " | ".join(row) + " |" for row in table)
     each = flops(spec, 0) if options.mode == "target" else flops(spec, options.views[1])
+    molecules = f"{options.structures} (held out: {options.hold_out})"
+    if options.map:
+        molecules = f"the one of {options.map}" + (f", particles of {options.finetune}" if options.finetune else "")
     return (
         f"# {options.preset}, {options.mode} mode\n\n"
         f"{parameter_count(spec):,} parameters, {spec.size} x {spec.size} pixels, {each / 1e9:.2f} GFLOP per image\n\n"
         f"- command: `{notes['command']}`\n- seed: {notes['seed']}\n- images seen: {notes['images_seen']:,}\n"
-        f"- molecules: {options.structures} (held out: {options.hold_out})\n- answers trained: {notes['answers']}\n"
+        f"- molecules: {molecules}\n- answers trained: {notes['answers']}\n"
         f"- verdict: {verdict(scores, options.mode)}\n\n{rows}\n"
     )
 

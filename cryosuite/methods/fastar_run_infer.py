@@ -39,7 +39,7 @@ from cryosuite.methods.fastar_predict import (
     TargetPredictor,
     require_spec,
 )
-from cryosuite.methods.fastar_reference import Reference, gyration, load_reference
+from cryosuite.methods.fastar_reference import Reference, gyration, load_reference, low_passed
 from cryosuite.methods.fastar_star import StarOptions
 from cryosuite.metrics.poses import pose_report
 from cryosuite.nets.multiview import SPECS, Multiview, spec_name
@@ -116,7 +116,7 @@ def resolve_precision(name: str, device: str) -> str:
     if name != "auto":
         return name
     if device == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "32"
     return "bf16" if fast_bf16() else "32"
 
 
@@ -226,7 +226,8 @@ def _search(
     )
 
     def guess(volume: torch.Tensor, low_pass: float) -> Predicted:
-        found = Reference(volume, low_pass, "the map found", gyration(volume))
+        smooth = low_passed(volume, low_pass / float(np.median(particles.pixel_size)))  # as networks know their targets
+        found = Reference(smooth, low_pass, "the map found", gyration(volume))
         return _target(particles, model, found, request, options, clock, precision, processes)
 
     return predict_search(particles, options, clock, None if model is None else guess, processes=processes)
