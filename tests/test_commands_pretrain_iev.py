@@ -11,16 +11,18 @@ from test_methods_iev import SMALL, stacks
 from typer.testing import CliRunner
 
 from cryosuite.cli import app
-from cryosuite.commands.pretrain_iev import count
+from cryosuite.commands.pretrain_iev import count, rounds
 from cryosuite.data.encoder_weights import load_encoder, save_encoder
 from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError
 from cryosuite.formats.config import read_yaml, write_yaml
 from cryosuite.formats.pickles import read_latent
 from cryosuite.formats.stacks import StackWriter
-from cryosuite.methods import load_run
-from cryosuite.methods.iev_run import list_sets
+from cryosuite.methods import iev_run, load_run
+from cryosuite.methods.iev_run import SimulateOptions, list_sets, molecules
 from cryosuite.nets import ief
+from cryosuite.simulate.phantoms import make_phantoms
+from cryosuite.simulate.sources import from_phantom
 from cryosuite.training.logs import read_metrics
 
 SHORT = ("--preset", "tiny", "--images", "64", "--every", "32", "-b", "16", "--accelerator", "cpu", "--views", "4")
@@ -54,6 +56,21 @@ def test_numbers_of_images_as_people_write_them() -> None:
     for wrong in ("many", "0", "-3k", ""):
         with pytest.raises(InputError, match="--images"):
             count(wrong, "--images")
+
+
+def test_no_image_is_left_out_whatever_the_tests_between() -> None:
+    assert rounds(100_000, 50_000, 50) == (2, 50_000)
+    assert rounds(100_000, 60_000, 32) == (1, 100_000)
+    assert rounds(992, 99, 32) == (10, 96)
+    assert rounds(32, 100, 32) == (1, 32)
+
+
+def test_something_is_held_out_where_phantoms_stand_beside_one_structure(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_phantoms(6, np.random.default_rng(0))
+    some = [from_phantom(phantom, f"phantom{i}" if i else "mine") for i, phantom in enumerate(made)]
+    monkeypatch.setattr(iev_run, "load_structures", lambda *_: some)
+    train, held = molecules(SimulateOptions("mine.pdb,phantom:5", "8"))
+    assert len(train) == len(held) == 3
 
 
 def test_sets_come_from_files_folders_and_lists(tmp_path: Path) -> None:

@@ -58,6 +58,17 @@ def test_trains_goes_on_and_writes_weights_with_a_card(tmp_path: Path) -> None:
         load_run(run, 1)
 
 
+def test_goes_on_without_the_weights_it_started_from_and_leaves_none_of_a_run_it_replaces(tmp_path: Path) -> None:
+    first, run = tmp_path / "first", tmp_path / "run"
+    command("-o", first, *SHORT)
+    command("-o", run, *SHORT, "--weights", first / "weights.safetensors", "--max-hours", "1e-6")
+    (first / "weights.safetensors").unlink()
+    command("-o", run, "--resume")
+    assert load_multiview(run)[1]["images_seen"] == "64"
+    shown = command("-o", run, *SHORT, "--overwrite", "--max-hours", "1e-6")
+    assert not list(run.glob("weights.safetensors")) and "fastar-infer" not in shown
+
+
 def test_a_time_budget_stops_it(tmp_path: Path) -> None:
     run = tmp_path / "run"
     shown = command("-o", run, *SHORT, "--max-hours", "1e-6")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import together
 from test_commands_pretrain_lvm import SHORT, command, few  # noqa: F401 -- a fixture
 from test_data_map_sets import folder as pair_folder  # noqa: F401 -- a fixture
 
@@ -13,9 +14,10 @@ from cryosuite.data.map_weights import load_map_weights, save_map_encoder
 from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError
 from cryosuite.formats.config import read_yaml
-from cryosuite.methods import load_run
+from cryosuite.methods import load_run, lvm_run
 from cryosuite.nets.map_vit import MapVit
 from cryosuite.nets.scunet import Encoder, ScunetSpec
+from cryosuite.ranks import process_rank
 from cryosuite.training.logs import read_metrics
 
 UNSIZED = tuple(part for part in SHORT if part not in ("--size", "micro"))
@@ -68,6 +70,31 @@ def test_the_paper_and_the_ablation(tmp_path: Path) -> None:
     options = read_yaml(tmp_path / "config.yaml")["options"]
     assert (options["alpha"], options["hist_mask"], options["norm"]) == (0.5, "whole", "paper")
     assert isinstance(load_map_weights(RunDir(tmp_path).network).net, MapVit)
+
+
+def test_what_one_process_cannot_read_ends_all(tmp_path: Path) -> None:
+    def before() -> None:
+        def fails(*_: object) -> None:
+            raise InputError("pairs.csv: map 3 is not there")
+
+        if process_rank() == 1:
+            lvm_run.make_crops = fails
+
+    words = ["train-lvm", "--task", "sharpen", *SHORT, "-o", tmp_path / "run"]
+    ended = together(tmp_path / "said", words, 2, 60, before, ended=False)
+    assert [one.code for one in ended] == [2, 2], ended
+    assert "map 3 is not there" in ended[0].err and "Traceback" not in ended[0].err + ended[1].err
+
+
+def test_resume_of_nothing_says_so(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nothing to resume"):
+        train("-o", tmp_path / "run", "--resume")
+
+
+def test_options_that_could_do_nothing_are_refused(tmp_path: Path) -> None:
+    for wrong in (("--net", "vit", "--drop-path", "0.1"), ("--encoder-lr", "0")):
+        with pytest.raises(InputError, match=wrong[-2]):
+            train("-o", tmp_path / "run", "--task", "sharpen", *SHORT, *wrong)
 
 
 @pytest.mark.filterwarnings("ignore::cryosuite.errors.UserNotice")

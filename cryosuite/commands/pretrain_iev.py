@@ -19,7 +19,8 @@ METHOD = {
     "low_memory": "low_memory", "keep": "keep", "patch_start": "patch_start", "guide": "guide",
 }  # fmt: skip
 TRAIN = {
-    "batch_size": "batch_size", "warmup": "warmup", "wd": "weight_decay", "seed": "seed", "max_minutes": "max_minutes",
+    "batch_size": "batch_size", "lr": "lr", "warmup": "warmup", "wd": "weight_decay", "seed": "seed",
+    "max_minutes": "max_minutes",
     "checkpoint_minutes": "checkpoint_every_minutes", "accelerator": "accelerator", "devices": "devices",
     "num_nodes": "num_nodes", "log_interval": "log_every", "requeue": "requeue",
 }  # fmt: skip
@@ -179,6 +180,16 @@ def count(text: str, option: str) -> int:
     return number
 
 
+def rounds(total: int, every: int, batch: int) -> tuple[int, int]:
+    """(epochs, images of one) for ``total`` images, a multiple of the batch, and a test about every so many.
+
+    Epochs are whole and as long as each other: they are made longer rather than that images are left out.
+    """
+    epochs = max(1, total // max(batch, every - every % batch))
+    every = total // epochs
+    return epochs, every - every % batch
+
+
 def _train(values: dict[str, Any], typed: set[str]) -> int:
     """Open, train, write, print; returns the exit code."""
     from cryosuite.commands.train_hype import tune_process
@@ -205,7 +216,7 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     config = begin_run(run, config, training, resume=values["resume"], overwrite=values["overwrite"])
     if config.get("holds") != "training":
         raise InputError(f"{run.path}: holds features of --encode, not a training")
-    if not values["resume"] and process_rank() == 0:
+    if not run.checkpoint.exists() and process_rank() == 0:
         encoder_file(run).unlink(missing_ok=True)  # of a run that was replaced
     chosen = IevOptions.from_dict(config["options"])
     again = {to: values[key] for key, to in TRAIN.items() if key in typed} if values["resume"] else {}
@@ -260,7 +271,7 @@ def _options(values: dict[str, Any]) -> tuple[Any, Any, str, int, list[dict], di
     batch = merged["batch_size"]
     total = max(batch, total - total % batch)
     every = max(total // 20, batch) if values["every"] is None else count(values["every"], "--every")
-    every = min(max(batch, every - every % batch), total)
+    epochs, every = rounds(total, every, batch)
     merged["lr"] = chosen.lr_256 * batch / 256 if values["lr"] is None else values["lr"]
     merged["precision"] = values["precision"]
     if values["precision"] == "auto" and not gpu and fast_bf16():
@@ -269,7 +280,7 @@ def _options(values: dict[str, Any]) -> tuple[Any, Any, str, int, list[dict], di
     lists = plain_sets(list_sets(values["sets"] or []), values["datadir"], values["pixel_size"], sign)
     return (
         options,
-        TrainOptions(epochs=max(1, total // every), **merged),
+        TrainOptions(epochs=epochs, **merged),
         name,
         every,
         lists,
@@ -288,7 +299,8 @@ def _encode(values: dict[str, Any]) -> int:
         values["sets"][0], values["outdir"], values["weights"] or "iev-tiny", overwrite=values["overwrite"],
         batch=values["batch_size"] or 64, accelerator=values["accelerator"], precision=values["precision"],
         prep=values["prep"], circle=values["circle"] is not False, datadir=values["datadir"],
-        pixel_size=values["pixel_size"], sign=-1 if values["invert_data"] else None,
+        pixel_size=values["pixel_size"], sign=-1 if values["invert_data"] else None, devices=values["devices"],
+        num_nodes=values["num_nodes"],
     )  # fmt: skip
     return 0
 

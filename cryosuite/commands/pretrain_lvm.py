@@ -167,13 +167,12 @@ def common_options(values: dict[str, Any], gpu: bool) -> dict[str, Any]:
 
 def lengths(values: dict[str, Any], total: int, batch: int) -> tuple[int, int]:
     """(epochs, crops of one epoch), from --images and --every or the default ``total``."""
-    from cryosuite.commands.pretrain_iev import count
+    from cryosuite.commands.pretrain_iev import count, rounds
 
     total = total if values["images"] is None else count(values["images"], "--images")
     total = max(batch, total - total % batch)
     every = max(total // 10, batch) if values["every"] is None else count(values["every"], "--every")
-    every = min(max(batch, every - every % batch), total)
-    return max(1, total // every), every
+    return rounds(total, every, batch)
 
 
 def train_values(values: dict[str, Any], gpu: bool, **defaults: Any) -> dict[str, Any]:
@@ -208,7 +207,7 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     from cryosuite.methods.lvm_options import PretrainOptions
     from cryosuite.methods.lvm_run import after_pretrain_epoch, make_crops
     from cryosuite.methods.lvm_validate import PretrainExaminer
-    from cryosuite.training.launch import process_rank
+    from cryosuite.training.launch import meet, process_rank
     from cryosuite.training.loop import fit
     from cryosuite.training.runs import begin_run, make_config, train_options
 
@@ -218,11 +217,13 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     config = make_config("lvm-pretrain", run.path, run, options, training, epoch_images=every)
     config = begin_run(run, config, training, resume=values["resume"], overwrite=values["overwrite"])
     if not run.checkpoint.exists() and process_rank() == 0:
-        run.encoder.unlink(missing_ok=True)  # of a run that was replaced
+        for path in (run.encoder, run.card):  # of a run that was replaced
+            path.unlink(missing_ok=True)
     chosen = PretrainOptions.from_dict(config["options"])
     changed, command = again(values, typed, config)
     wanted = train_options(config, **changed)
-    crops = make_crops(chosen, "pretrain", config["epoch_images"], run)
+    # what one process cannot read ends all of them: the others would wait for it
+    crops = meet(wanted).each(lambda: make_crops(chosen, "pretrain", config["epoch_images"], run))
     method = Pretrain(chosen, wanted.lr)
     notes = {"command": command, "seed": wanted.seed, "trained_by": "cryosuite pretrain-lvm", "epochs": wanted.epochs}
     examiner = PretrainExaminer(crops, method, run)

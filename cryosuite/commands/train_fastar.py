@@ -144,9 +144,9 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     from cryosuite.data.workdir import RunDir
     from cryosuite.methods.fastar import Fastar
     from cryosuite.methods.fastar_options import FastarOptions
-    from cryosuite.methods.fastar_run import after_epoch, make_molecules
+    from cryosuite.methods.fastar_run import after_epoch, card_file, make_molecules, weights_file
     from cryosuite.methods.fastar_validate import Examiner
-    from cryosuite.training.launch import process_rank
+    from cryosuite.training.launch import meet, process_rank
     from cryosuite.training.loop import fit
     from cryosuite.training.runs import begin_run, make_config, train_options
 
@@ -155,19 +155,25 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     options, training, epoch_images = _options(values)
     config = make_config("fastar", run.path, run, options, training, epoch_images=epoch_images, warmup=values["warmup"])
     config = begin_run(run, config, training, resume=values["resume"], overwrite=values["overwrite"])
+    fresh = not run.checkpoint.exists()
+    if fresh and process_rank() == 0:
+        for path in (weights_file(run), card_file(run)):  # of a run that was replaced
+            path.unlink(missing_ok=True)
     chosen = FastarOptions.from_dict(config["options"])
-    molecules, held = make_molecules(chosen, config["epoch_images"], run)
-    method = Fastar(chosen, config["warmup"])
     again = {to: values[key] for key, to in TRAIN.items() if key in typed} if values["resume"] else {}
     again["max_minutes"] = _minutes(values)
     command = config["command"]
     if values["resume"] and values["images"] is not None:  # the last fifth moves to the new end
         again["epochs"] = max(1, count(values["images"], "--images") // config["epoch_images"])
         command += f" (then --resume --images {values['images']})"
+    wanted = train_options(config, **again)
+    # what one process cannot read ends all of them: the others would wait for it
+    molecules, held = meet(wanted).each(lambda: make_molecules(chosen, config["epoch_images"], run))
+    method = Fastar(chosen, config["warmup"], load=fresh)
     notes = {"command": command, "seed": config["training"]["seed"], "trained_by": "cryosuite train-fastar"}
     examiner = Examiner(molecules, method, run, held)
     result = fit(
-        method, molecules, run, train_options(config, **again), resume=values["resume"],
+        method, molecules, run, wanted, resume=values["resume"],
         on_epoch=after_epoch(run, chosen, examiner, notes, config["epoch_images"]),
     )  # fmt: skip
     if process_rank() == 0:
@@ -184,7 +190,7 @@ def _minutes(values: dict[str, Any]) -> float | None:
 def _options(values: dict[str, Any]) -> tuple[Any, Any, int]:
     """(options of the method, of the training, images between two validations)."""
 
-    from cryosuite.commands.pretrain_iev import count
+    from cryosuite.commands.pretrain_iev import count, rounds
     from cryosuite.errors import InputError, notice
     from cryosuite.methods.fastar_options import preset
     from cryosuite.training.launch import fast_bf16, resolve_accelerator
@@ -213,11 +219,11 @@ def _options(values: dict[str, Any]) -> tuple[Any, Any, int]:
     batch = merged["batch_size"]
     total = max(batch, total - total % batch)
     every = max(total // 10, batch) if values["every"] is None else count(values["every"], "--every")
-    every = min(max(batch, every - every % batch), total)
+    epochs, every = rounds(total, every, batch)
     merged["precision"] = values["precision"]
     if values["precision"] == "auto" and not gpu and fast_bf16():
         merged["precision"] = "bf16"
-    return chosen.options, TrainOptions(epochs=max(1, total // every), **merged), every
+    return chosen.options, TrainOptions(epochs=epochs, **merged), every
 
 
 def _report(run: Any, options: Any, result: Any) -> None:

@@ -168,23 +168,24 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     from cryosuite.methods.lvm_run import after_train_epoch, make_crops
     from cryosuite.methods.lvm_train import TrainLvm
     from cryosuite.methods.lvm_validate import Examiner
-    from cryosuite.training.launch import process_rank
+    from cryosuite.training.launch import meet, process_rank
     from cryosuite.training.loop import fit
     from cryosuite.training.runs import begin_run, make_config, train_options
 
     tune_process()
     run = RunDir(values["outdir"])
-    goes_on = values["resume"] and run.checkpoint.exists()
-    options, training, every = (TrainLvmOptions(), None, 1) if goes_on else _options(values)
+    options, training, every = (TrainLvmOptions(), None, 1) if values["resume"] else _options(values)
     config = make_config("lvm", run.path, run, options, training, epoch_images=every)
     config = begin_run(run, config, training, resume=values["resume"], overwrite=values["overwrite"])
     fresh = not run.checkpoint.exists()
     if fresh and process_rank() == 0:
-        run.network.unlink(missing_ok=True)  # of a run that was replaced
+        for path in (run.network, run.card):  # of a run that was replaced
+            path.unlink(missing_ok=True)
     chosen = TrainLvmOptions.from_dict(config["options"])
     changed, command = again(values, typed, config)
     wanted = train_options(config, **changed)
-    crops = make_crops(chosen, chosen.task, config["epoch_images"], run)
+    # what one process cannot read ends all of them: the others would wait for it
+    crops = meet(wanted).each(lambda: make_crops(chosen, chosen.task, config["epoch_images"], run))
     notes = {"command": command, "seed": wanted.seed, "trained_by": "cryosuite train-lvm"}
     result = fit(
         TrainLvm(chosen, load=fresh), crops, run, wanted, resume=values["resume"],
@@ -212,7 +213,7 @@ def _options(values: dict[str, Any]) -> tuple[Any, Any, int]:
     lr = values["lr"] or LR
     chosen |= _network(values, gpu, chosen)
     trained = chosen["start"] != "scratch"
-    encoder_lr = values["encoder_lr"] or (ENCODER_LR / LR * lr if trained else lr)
+    encoder_lr = (ENCODER_LR / LR * lr if trained else lr) if values["encoder_lr"] is None else values["encoder_lr"]
     chosen["encoder_lr"] = encoder_lr / lr
     if values["pairs"] is not None:
         chosen["pairs"] = str(values["pairs"].absolute())
@@ -241,13 +242,14 @@ def _network(values: dict[str, Any], gpu: bool, chosen: dict[str, Any]) -> dict[
     if values["net"] not in (None, start.net):
         raise InputError(f"--net {values['net']}: {start.path} holds a {size_name(start.net, start.spec)}")
     if values["size"] is not None:
-        wanted = net_spec(start.net, values["size"], 0.0)
+        wanted = net_spec(start.net, values["size"])
         if {**wanted, "drop_path": 0} != {**start.spec, "drop_path": 0}:
             raise InputError(
                 f"--size {values['size']}: {start.path} holds a {size_name(start.net, start.spec)}; leave --size out"
             )
     spec = dict(start.spec)
-    if values["drop_path"] is not None and start.net == "scunet":
+    if values["drop_path"] is not None:
+        net_spec(start.net, "small", values["drop_path"])  # is it one?
         spec["drop_path"] = values["drop_path"]
     norm = chosen.get("norm") or start.norm or "robust"
     if start.norm is not None and norm != start.norm:

@@ -172,13 +172,15 @@ def net_spec(net: str, size: str, drop_path: float | None = None) -> dict[str, A
     """Fields of the spec of a size by name.
 
     ``drop_path`` None: 0 for the two small networks, which an endless stream does not overfit, else .1.
-    Raises InputError for an unknown name.
+    Raises InputError for an unknown name, and a drop path of a vit, which has none.
     """
     if net not in NETS:
         raise InputError(f"--net {net}: expected one of {', '.join(NETS)}")
     if size not in SIZES:
         raise InputError(f"--size {size}: expected one of {', '.join(SIZES)}")
     if net == "vit":
+        if drop_path is not None:
+            raise InputError(f"--drop-path {drop_path}: only --net scunet leaves out blocks; leave it out")
         return asdict(VIT_SPECS[size])
     if drop_path is None:
         drop_path = 0.0 if SPECS[size].d <= 16 else 0.1

@@ -92,6 +92,8 @@ class Runner:
         """Corners (b, 3), means (b, e, e, e) and variances of one batch after another; halved when memory runs out."""
         size = self.batch or (CPU_BATCH if self.device.type == "cpu" else 1)
         start = 0
+        if self.device.type == "cuda":  # of the map before, in larger batches
+            torch.cuda.reset_peak_memory_stats(self.device)
         while start < len(corners):
             some = corners[start : start + size]
             try:
