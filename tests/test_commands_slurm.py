@@ -60,6 +60,12 @@ def test_commands_that_are_no_training_ask_for_no_gpu(monkeypatch, capsys):
     assert last_words(text)[-5:] == ["a b.star", "-D", "64", "-o", "work"]
 
 
+@pytest.mark.parametrize("limit", ["2880", "90", "7-12", "1-00:30:00", "200:00:00"])
+def test_time_limits_as_slurm_takes_them(monkeypatch, capsys, limit):
+    assert run(monkeypatch, "slurm", "--time", limit, "train-hype", "work", "-o", "run") == 0
+    assert directives(capsys.readouterr().out)["time"] == limit
+
+
 def test_what_is_typed_cannot_leave_its_line(monkeypatch, capsys, tmp_path):
     evil = "x; touch " + str(tmp_path / "owned") + " $(id) 'y"
     assert run(monkeypatch, "slurm", "train-hype", evil, "-o", "run") == 0

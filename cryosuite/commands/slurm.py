@@ -16,7 +16,7 @@ from cryosuite import ranks
 
 SIGNAL_SECONDS = 180  # before the time limit a training is told to save
 SHARED = ("devices", "num_nodes")  # options of commands that run on several GPUs
-TIME = re.compile(r"(\d+-)?\d{1,3}(:\d{2}){0,2}")
+TIME = re.compile(r"(\d+-)?\d+(:\d{2}){0,2}")
 MEMORY = re.compile(r"\d+[KMGT]?", re.IGNORECASE)
 NAME = re.compile(r"[\w.,+:@/=-]+")
 
@@ -60,7 +60,9 @@ def main(
     nodes: Annotated[int, typer.Option("--nodes", help="Nodes; their processes share the work.")] = 1,
     cpus: Annotated[int, typer.Option("--cpus", help="Processor cores for each GPU (or for the whole job).")] = 8,
     memory: Annotated[str, typer.Option("--mem", help="Memory per node, such as 64G.")] = "64G",
-    time: Annotated[str, typer.Option("--time", help="Time limit: hours:minutes:seconds or days-hours.")] = "24:00:00",
+    time: Annotated[
+        str, typer.Option("--time", help="Time limit: hours:minutes:seconds, days-hours, or minutes.")
+    ] = "24:00:00",
     partition: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("-p", "--partition", help="Partition (queue) of your cluster."),
