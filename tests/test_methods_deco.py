@@ -13,21 +13,22 @@ from hype_toy import blob_particles, blobs
 from sklearn.metrics import adjusted_rand_score
 
 from cryosuite.analysis.clusters import cluster
+from cryosuite.data.images import ArrayImages
 from cryosuite.data.loader import BatchLoader
 from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError, UserNotice
 from cryosuite.kernels import fourier
 from cryosuite.kernels.rotations import geodesic_deg, random_rotations, six_d_to_matrix
 from cryosuite.kernels.slices import extract_slices, volume_transform
-from cryosuite.methods import LoadedRun, deco_finish
+from cryosuite.methods import LoadedRun, deco_finish, deco_hand
 from cryosuite.methods.deco import Deco
 from cryosuite.methods.deco_auto import decide
 from cryosuite.methods.deco_encoder import encoder_of_state
-from cryosuite.methods.deco_hand import mirrored
+from cryosuite.methods.deco_hand import mirrored, settle_hands
 from cryosuite.methods.deco_images import encoder_cache
 from cryosuite.methods.deco_model import PoseTable
 from cryosuite.methods.deco_options import DecoOptions, preset
-from cryosuite.methods.deco_run import warn_of_noise
+from cryosuite.methods.deco_run import can_resume, check, warn_of_noise
 from cryosuite.methods.deco_search import Stage, stage_of
 from cryosuite.metrics.clustering import agreement, kmeans_labels
 from cryosuite.reconstruct.backproject import flip_hand
@@ -63,7 +64,8 @@ def _batch(particles, rows=range(8)):
 
 @pytest.mark.parametrize(
     "wrong", [{"finetune": "last-0"}, {"finetune": "some"}, {"field": "real"}, {"zdim": 0}, {"classes": 0},
-              {"march_from": 0.0}, {"shift_extent": 0.7}, {"search_epochs": -1}],
+              {"march_from": 0.0}, {"shift_extent": 0.7}, {"search_epochs": -1}, {"march_over": 2.0},
+              {"lr_encoder": -0.1}, {"feat_sigma": 0.0}],
 )  # fmt: skip
 def test_impossible_options_are_refused(wrong: dict) -> None:
     """Each with a message that names the flag."""
@@ -406,3 +408,86 @@ def test_classes_found_with_their_poses_are_kept(tmp_path: Path, monkeypatch: py
     assert deco_finish.settled(RunDir(tmp_path), loaded, latents, asked, 0) is latents
     found = deco_finish.settled(RunDir(tmp_path), loaded, latents, DecoOptions(), 0)
     assert found.k == 3 and adjusted_rand_score(labels, found.labels) > 0.95
+    network = DecoOptions(
+        poses="none", start="network", classes=4, k=3
+    )  # one network is one frame, whatever the number
+    found = deco_finish.settled(RunDir(tmp_path), loaded, latents, network, 0)
+    assert found.k == 3 and adjusted_rand_score(labels, found.labels) > 0.95
+
+
+def test_hands_that_are_flipped_agree_too(two, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class that "auto" turns over is the one that "flip" leaves: each gives maps of one hand."""
+    particles, labels = two
+    monkeypatch.setattr(deco_hand, "_other_hand", lambda particles, labels: [1])
+
+    def turned(hand: str) -> np.ndarray:
+        return np.abs(settle_hands(particles, labels, hand).rotation - particles.rotation).max((1, 2)) > 1e-3
+
+    with pytest.warns(UserNotice, match="hand of the maps"):
+        assert (turned("auto") == (labels == 1)).all()
+    assert (turned("flip") == (labels == 0)).all() and not turned("keep").any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"warmup_images": 320}, "--warmup-images 320"), ({"search_epochs": 0}, "--hps-epochs 0"),
+     ({"zdim_auto": True}, "--zdim auto")],
+)  # fmt: skip
+def test_a_network_start_that_would_find_no_pose_is_refused(two, changes: dict, message: str) -> None:
+    """Before the folder is touched."""
+    options = replace(TINY, poses="none", start="network", warmup_images=100, search_epochs=1)
+    check(two[0], options, QUICK)
+    with pytest.raises(InputError, match=message):
+        check(two[0], replace(options, **changes), QUICK)
+
+
+def test_options_without_effect_are_told() -> None:
+    """With what stands in their way."""
+    known = TINY.without_effect(["hand", "lr_poses", "bn", "lr_encoder", "width", "research_every"])
+    assert known == {
+        "hand": "known poses", "lr_poses": "--fixed-poses", "bn": "--encoder random", "research_every": "--fixed-poses",
+    }  # fmt: skip
+    searched = replace(TINY, poses="none", start="network", finetune="head")
+    assert searched.without_effect(["hand", "lr_poses", "refine_poses", "lr_encoder", "shift_extent"]) == {
+        "hand": "--start network", "refine_poses": "poses that are found, which are always refined",
+        "lr_encoder": "--finetune head",
+    }  # fmt: skip
+
+
+def test_pixel_sizes_of_rows_reach_the_slices(two) -> None:
+    """A point of an image with larger pixels lies nearer to the centre of the one volume."""
+    table = two[0].ctf.copy()
+    table[1::2, 1] = 7.5
+    method, model = _built(replace(two[0], ctf=table, pixel_size=table[:, 1]), replace(TINY, march_from=1.0))
+    seen = []
+    model.values = lambda q, radius, z: seen.append(q) or torch.zeros(*q.shape[:2], 2)
+    method.loss(model, _batch(replace(two[0], ctf=table, pixel_size=table[:, 1])), Step(19, 20))
+    found = seen[0].norm(dim=-1) / (fourier.half_disc(BOX).radius / BOX)
+    expected = torch.tensor([1, 6.0 / 7.5] * 4)[:, None].expand_as(found)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_choice_of_the_length_stops_in_time_and_can_go_on(two, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the trial in which the minutes have passed; what was found is kept."""
+    from cryosuite.methods import deco_auto
+
+    run, tried = RunDir(tmp_path), []
+    run.config.write_text("method: deco\nparticles: p\noptions: {}\ntraining: {}\n")
+    assert not can_resume(run)
+    monkeypatch.setattr(deco_auto, "_trial", lambda *rest: tried.append(rest[3]) or [1.0, 2.0])
+    monkeypatch.setattr(deco_auto, "time", SimpleNamespace(monotonic=lambda: 100.0 * len(tried)))
+    with pytest.raises(deco_auto.Interrupted, match="max_minutes"):
+        deco_auto.choose_zdim(two[0], run, TINY, replace(QUICK, max_minutes=1.0))
+    assert tried == [4] and can_resume(run)
+    assert deco_auto.choose_zdim(two[0], run, TINY, QUICK) == 4 and tried == [4, 8, 16, 32, 64, 128]
+
+
+def test_held_out_images_are_seen_as_the_trained_ones_were(two) -> None:
+    """Mean and deviation of the encoder's images stay those of the training."""
+    from cryosuite.methods import deco_auto
+
+    method, model = _built(two[0])
+    before = model.pixels.clone()
+    other = replace(two[0], images=ArrayImages(np.abs(two[0].read(slice(None)))))
+    deco_auto.held_out(method, model.eval(), other.subset(np.arange(20)))
+    assert torch.equal(model.pixels, before)

@@ -19,7 +19,7 @@ from cryosuite.console import Progress
 from cryosuite.data.encoder_images import EncoderCache
 from cryosuite.data.loader import Batch
 from cryosuite.data.particles import ParticleSet
-from cryosuite.data.spectra import measure_spectra
+from cryosuite.data.spectra import measure_spectra, slice_matrices
 from cryosuite.errors import InputError
 from cryosuite.kernels import chance, fourier
 from cryosuite.kernels.memory import Portions
@@ -29,6 +29,7 @@ from cryosuite.methods.deco_images import encoder_cache
 from cryosuite.methods.deco_model import DecoModel, PoseTable
 from cryosuite.methods.deco_options import RANDOM, DecoOptions
 from cryosuite.methods.deco_search import Searcher, Stage, everywhere, held, rows_of, searched_again, stage_of, worst
+from cryosuite.reconstruct.backproject import common_pixel_size
 from cryosuite.training.inference import autocast, evaluating
 from cryosuite.training.launch import world
 from cryosuite.training.method import Step
@@ -50,6 +51,7 @@ class Deco:
         self.cache_path, self.epochs = cache_path, epochs
         self.cache: EncoderCache | None = None
         self.count = 0  # of particles
+        self.pixel_size = 1.0  # of the volumes, Angstrom; known once the model is built
         self.frozen: Tensor | None = None  # features (N, C) of an encoder that is not trained
         self.searcher: Searcher | None = None
 
@@ -62,8 +64,8 @@ class Deco:
         """Raises InputError where known poses are asked for and there are none, and for too few particles."""
         if self.options.poses == "known" and particles.rotation is None:
             raise InputError(
-                f"{particles.path}: has no poses. Give them with --poses poses.pkl, or leave out --known-poses to have "
-                "them found"
+                f"{particles.path}: has no poses, and is to be sorted with known ones. Give them with --poses "
+                "poses.pkl, or have them found by a run with --ab-initio"
             )
         if len(particles) < 16:
             raise InputError(f"{particles.path}: {len(particles)} particles are too few to learn from")
@@ -73,6 +75,7 @@ class Deco:
     def build(self, particles: ParticleSet) -> DecoModel:
         """The model; raises InputError as ``check`` does, and for weights that do not fit."""
         self.check(particles)
+        self.pixel_size = common_pixel_size(particles.pixel_size)
         spectra = measure_spectra(particles, self.options.window)
         loaded = open_encoder(self.options, particles)
         model = DecoModel(particles.box_size, self.options, spectra, loaded, particles.ctf_premultiplied)
@@ -84,11 +87,14 @@ class Deco:
                 model.keep_volumes(self.options.cached_volumes, self.searcher.search_options.r_max)
         return model
 
-    def attach(self, model: DecoModel, particles: ParticleSet, size: int, prep: str) -> None:
-        """Make or open the encoder's images; of an encoder that is not trained keep the features."""
+    def attach(self, model: DecoModel, particles: ParticleSet, size: int, prep: str, trained: bool = True) -> None:
+        """Make or open the encoder's images; of an encoder that is not trained keep the features.
+
+        trained: the model is to be trained on these images; False: it was trained on others, and stays as it is.
+        """
         self.cache = encoder_cache(particles, self.options.seen, model.noise_amplitude, size, prep, self.cache_path)
         self.count, self.frozen = len(particles), None
-        if self.options.encoder == RANDOM or self.options.seen != "raw":
+        if trained and (self.options.encoder == RANDOM or self.options.seen != "raw"):
             model.measure_pixels(self.cache)
         if not model.encoder_trains:
             self.frozen = self._features(model, len(particles))
@@ -117,7 +123,7 @@ class Deco:
         r_max = math.ceil(march(step.fraction, self.options.march_from * half, half, self.options.march_over))
         count = disc.count(r_max)
         with torch.autocast(device.type, enabled=False):
-            q = disc.frequency[:count] @ batch.rotation[:, :2]  # (b, P, 3): (kx, ky, 0) @ R
+            q = disc.frequency[:count] @ slice_matrices(batch, self.pixel_size)[:, :2]  # (b, P, 3): (kx, ky, 0) @ R
         values = model.values(q, disc.radius[:count], z)
         with torch.autocast(device.type, enabled=False):
             difference = torch.view_as_real(target.values[:, :count]) - target.ctf[:, :count, None] * values

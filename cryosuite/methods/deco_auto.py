@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +15,14 @@ import torch
 from cryosuite.console import say, table
 from cryosuite.data.loader import BatchLoader
 from cryosuite.data.particles import ParticleSet
+from cryosuite.data.spectra import slice_matrices
 from cryosuite.data.workdir import RunDir
 from cryosuite.formats.atomic import write_text
 from cryosuite.kernels import fourier
 from cryosuite.methods.deco import Deco
 from cryosuite.methods.deco_model import DecoModel
 from cryosuite.methods.deco_options import ZDIMS, DecoOptions
-from cryosuite.training.launch import process_rank
+from cryosuite.training.launch import meet
 from cryosuite.training.loop import fit
 from cryosuite.training.options import TrainOptions
 
@@ -39,17 +41,25 @@ def choose_zdim(particles: ParticleSet, run: RunDir, options: DecoOptions, train
     than the best one's.
 
     Poses are those of ``particles``. Results are kept in zdim.json as they come, so an interrupted choice goes on with
-    the next length. Says what it found. Raises Interrupted where a signal stopped a trial.
+    the next length. Says what it found. Several processes train together and go by what the first one finds. Raises
+    Interrupted where a signal stopped a trial, and after the trial in which ``max_minutes`` have passed.
     """
-    tried = _read(run.zdim)
+    processes, began, limit = meet(training), time.monotonic(), training.max_minutes
+
+    def keep(found: dict[str, list[float]]) -> dict[str, list[float]]:
+        write_text(run.zdim, json.dumps(found) + "\n")
+        return found
+
+    tried = processes.first_does(lambda: keep(_read(run.zdim)))
     lengths = [z for z in ZDIMS if z < len(particles)]
     for zdim in lengths:
         if str(zdim) in tried:
             continue
+        if processes.first_does(lambda: limit is not None and time.monotonic() - began > 60 * limit):
+            raise Interrupted("max_minutes")
         say(f"--zdim auto: trying {zdim}")
-        tried[str(zdim)] = _trial(particles, options, training, zdim)
-        if process_rank() == 0:
-            write_text(run.zdim, json.dumps(tried) + "\n")
+        losses = _trial(particles, options, training, zdim)
+        tried = processes.first_does(lambda more={str(zdim): losses}, before=tried: keep(before | more))
     losses = {z: np.asarray(tried[str(z)]) for z in lengths}
     chosen, why = decide(losses)
     rows = [[z, f"{loss.mean():.5f}", "chosen" if z == chosen else ""] for z, loss in losses.items()]
@@ -93,12 +103,12 @@ def held_out(method: Deco, model: DecoModel, particles: ParticleSet) -> list[flo
     """Whitened squared error per coefficient of every image, encoded and decoded."""
     spec = model.encoder.spec
     images = Deco(method.options)
-    images.attach(model, particles, spec.image_size, method.cache.prep)
+    images.attach(model, particles, spec.image_size, method.cache.prep, trained=False)
     disc = fourier.half_disc(model.box_size, device=model.envelope.device)
     out: list[float] = []
     for batch in BatchLoader(particles, 128, shuffle=False, device=model.envelope.device).epoch(0):
         target = model.target(batch)
-        q = disc.frequency @ batch.rotation[:, :2]
+        q = disc.frequency @ slice_matrices(batch, method.pixel_size)[:, :2]
         values = model.values(q, disc.radius, images.encode(model, batch))
         error = torch.view_as_real(target.values) - target.ctf[..., None] * values
         out += error.square().sum(-1).mean(1).tolist()

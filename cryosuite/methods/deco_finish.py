@@ -119,12 +119,13 @@ def settled(
 ) -> Clusters:
     """The classes once the images themselves have chosen, by half maps that they are not part of.
 
-    With one frame for all (known poses, or found with one map) they choose now. Classes that were found together with
-    the poses have a frame each, in which the poses of their particles are: they stay as the search left them.
+    With one frame for all (known poses, or found with one map or network) they choose now. Classes that were found
+    together with the poses have a frame each, in which the poses of their particles are: they stay as the search left
+    them.
     """
-    if options.poses == "known" or options.classes == 1:
+    if options.poses == "known" or options.start == "network" or options.classes == 1:
         return _settled(loaded, found, options, seed, processes, device) if found.k > 1 else found
-    record = processes.first_does(lambda: start_record(run) if options.start == "voxel" else None)
+    record = processes.first_does(lambda: start_record(run))
     if record is None or options.k not in (0, options.classes):
         return found
     new = regrouped(found, loaded.z, record["poses"]["label"].numpy())

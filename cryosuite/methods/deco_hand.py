@@ -30,13 +30,14 @@ def mirrored(rotation: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray, np.nd
 
 def settle_hands(particles: ParticleSet, labels: np.ndarray, hand: str) -> ParticleSet:
     """The particles with poses whose hands agree: "auto" mirrors the classes that fit the largest one better as
-    their mirror image, "flip" mirrors all, "keep" none. Says that the hand of all together cannot be told.
+    their mirror image, "flip" all the others (so that maps are of the other hand than with "auto"), "keep" none. Says
+    that the hand of all together cannot be told.
 
     For unrelated molecules the choice means nothing, and harms nothing.
     """
     if hand == "keep":
         return particles
-    chosen = np.ones(len(labels), bool) if hand == "flip" else np.isin(labels, _other_hand(particles, labels))
+    chosen = np.isin(labels, _other_hand(particles, labels)) != (hand == "flip")
     if hand == "auto":
         notice(
             "the hand of the maps cannot be told from images alone: look for right-handed helices in a sharp map; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -20,6 +21,9 @@ CHOICES = {
     "hand": ("auto", "keep", "flip"),
 }
 POSITIVE = ("zdim", "width", "layers", "n_frequencies", "starts", "cached_volumes")
+TYPED_AS = {
+    "width": "dim", "n_frequencies": "features", "search_epochs": "hps-epochs", "research_every": "re-search",
+}  # fmt: skip
 ZDIMS = (4, 8, 16, 32, 64, 128)  # what --zdim auto chooses between
 RANDOM = "random"
 
@@ -93,6 +97,13 @@ class DecoOptions:
             raise InputError(f"--classes {self.classes}, --k {self.k}: expected 1 or more (k: 0 or auto to choose)")
         if not 0 < self.march_from <= 1:
             raise InputError(f"--march {self.march_from}: expected above 0 and at most 1")
+        if not 0 <= self.march_over <= 1:
+            raise InputError(f"--march-over {self.march_over}: expected 0 or more and at most 1")
+        for name in ("lr_encoder", "lr_poses"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"{flag(name)} {getattr(self, name)}: expected 0 or more")
+        if not self.feat_sigma > 0:
+            raise InputError(f"--feat-sigma {self.feat_sigma}: expected above 0")
         if not 0 < self.shift_extent <= 0.5:
             raise InputError(f"--shift-extent {self.shift_extent}: a fraction of the box, above 0 and at most 0.5")
         if not 0 <= self.hold_poses <= 1:
@@ -134,6 +145,24 @@ class DecoOptions:
             return None
         return int(self.finetune.partition("-")[2]) if self.finetune.startswith("last") else 0
 
+    def without_effect(self, names: Iterable[str]) -> dict[str, str]:
+        """Those of the named options that change nothing beside the others, and why: {"bn": "--encoder random"}."""
+        known, network = self.poses == "known", self.start == "network"
+        idle = [
+            (known, "known poses", ("start", "starts", "classes", "hand")),
+            (known and not self.refine_poses, "--fixed-poses", ("lr_poses", "hold_poses", "research_every")),
+            (known and not self.searches, "poses that are not searched for", ("shift_extent",)),
+            (not known, "poses that are found, which are always refined", ("refine_poses",)),
+            (not known and network, "--start network", ("starts", "classes", "hand", "hold_poses")),
+            (self.encoder != RANDOM, f"--encoder {self.encoder}", ("encoder_size",)),
+            (self.encoder == RANDOM, "--encoder random", ("bn",)),
+            (self.trained_blocks == 0, f"--finetune {self.finetune}", ("lr_encoder", "bn")),
+            (self.finetune == "none", "--finetune none", ("zdim",)),
+            (self.march_from == 1, "--march 1", ("march_over",)),
+        ]  # fmt: skip
+        found = {name: why for holds, why, which in reversed(idle) if holds for name in which}
+        return {name: found[name] for name in names if name in found}
+
     @staticmethod
     def from_dict(values: dict[str, Any]) -> DecoOptions:
         """From the mapping of a config.yaml; names that are not options are left out."""
@@ -147,7 +176,7 @@ class DecoOptions:
 
 def flag(name: str) -> str:
     """How an option is typed."""
-    return f"--{name.replace('_', '-')}"
+    return f"--{TYPED_AS.get(name, name).replace('_', '-')}"
 
 
 @dataclass(frozen=True)

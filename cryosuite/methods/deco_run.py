@@ -29,10 +29,11 @@ from cryosuite.methods.deco_model import DecoModel, PoseTable
 from cryosuite.methods.deco_options import FROM_NOTHING, RANDOM, DecoOptions, Preset
 from cryosuite.methods.deco_start import SAVE_SECONDS, options_of, start_margins, start_record, voxel_start
 from cryosuite.reconstruct.abinitio import AbInitio
+from cryosuite.reconstruct.backproject import common_pixel_size
 from cryosuite.training.checkpoint import load_into, load_state
 from cryosuite.training.launch import meet, process_rank, resolve_accelerator, training_processes
 from cryosuite.training.loop import fit
-from cryosuite.training.options import TrainOptions
+from cryosuite.training.options import TrainOptions, plain
 from cryosuite.training.runs import particles_path, read_run_config
 from cryosuite.training.signals import exit_code, requeue_job
 
@@ -80,7 +81,26 @@ def check(particles: ParticleSet, options: DecoOptions, training: TrainOptions) 
         )
     if options.poses == "none" and options.start == "voxel":
         AbInitio(particles, options_of(options, training.seed))
+    if options.poses == "none" and options.start == "network":
+        _check_network_start(options, training.epochs * len(particles))
+    if options.zdim_auto and options.finetune == "none":
+        raise InputError(
+            "--zdim auto: with --finetune none the latent is as long as the encoder's feature. Leave it out"
+        )
     open_encoder(options, particles)
+
+
+def _check_network_start(options: DecoOptions, images: int) -> None:
+    """Raises InputError where the network start would search for no pose; ``images``: that the training sees."""
+    if options.zdim_auto:
+        raise InputError("--zdim auto: needs poses before the training: not with --start network. Give a number")
+    if options.search_epochs < 1:
+        raise InputError("--hps-epochs 0: no pose would be searched for: with --start network at least 1 is needed")
+    if options.warmup_images >= images:
+        raise InputError(
+            f"--warmup-images {options.warmup_images}: the training sees {images:,} images in all, so that no pose "
+            "would be searched for. Give fewer, or more epochs (-n)"
+        )
 
 
 def available_encoder(chosen: Preset, typed_lr: float | None = None) -> Preset:
@@ -103,8 +123,8 @@ def available_encoder(chosen: Preset, typed_lr: float | None = None) -> Preset:
 
 
 def can_resume(run: RunDir) -> bool:
-    """Whether the folder holds a run of deco-classify that can go on: in its start or in its training."""
-    if not (run.checkpoint.exists() or run.start.exists()) or not run.exists():
+    """Whether the folder holds a run of deco-classify that can go on: in start, choice of --zdim or training."""
+    if not any(path.exists() for path in (run.checkpoint, run.start, run.zdim)) or not run.exists():
         return False
     return read_run_config(run)["method"] == "deco"
 
@@ -132,12 +152,12 @@ def train(
             return _stopped(stopped, training)
     if options.zdim_auto:
         try:
-            options = options.changed(zdim=choose_zdim(particles, run, options, training), zdim_auto=False)
+            options = options.changed(
+                zdim=choose_zdim(particles, run, options, _left(training, began)), zdim_auto=False
+            )
         except Interrupted as stop:
             return _stopped(str(stop), training)
-    minutes = training.max_minutes
-    if minutes is not None:
-        training = replace(training, max_minutes=max(minutes - (time.monotonic() - began) / 60, 0.01))
+    training = _left(training, began)
     method = Deco(options, run.encoder_images, training.epochs)
     fitted = fit(
         method, particles, run, training, resume="auto" if resume else False,
@@ -147,13 +167,22 @@ def train(
         return Trained(fitted.epochs_done, fitted.stopped, fitted.exit_code)
     processes = training_processes()
     epoch = processes.first_does(run.last_epoch)
-    loaded = processes.each(lambda: load(run, read_run_config(run), epoch))
+    now = {"training": plain(training)}  # --accelerator may be another one than the run began with
+    loaded = processes.each(lambda: load(run, read_run_config(run) | now, epoch))
     device = resolve_accelerator(training.accelerator)
     classes = finish(run, loaded, options, training.seed, files, processes, device)
     for path in (run.encoder_images, run.encoder_images.with_name(run.encoder_images.name + ".json")):
         if processes.first:
             path.unlink(missing_ok=True)
     return Trained(epoch, classes=tuple(classes))
+
+
+def _left(training: TrainOptions, began: float) -> TrainOptions:
+    """The options with the minutes that are left of a limit."""
+    minutes = training.max_minutes
+    if minutes is None:
+        return training
+    return replace(training, max_minutes=max(minutes - (time.monotonic() - began) / 60, 0.01))
 
 
 def _stopped(reason: str, training: TrainOptions) -> Trained:
@@ -264,5 +293,5 @@ def load(run: RunDir, config: dict[str, Any], epoch: int) -> LoadedRun:
     def decode(points: np.ndarray) -> np.ndarray:
         return model.volumes(torch.from_numpy(np.atleast_2d(np.asarray(points, np.float32)))).cpu().numpy()
 
-    pixel_size = float(np.median(particles.pixel_size))
+    pixel_size = common_pixel_size(particles.pixel_size)
     return LoadedRun("deco", particles, z, epoch, pixel_size, particles.box_size, decode, config)
