@@ -34,6 +34,17 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["a.txt"]
 
 
+@pytest.mark.parametrize(
+    "name", ["a." + "b" * 240 + ".mrc", "x" * 251 + ".mrc", "\U0001f600" * 60 + ".mrc", "\u597d" * 83]
+)
+def test_the_longest_names_can_be_written(name: str, tmp_path: Path) -> None:
+    """The temporary name of a file is longer than its own; neither may have more than 255 bytes."""
+    with atomic_path(tmp_path / name) as temporary:
+        temporary.write_text("new")
+        assert Path(name).suffix != ".mrc" or temporary.suffix == ".mrc"
+    assert os.listdir(tmp_path) == [name]
+
+
 def test_permissions_are_those_of_a_plain_file(tmp_path: Path) -> None:
     (tmp_path / "plain").write_text("x")
     write_text(tmp_path / "atomic", "x")
@@ -101,6 +112,16 @@ def test_bad_yaml_is_refused(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=rf"a\.yaml: .*({message})") as caught:
         read_yaml(tmp_path / "a.yaml")
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_too_large_to_be_yaml_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stack of images given for a config by mistake must not be brought into memory to be refused."""
+    path = tmp_path / "particles.mrcs"
+    path.touch()
+    os.truncate(path, 8 << 30)
+    monkeypatch.setattr(Path, "read_bytes", lambda _: pytest.fail("the file was read"))
+    with pytest.raises(InputError, match=r"particles\.mrcs: 8589934592 bytes: more than"):
+        read_yaml(path)
 
 
 def test_peer_config_is_read(golden: Path) -> None:

@@ -33,6 +33,7 @@ def _created_mode() -> int:
     return 0o666 & ~mask
 
 
+_NAME_BYTES, _ENDING = 150, 16  # of a temporary name, which may have 255 bytes: the start and the last characters
 _CREATED_MODE = _created_mode()  # asked once: reading the mask sets it for all threads for a moment
 
 
@@ -116,7 +117,7 @@ def atomic_path(path: str | os.PathLike, suffix: str | None = None, needed: int 
     path = Path(path)
     if needed is not None:
         require_space(path, needed)
-    suffix = "".join(path.suffixes[-2:]) if suffix is None else suffix
+    suffix = _ending(path, suffix)
     try:
         _remove_known_leftovers(path, suffix)
         handle, name = _claimed(path, suffix)
@@ -143,7 +144,12 @@ def atomic_path(path: str | os.PathLike, suffix: str | None = None, needed: int 
 
 
 def _prefix(path: Path) -> str:
-    return f".{path.name[:80]}."
+    return f".{path.name.encode('utf-8', 'surrogateescape')[:_NAME_BYTES].decode('utf-8', 'ignore')}."
+
+
+def _ending(path: Path, suffix: str | None) -> str:
+    """Ending of a temporary name: that of the path, of which only the last where a dot stands early in a long name."""
+    return "".join(path.suffixes[-2:])[-_ENDING:] if suffix is None else suffix
 
 
 def _claimed(path: Path, suffix: str) -> tuple[int, str]:
@@ -188,8 +194,7 @@ def _hidden(folder: Path) -> list[str]:
 
 def _remove_dead(path: Path, suffix: str | None, names: list[str]) -> list[str]:
     """Delete those of the names that are temporary files of ``path`` without a writer; returns the others."""
-    suffix = "".join(path.suffixes[-2:]) if suffix is None else suffix
-    ours = re.compile(re.escape(_prefix(path)) + "[a-z0-9_]{8}" + re.escape(suffix))
+    ours = re.compile(re.escape(_prefix(path)) + "[a-z0-9_]{8}" + re.escape(_ending(path, suffix)))
     for name in filter(ours.fullmatch, names):
         with contextlib.suppress(OSError):  # BlockingIOError: its writer lives; others: no locks on this disk
             handle = os.open(path.parent / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)

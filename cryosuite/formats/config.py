@@ -28,9 +28,7 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
     """
     import yaml
 
-    data = read_bytes(path, "YAML file")
-    if len(data) > MAX_BYTES:
-        raise InputError(f"{path}: {len(data)} bytes of YAML: more than the {MAX_BYTES} that a list or config may have")
+    data = read_bytes(path, "YAML file", MAX_BYTES)
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster where PyYAML was built with libyaml
     try:
         _require_modest(path, yaml.parse(data, Loader=loader))

@@ -68,9 +68,11 @@ class MrcHeader:
 def open_mrc(path: Path) -> BinaryIO:
     """Open an MRC file for reading, through gzip where its first bytes say so."""
     try:
-        with open(path, "rb") as raw:
-            compressed = raw.read(2) == _GZIP
-        return gzip.open(path, "rb") if compressed else open(path, "rb")
+        stream = open(path, "rb")  # noqa: SIM115 (the caller closes it)
+        if stream.peek(2)[:2] != _GZIP:
+            return stream
+        stream.close()
+        return gzip.open(path, "rb")
     except OSError as error:
         raise FileError(f"{path}: cannot open this MRC file: {error.strerror or error}") from None
 
