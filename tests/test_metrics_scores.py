@@ -78,7 +78,8 @@ def test_oracle_floor_ceiling_and_gain(tmp_path):
     assert truth.gain(half_way, found.floor("unmasked"), found.ceiling("unmasked")) == pytest.approx(0.5)
     cache, settings = tmp_path / "oracle.json", {"n": 3}
     assert oracle.read_cached(cache, settings) is None
-    cache.write_text(oracle.add_to_cache(None, settings, found))
+    for before in (None, b"", b"[]", b"3", b"\xff", b"[" * 100_000, b'{"other": 1}'):
+        cache.write_text(oracle.add_to_cache(before, settings, found))
     again = oracle.read_cached(cache, settings)
     assert np.allclose(again.consensus["unmasked"], found.consensus["unmasked"])
     assert oracle.read_cached(cache, {"n": 4}) is None
@@ -122,6 +123,8 @@ def test_pose_errors_up_to_frame_hand_and_origin(mirrored):
     assert np.allclose(errors.origin, origin)
     assert errors.shift.max() < 1e-9
     assert np.median(poses.pose_errors(found, true, align=False).degrees) > 20
+    single = true.astype(np.float32)  # as files have them: the angle must not drown in the rounding of its cosine
+    assert poses.pose_errors(single, single).degrees.max() < 1e-4
 
 
 def test_shapes_at_matched_volume():

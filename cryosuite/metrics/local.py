@@ -85,7 +85,7 @@ def local_fsc(
     curves = []
     for part in torch.from_numpy(centres).split(max(1, VOXELS // box**3)):
         a, b = (torch.fft.rfftn(cut * weight, dim=(1, 2, 3)) for cut in _cut((volume, truth), part, box))
-        curves.append(_curves(a.flatten(1), b.flatten(1), shells))
+        curves.append(_curves(a.flatten(1), b.flatten(1), *shells))
     return LocalScores(centres, torch.cat(curves).numpy(), box, float(pixel_size), pixels * pixel_size)
 
 
@@ -112,19 +112,24 @@ def _cut(volumes: tuple[torch.Tensor, ...], centres: torch.Tensor, box: int) -> 
         yield volume[at[:, 0, :, None, None], at[:, 1, None, :, None], at[:, 2, None, None, :]]
 
 
-def _shells(box: int) -> torch.Tensor:
-    """(B * B * (B//2 + 1), B//2) float64: weight of each half-transform point in each shell 1 .. B/2."""
+def _shells(box: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each point of the half transform (B * B * (B//2 + 1),): its shell, those beyond B/2 as B/2 + 1, and weight."""
     full, half = torch.fft.fftfreq(box, 1 / box), torch.arange(box // 2 + 1)
     radius = (full[:, None, None] ** 2 + full[:, None] ** 2 + half**2).sqrt().round().long()
     weight = torch.full((box // 2 + 1,), 2.0, dtype=torch.float64)
     weight[0] = weight[-1] = 1.0
-    member = radius.reshape(-1, 1) == torch.arange(1, box // 2 + 1)
-    return member * weight.expand(radius.shape).reshape(-1, 1)
+    return radius.clamp_(max=box // 2 + 1).reshape(-1), weight.expand(radius.shape).reshape(-1)
 
 
-def _curves(a: torch.Tensor, b: torch.Tensor, shells: torch.Tensor) -> torch.Tensor:
-    """FSC (b, B//2) float64 of half transforms (b, P)."""
-    cross, own, other = (x.double() @ shells for x in ((a * b.conj()).real, a.abs() ** 2, b.abs() ** 2))
+def _curves(a: torch.Tensor, b: torch.Tensor, shell: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """FSC (b, B//2) float64 of half transforms (b, P), with the shell and weight of each point (P,)."""
+    last = int(shell.max())
+
+    def summed(values: torch.Tensor) -> torch.Tensor:
+        sums = torch.zeros(len(values), last + 1, dtype=torch.float64)
+        return sums.index_add_(1, shell, values.double() * weight)[:, 1:last]
+
+    cross, own, other = (summed(x) for x in ((a * b.conj()).real, a.abs() ** 2, b.abs() ** 2))
     norm = (own * other).sqrt()
     return torch.where(norm > 0, cross / norm.clamp_min(1e-300), torch.zeros_like(cross))
 

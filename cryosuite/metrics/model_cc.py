@@ -24,7 +24,8 @@ def correlation(a: np.ndarray, b: np.ndarray, where: np.ndarray | None = None) -
     if where is not None:
         a, b = a[where], b[where]
     a, b = (x.ravel().astype(np.float64) for x in (a, b))
-    a, b = a - a.mean() if len(a) else a, b - b.mean() if len(b) else b
+    for x in (a, b) if len(a) else ():
+        x -= x.mean()
     norm = float(np.sqrt((a @ a) * (b @ b)))
     return float(a @ b) / norm if norm > 0 else float("nan")
 

@@ -91,16 +91,17 @@ def cache_key(settings: dict[str, Any]) -> str:
 def read_cached(path: Path, settings: dict[str, Any]) -> OracleScores | None:
     """Scores stored under these settings in the JSON file ``path``; None when absent or unreadable."""
     try:
-        return OracleScores.from_dict(json.loads(path.read_text())[cache_key(settings)]["scores"])
+        return OracleScores.from_dict(json.loads(path.read_bytes())[cache_key(settings)]["scores"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
-def add_to_cache(text: str | None, settings: dict[str, Any], scores: OracleScores) -> str:
-    """The cache's JSON text with these scores added (``text``: what it held, None or unreadable text for nothing)."""
+def add_to_cache(text: bytes | None, settings: dict[str, Any], scores: OracleScores) -> str:
+    """The cache's JSON text with these scores added (``text``: what it held; None or what is no cache for nothing)."""
     try:
         entries = json.loads(text) if text else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         entries = {}
+    entries = entries if isinstance(entries, dict) else {}
     entries[cache_key(settings)] = {"settings": settings, "scores": scores.as_dict()}
     return json.dumps(entries, indent=1, sort_keys=True, default=str) + "\n"

@@ -74,9 +74,7 @@ def pose_errors(
                 score = float(np.median(((truth @ G - estimate) ** 2).sum((1, 2))))
                 best = min(best, (score, G, mirrored), key=lambda one: one[0])
     _, G, mirrored = best
-    relative = np.einsum("nij,nkj->nik", MIRROR @ found if mirrored else found, truth @ G)
-    cosine = (np.trace(relative, axis1=1, axis2=2) - 1) / 2
-    degrees = np.rad2deg(np.arccos(np.clip(cosine, -1, 1)))
+    degrees = angles(MIRROR @ found if mirrored else found, truth @ G)
     if shift is None or true_shift is None:
         return PoseErrors(degrees, mirrored, G)
     difference = np.asarray(shift, np.float64) - np.asarray(true_shift, np.float64)
@@ -195,7 +193,7 @@ def pose_numbers(found: np.ndarray, truth: np.ndarray, shift_error: np.ndarray, 
 
 
 def angles(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Geodesic angle in degrees between rotations (N, 3, 3): from |a - b|, exact for small ones."""
+    """Geodesic angle in degrees between rotations (N, 3, 3) of one hand: from |a - b|, exact for small ones."""
     chord = np.linalg.norm(a - b, axis=(-2, -1)) / np.sqrt(8)
     return np.rad2deg(2 * np.arcsin(np.clip(chord, 0, 1)))
 
