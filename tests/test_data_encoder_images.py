@@ -154,7 +154,13 @@ def test_ief_sees_the_contrast_of_the_source_file_and_robust_sees_white(tmp_path
     rows = np.array([3, 17])
     as_stored = encoder_images(stored[rows], 112, "ief").astype(int)
     white = encoder_images(-stored[rows], 112, "robust").astype(int)
-    for particles in (dark, work):
+    preprocess(work, tmp_path / "again", PreprocessOptions())  # in two steps as in one
+    again = open_particles(tmp_path / "again", need_poses=False, need_ctf=False)
+    with pytest.warns(UserWarning, match="you say dark"):
+        wrong = open_particles(tmp_path / "work", need_poses=False, need_ctf=False, sign=-1)
+    assert np.array_equal(wrong.read(rows), -work.read(rows))
+    assert np.array_equal(read_encoder_images(wrong, rows, 112)[0], read_encoder_images(work, rows, 112)[0])
+    for particles in (dark, work, again):
         found, finite = read_encoder_images(particles, rows, 112, "ief")
         assert finite.all() and np.abs(found - as_stored).max() <= 1
         assert np.abs(read_encoder_images(particles, rows, 112, "robust")[0] - white).max() <= 1

@@ -220,7 +220,10 @@ def _pixel_size(
 def _sign(rows: Rows, images: StackImages, sources: Sources) -> tuple[int, str]:
     """The factor that makes particles white and who says so; rows of different sign are corrected one by one."""
     if sources.dataset:
-        return 1, "dataset.yaml"
+        if sources.sign != -1:
+            return 1, "dataset.yaml"
+        notice(f"{sources.path}: a work folder, whose images are white; you say dark: they are multiplied by -1")
+        return -1, "option"
     if sources.sign is not None:
         return int(sources.sign), "option"
     if rows.signs is None:

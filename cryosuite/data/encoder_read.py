@@ -23,8 +23,8 @@ def stored_sign(particles: ParticleSet, rows: np.ndarray | None = None) -> np.nd
     signs = getattr(particles.images, "signs", None)
     if signs is not None:
         return np.asarray(signs if rows is None else signs[rows], np.int8)
-    sign = particles.dataset.get("sign", particles.sign) if particles.dataset else particles.sign
-    return np.full(len(particles if rows is None else rows), -1 if isinstance(sign, int) and sign < 0 else 1, np.int8)
+    sign = particles.sign * (-1 if particles.dataset.get("sign") == -1 else 1)
+    return np.full(len(particles if rows is None else rows), sign, np.int8)
 
 
 def read_encoder_images(

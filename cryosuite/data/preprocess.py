@@ -105,7 +105,7 @@ def preprocess(
     spectrum = noise.spectrum() if kept.size > constant.size else None
     record = {
         "command": command,
-        "sign": sign,
+        "sign": -sign if particles.dataset.get("sign") == -1 else sign,  # of the first source of all
         "sign_from": sign_from,
         "normalised": True,
         "dtype": options.dtype,
