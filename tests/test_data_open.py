@@ -399,3 +399,11 @@ def test_an_image_in_both_half_sets_makes_new_ones(golden, tmp_path):
     half = particles.half_sets()
     assert np.array_equal(half[:4], half[4:])
     assert np.bincount(half).tolist() == [4, 4]
+
+
+def test_a_stack_that_a_list_names_twice_is_one_in_the_half_sets(golden, tmp_path):
+    (tmp_path / "twice.txt").write_text(f"{golden}/adversarial/good.mrcs\n" * 2)
+    with pytest.warns(UserWarning, match="8 duplicate rows"):
+        particles = open_particles(tmp_path / "twice.txt", need_poses=False, need_ctf=False)
+    half = particles.half_sets()
+    assert np.array_equal(half[:8], half[8:]) and set(half) == {0, 1}

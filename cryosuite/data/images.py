@@ -119,7 +119,9 @@ class StackImages:
 
     def identity(self) -> np.ndarray:
         """A number (N,) int64 per row, the same for rows that show the same image."""
-        return (self.file_id.astype(np.int64) << 32) | self.slices
+        known: dict[str, int] = {}  # a list may name a stack twice
+        number = np.array([known.setdefault(str(path), place) for place, path in enumerate(self.files)], np.int64)
+        return (number[self.file_id] << 32) | self.slices
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """Images (b, D, D) float32 of the rows, in their order; each file is visited once, its slices in order."""

@@ -246,7 +246,7 @@ def read_ahead(batches: Iterator, depth: int) -> Iterator:
             try:
                 item = queue.get(timeout=5.0)
             except Empty:
-                if thread.is_alive():
+                if thread.is_alive() or not queue.empty():  # it may have put its last just now
                     continue
                 raise RuntimeError("the reading thread ended without a word") from None
             if isinstance(item, _End):
