@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import torch
 from test_data_processes import each
 from training_toy import Toy, options, toy_particles
 
@@ -85,6 +86,35 @@ def test_latents_and_trainings_tell_what_other_processes_met(tmp_path: Path) -> 
 def test_a_training_tells_them_after_each_epoch(tmp_path: Path) -> None:
     said = told(lambda: fit(Toy(), broken_set(range(25)), RunDir(tmp_path / "run"), options(epochs=2)))
     assert sum(f"25 images {END}" in text for text in said) == 1
+
+
+def test_a_training_that_is_stopped_within_an_epoch_tells_them(tmp_path: Path) -> None:
+    """At least 30 of the 40 are in the first of two batches."""
+    stopping = options(epochs=2, batch_size=50, max_minutes=1e-9)
+    said = told(lambda: fit(Toy(), broken_set(range(40)), RunDir(tmp_path / "run"), stopping))
+    assert sum(END in text for text in said) == 1
+
+
+def test_a_backprojection_by_one_process_tells_how_many_there_are() -> None:
+    from dataclasses import replace
+
+    from cryosuite.reconstruct.backproject import Accumulator
+
+    particles = broken_set(range(25))
+    rotation, noise = np.tile(np.eye(3, dtype=np.float32), (60, 1, 1)), np.ones((1, 5), np.float32)
+    posed = replace(particles, rotation=rotation, noise=noise)
+    said = told(lambda: Accumulator(posed).run(np.arange(60) % 2))
+    assert sum(f"25 images {END}" in text for text in said) == 1
+
+
+def test_images_prepared_for_an_encoder_are_known_to_be_broken() -> None:
+    from cryosuite.methods.deco_images import encoder_cache
+
+    cache: list = []
+    particles = broken_set([3, 7])
+    said = told(lambda: cache.append(encoder_cache(particles, "flipped", torch.ones(1, 5), 28, "robust", None)))
+    assert np.flatnonzero(cache[0].bad).tolist() == [3, 7] and not cache[0].images[[3, 7]].any()
+    assert any("images 3 and 7" in text or "3, 7" in text for text in said)
 
 
 def test_broken_images_of_a_corpus_are_named_after_each_epoch(tmp_path: Path) -> None:

@@ -37,14 +37,16 @@ class PreparedImages:
 
     @torch.no_grad()
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """Images (b, D, D) float32 of the rows; white noise has unit variance."""
-        batch = self.loader.batch(np.asarray(rows))
+        """Images (b, D, D) float32 of the rows; white noise has unit variance. Broken images stay NaN."""
+        rows = np.asarray(rows)
+        batch = self.loader.batch(rows)
         D = self.particles.box_size
         disc = fourier.half_disc(D)
         target = whitened(batch, disc, self.noise_amplitude, self.particles.ctf_premultiplied)
         images = fourier.from_half_disc(target.values * torch.sign(target.ctf), disc) * D
         if self.is_upright and batch.rotation is not None:
             images = turn(images, batch.rotation)
+        images[torch.from_numpy(self.loader.broken.rows[rows])] = torch.nan  # for the cache to count and tell
         return images.numpy()
 
     def subset(self, rows: np.ndarray) -> PreparedImages:

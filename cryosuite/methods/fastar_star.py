@@ -92,6 +92,7 @@ class StarRun:
             released = isinstance(self.preparation, ReleasedPreparation)
             references, ranked = self._contrast() if released else self._select()[:2]
         found = [self._against(row, ranked[ranked != row][: self.options.anchors]) for row in references]
+        self.loader.broken.finish()
         if len(found) == 1:
             return found[0]
         stack = torch.stack([one.rotation for one in found])

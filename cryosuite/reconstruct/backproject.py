@@ -228,8 +228,8 @@ class Accumulator:
                         bar.advance(len(part))
         finally:
             torch.set_num_threads(threads)
+        self.broken.share(self.processes)
         if self.processes.count > 1:
-            self.broken.share(self.processes)
             for one in np.unique(key[key >= 0]).tolist():
                 if one not in sums:
                     sums[one] = slices.new_accumulator(self.map_box)

@@ -98,8 +98,8 @@ class ClusterImages:
 
     def share_bad(self, processes: Processes) -> None:
         """Take in which images the other processes found bad; all of them call it."""
+        self._source.broken.share(processes)
         if processes.count > 1:
-            self._source.broken.share(processes)
             self.bad[processes.joined(np.flatnonzero(self.bad))] = True
 
     def _cached(self, rows: np.ndarray, count: int) -> Chunk:

@@ -203,8 +203,8 @@ def _run(
     processes = engine.processes
     rows = processes.mine(class_order(weights, engine.particles.box_size))
     sums = processes.each(lambda: _inserted(engine, weights, rows, half, bar))
+    engine.broken.share(processes)
     if processes.count > 1:
-        engine.broken.share(processes)
         for k, h in _present(weights, half):
             if (k, h) not in sums:
                 sums[k, h] = slices.new_accumulator(engine.map_box)

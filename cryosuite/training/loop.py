@@ -123,6 +123,7 @@ def _train(session: Session, metrics: MetricsLog, on_epoch: OnEpoch | None) -> t
                 if stopped or due:
                     session.save(even_if_not_calm=bool(stopped))
                 if stopped:
+                    session.share_broken()
                     session.together()  # a launcher that sees one of them leave ends the others: not while one writes
                     return stopped, loss
             session.share_broken()
