@@ -17,7 +17,6 @@ from cryosuite.kernels.pose_search import (
     margin,
     prepare,
     search,
-    search_volumes,
 )
 from cryosuite.kernels.rotations import expmap, geodesic_deg, random_rotations
 
@@ -156,6 +155,15 @@ def test_loops_equal_torch(monkeypatch) -> None:
     assert ((normal - normal2).abs() / scale).max() < 1e-4
 
 
+@pytest.mark.parametrize(("radius", "fits"), [(400, True), (410, False)])
+def test_places_in_a_transform_beyond_32_bits_are_left_to_torch(radius: int, fits: bool) -> None:
+    N = 2 * radius + 1
+    transform = torch.zeros(()).expand(1, 2 * N + 1, 2 * N + 1, N + 1, 2)
+    assert (transform.numel() <= 2**32) == fits
+    source = VolumeSource.of_transforms(transform, 2 * radius, radius)
+    assert pose_scores.use_loops(source, torch.zeros(1, 1, dtype=torch.complex64)) == fits
+
+
 def test_normal_equations_are_the_derivatives() -> None:
     """Gradient of corr and of power / 2 along the five unknowns, by finite differences in float64."""
     thing = cloud(20)
@@ -229,27 +237,6 @@ def test_groups_share_volumes(path: str) -> None:
     for i, k in enumerate(kind.tolist()):
         alone = search(VolumeSource(things[k].volume()), images[i : i + 1], transfer[i : i + 1], kind[:1] * 0, SMALL)
         torch.testing.assert_close(together.score[i], alone.score[0], rtol=1e-3, atol=1e-2)
-
-
-def test_volumes_compete(path: str) -> None:
-    things = [cloud(24, seed=k) for k in range(4)]
-    parts = [shoot(things[k], 5, snr=1.0, seed=k) for k in range(4)]
-    images, transfer = (torch.cat([getattr(p, name) for p in parts]) for name in ("images", "ctf"))
-    source = VolumeSource(source_volumes(things))
-    found, label = search_volumes(source, images, transfer, SMALL)
-    assert (label == torch.arange(4).repeat_interleave(5)).float().mean() >= 0.9
-    every, own = search_volumes(source, images, transfer, SMALL, tried=4)
-    each = [search(source, images, transfer, torch.full((20,), k), SMALL) for k in range(4)]
-    scores = torch.stack([c.score[:, 0] for c in each], 1)
-    assert torch.equal(own, scores.argmax(1))
-    torch.testing.assert_close(every.score[:, 0], scores.amax(1), rtol=1e-4, atol=1e-2)
-    assert (found.score[:, 0] <= every.score[:, 0] + 1e-2).all()
-    with pytest.raises(ValueError, match="whose"):
-        search_volumes(VolumeSource(source_volumes(things), volume_index=own), images, transfer, SMALL)
-
-
-def source_volumes(things: list[Cloud]) -> torch.Tensor:
-    return torch.stack([t.volume() for t in things])
 
 
 def test_fit_scale_does_not_mind_the_scale_of_the_volume() -> None:

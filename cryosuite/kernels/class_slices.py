@@ -11,7 +11,7 @@ share in, sum_i p_ik v_i and sum_i p_ik w_i on the padded grid of class k.
 
 Layout: the half grid of `slices` (pad 2, x >= 0, N = pad r_max + 1), cut to the radius in use. In transforms the K real
 parts of a voxel lie side by side, then the K imaginary ones; accumulators hold one class after the other, since an
-image goes into few of them. A transform takes 8 K and an accumulator 12 K bytes per voxel of 4 (N + 1)^3 / 2.
+image goes into few of them. A transform takes 8 K and an accumulator 12 K bytes per voxel, about 4 N^3 voxels.
 """
 
 from __future__ import annotations

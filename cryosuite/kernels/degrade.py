@@ -142,7 +142,6 @@ def coloured_noise(
     resolution: float | Tensor,  # A, one or (b,): half-map FSC .143
     generator: torch.Generator | None = None,
     centre: float | Tensor = 1.0,
-    reference: Tensor | None = None,
 ) -> Tensor:  # (b, z, y, x)
     """Noise as the mean of two half maps carries it at a resolution: sigma_n^2(s) = |F|^2 (1 - FSC) / (2 FSC).
 
@@ -150,12 +149,11 @@ def coloured_noise(
 
     Args:
         centre: how much stronger the noise is in the middle of the box than far out, one or (b,); 1 for even noise.
-        reference: (b, z, y, x) whose power is meant, where it is not that of ``maps``.
     """
     b, shape = maps.shape[0], tuple(maps.shape[-3:])
     shell = _shells(shape, maps.device)
     count = math.ceil(math.sqrt(3) * max(shape) / 2) + 2
-    spectrum = torch.fft.rfftn(maps if reference is None else reference, dim=DIMS)
+    spectrum = torch.fft.rfftn(maps, dim=DIMS)
     power = radial_mean(spectrum.real.square() + spectrum.imag.square(), shell, count)  # (b, count)
     s = torch.arange(count, device=maps.device, dtype=maps.dtype) / (max(shape) * voxel_size)
     fsc = model_fsc(s, _column(resolution, maps).view(-1, 1)).clamp(min=FSC_FLOOR)

@@ -84,23 +84,6 @@ class HalfDisc:
         """Number of points with |k| <= r; the first `count(r)` points of the disc are these."""
         return int(torch.searchsorted(self.squared_radius, float(r) ** 2 + 1e-6, right=True))
 
-    def prefix(self, r: float) -> HalfDisc:
-        """The disc of the smaller radius r, its points in the same order."""
-        if r == int(r):
-            return half_disc(self.box_size, min(int(r), self.r_max), self.device)
-        return self._first(self.count(r), min(int(r) + 1, self.r_max))
-
-    def _first(self, n: int, r_max: int) -> HalfDisc:
-        if n == len(self):
-            return self
-        return HalfDisc(self.box_size, r_max, self.xy[:n], self.radius[:n], self.shell[:n], self.squared_radius[:n])
-
-    def to(self, device: torch.device | str) -> HalfDisc:
-        """The same disc on another device."""
-        if torch.device(device) == self.device:
-            return self
-        return half_disc(self.box_size, self.r_max, device)._first(len(self), self.r_max)
-
 
 def half_disc(box_size: int, r_max: int | None = None, device: torch.device | str = "cpu") -> HalfDisc:
     """The half disc of a box, cached: P = 1604, 6426, 25716 points at D = 64, 128, 256.

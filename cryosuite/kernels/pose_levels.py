@@ -18,7 +18,7 @@ from .pose_options import Candidates, SearchOptions
 from .pose_scores import gain, local_shifts, score_shifts, shift_grid
 from .pose_sources import SliceSource
 
-__all__ = ["State", "base_level", "next_level", "pick_states", "select"]
+__all__ = ["State", "base_level", "next_level", "select"]
 
 
 @dataclass
@@ -33,17 +33,6 @@ class State:
         """Poses number `place` (b, k) of every image."""
         rows = torch.arange(place.shape[0], device=place.device)[:, None]
         return State(self.poses.take(place), self.node[rows, place], self.frame[rows, place])
-
-
-def pick_states(states: list[State], which: Tensor) -> State:  # b * t rows
-    """State number `which` (b, t) of every image, as a state of b t images."""
-    rows = torch.arange(which.shape[0], device=which.device)[:, None]
-
-    def pick(values: list[Tensor]) -> Tensor:
-        return torch.stack(values, 1)[rows, which].flatten(0, 1)
-
-    poses = [pick([getattr(s.poses, name) for s in states]) for name in ("rotation", "shift", "score")]
-    return State(Candidates(*poses), pick([s.node for s in states]), pick([s.frame for s in states]))
 
 
 def base_level(

@@ -30,6 +30,8 @@ __all__ = [
     "loops",
 ]
 
+REACH = 1 << 32  # numbers of one transform that the loops can count: radii up to about 400
+
 
 def fold_ctf(images: Tensor, ctf_over_sigma: Tensor) -> tuple[Tensor, Tensor]:
     """(b, P) complex images and (b, P) real CTF / sigma -> g = c y (b, P) complex and w = c^2 (b, P)."""
@@ -116,7 +118,9 @@ def loops():
 def use_loops(source: SliceSource, g: Tensor) -> bool:
     """Whether the compiled loops serve this source and these images."""
     plain = g.device.type == "cpu" and g.dtype == torch.complex64 and isinstance(source, VolumeSource)
-    return plain and source.transform.dtype == torch.float32 and loops() is not None
+    if not plain or source.transform.dtype != torch.float32 or source.transform[0].numel() > REACH:
+        return False
+    return loops() is not None
 
 
 def loop_arrays(source: VolumeSource, g: Tensor, w: Tensor, index: Tensor, disc: HalfDisc) -> list:

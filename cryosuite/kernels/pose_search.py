@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .fourier import half_disc
 from .pose_base import Prepared, prepare
-from .pose_levels import State, base_level, next_level, pick_states, select
+from .pose_levels import State, base_level, next_level, select
 from .pose_options import CARRY_LEVEL, Candidates, SearchOptions
 from .pose_refine import gauss_newton
 from .pose_scores import fold_ctf
@@ -32,7 +32,6 @@ __all__ = [
     "PointSource",
     "prepare",
     "search",
-    "search_volumes",
     "score_poses",
     "margin",
 ]
@@ -117,43 +116,6 @@ def _finish(
         better = gauss_newton(source, g, w, index, options.r_max, found.take(few), options.refine, options.fit_scale)
         found = found.put(few, better)
     return found.take(found.score.argsort(1, descending=True))
-
-
-@torch.no_grad()
-def search_volumes(
-    source: VolumeSource,
-    images: Tensor,  # (b, P) complex whitened half transforms
-    ctf_over_sigma: Tensor,  # (b, P)
-    options: SearchOptions | None = None,
-    prepared: Prepared | None = None,
-    tried: int = 3,
-) -> tuple[Candidates, Tensor]:
-    """Best poses of every image among all K volumes of a source, and the volume (b,) int64 they belong to.
-
-    All volumes go through the base level; the `tried` volumes with the best score there go on, and the volume whose
-    last score is the best wins. K volumes cost little more than K base levels. `prepared`: base slices of all volumes,
-    `prepare(source, options, torch.arange(K))`.
-
-    Raises:
-        ValueError: a source that has a volume per particle instead, or images that do not reach r_max.
-    """
-    if source.volume_index is not None:
-        raise ValueError("search_volumes asks for every volume: the source must not say which is whose")
-    options = (options or SearchOptions()).clipped(source.box_size)
-    K, b, tried = len(source), len(images), min(tried, len(source))
-    with torch.autocast(images.device.type, enabled=False):
-        g, w = _folded(source, images, ctf_over_sigma, options)
-        if prepared is None:
-            prepared = prepare(source, options, torch.arange(K, device=g.device))
-        one = torch.zeros(b, dtype=torch.int64, device=g.device)
-        states = [base_level(source, g, w, one + k, options, prepared) for k in range(K)]
-        label = torch.stack([state.poses.score[:, 0] for state in states], 1).topk(tried, 1).indices  # (b, tried)
-        pairs = pick_states(states, label)
-        g, w = (v.repeat_interleave(tried, 0) for v in (g, w))
-        found = _finish(source, g, w, label.flatten(), options, pairs, None)
-        best = found.score[:, 0].view(b, tried).argmax(1)
-        rows = torch.arange(b, device=g.device) * tried + best
-        return found.rows(rows), label.gather(1, best[:, None]).squeeze(1)
 
 
 @torch.no_grad()

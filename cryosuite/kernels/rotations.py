@@ -163,7 +163,7 @@ def random_rotations(
 def healpix_rotations(order: int) -> Tensor:
     """Equal-area grid of SO(3), (12 * 4^order * 6 * 2^order, 3, 3) float32: HEALPix directions times in-plane angles.
 
-    576, 4608, 36864, 294912 rotations at order 0..3, about 60, 30, 15, 7.5 degrees apart. Directions vary slowest.
+    72, 576, 4608, 36864 rotations at order 0..3, about 60, 30, 15, 7.5 degrees apart. Directions vary slowest.
     The tensor is cached and shared: do not write to it.
     """
     import healpy
