@@ -98,6 +98,47 @@ def test_micrographs_and_optics_groups() -> None:
     assert "follow optics" in of(found, "optics", "latents").warning
 
 
+def test_latents_that_are_the_micrograph_of_a_large_set() -> None:
+    """A sample of the particles has few of each micrograph: whole micrographs have to be looked at."""
+    rng = np.random.default_rng(11)
+    micrograph = rng.integers(0, 1600, 20_000)
+    names = np.array([f"mic_{i:04d}.mrc" for i in range(1600)], object)
+    z = rng.normal(size=(1600, 4))[micrograph] + 0.01 * rng.normal(size=(20_000, 4))
+    one = of(confounds(z, None, {"micrograph": names[micrograph]}), "micrograph", "latents")
+    assert "follow micrograph" in one.warning and one.share > 0.6 and one.p <= 0.01
+    assert np.isnan(one.bits) and "principal component" not in one.warning, "of no component where none was estimated"
+    other = of(confounds(rng.permutation(z), None, {"micrograph": names[micrograph]}), "micrograph", "latents")
+    assert not other.warning and other.share < 0.06
+
+
+def test_numbers_of_few_values() -> None:
+    """Two voltages, or a column that is almost always 0 (or almost always 1), have bins too."""
+    z, labels, _ = experiment(12)
+    rare = labels == 3
+    for name, values in (("voltage", np.where(labels < 6, 200.0, 300.0)), ("zeros", rare * 1.0), ("ones", 1.0 - rare)):
+        one = of(confounds(z, labels, {name: values}), name, "clusters")
+        entropy = -sum(p * np.log2(p) for p in np.bincount((values == values.max()).astype(int)) / COUNT)
+        assert one.bits == pytest.approx(entropy, abs=0.02) and one.p <= 0.01, "the labels tell all of it"
+    assert one.clusters == (3,)
+
+
+def test_a_turn_in_the_plane() -> None:
+    """psi is a confound of its own, which no view direction tells; 359 and 1 degrees are neighbours."""
+    z, labels, columns = experiment(13)
+    psi = np.random.default_rng(13).uniform(-180, 180, COUNT)
+    found = columns_to_test([Column("psi", psi, "degrees", cyclic=True)], None)
+    assert not any(one.warning for one in confounds(z, labels, columns | found))
+    labels = np.where(np.abs(psi) > 165, 12, labels)
+    z[:, 0] += 30 * np.cos(np.deg2rad(psi))
+    z[:, 1] += 30 * np.sin(np.deg2rad(psi))
+    tested = confounds(z, labels, columns | found)
+    assert "follow psi" in of(tested, "psi", "latents").warning
+    one = of(tested, "psi", "clusters")
+    assert one.clusters == (12,) and "a range of psi" in one.warning
+    middle = re.search(r"100 % of its particles are within 30 degrees of psi (-?\d+)", one.warning)
+    assert abs(int(middle.group(1))) > 170
+
+
 def test_information_has_the_right_size() -> None:
     """Labels that are two of four equal categories: one bit of two; latents that are the rank: many bits."""
     rng = np.random.default_rng(0)
@@ -179,7 +220,8 @@ def test_columns_of_a_particle_set() -> None:
         Column("row", np.arange(60)), Column("pc1", np.arange(60.0)), Column("cluster", np.arange(60) % 3),
         Column("rot", np.arange(60.0), cyclic=True), Column("same", np.ones(60)), Column("defocus", np.arange(60.0)),
         Column("micrograph", np.arange(60) % 3 - 1, names=("a", "b")), Column("pcfScore", np.arange(60.0)),
+        Column("tilt", np.arange(60.0)), Column("psi", np.arange(60.0), cyclic=True),
     ]  # fmt: skip
     found = columns_to_test(columns, particles)
-    assert set(found) == {"view", "defocus", "micrograph", "pcfScore"}
+    assert set(found) == {"view", "psi", "defocus", "micrograph", "pcfScore"}
     assert list(found["micrograph"][:3]) == ["", "a", "b"]

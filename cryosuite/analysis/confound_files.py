@@ -14,7 +14,7 @@ from cryosuite.analysis.plots import figure, write_csv
 from cryosuite.data.particles import ParticleSet
 from cryosuite.errors import notice
 
-ANGLES = {"rot", "tilt", "psi"}  # told better by the view direction
+ANGLES = {"rot", "tilt"}  # told better by the view direction
 SHOWN = 24  # columns in the picture
 BLUE, ORANGE = "#2b6fae", "#c8553d"
 
@@ -33,10 +33,10 @@ def columns_to_test(columns: Sequence[Column], particles: ParticleSet | None) ->
         if column.name in OWN or column.name in ANGLES or column.constant:
             continue
         if column.names:
-            found[column.name] = np.array([*column.names, ""])[column.values]
+            found[column.name] = np.array([*column.names, ""], object)[column.values]
         elif column.cyclic:
             angle = np.deg2rad(np.asarray(column.values, np.float64))
-            found[column.name] = np.stack([np.cos(angle), np.sin(angle), 0 * angle], axis=-1)
+            found[column.name] = np.stack([np.cos(angle), np.sin(angle)], axis=-1)
         else:
             found[column.name] = np.asarray(column.values)
     return found

@@ -5,11 +5,11 @@ Two questions per column, each with a null of shuffled columns:
     clusters   mutual information of the labels and the column (in bins), less what shuffled columns give by chance;
                and for each cluster how far its particles are from all particles (total variation over the bins).
     latents    share of the column that the neighbours in latent space tell (their mean rank for numbers, their mean
-               direction and axis for views, their category for names), and the mutual information of the column and
-               the best of the leading principal components by nearest neighbours (Kraskov et al. 2004 for numbers,
-               Ross 2014 for categories, both scikit-learn's).
+               direction and axis for views and angles, their category for names), and the mutual information of the
+               column and the best of the leading principal components by nearest neighbours (Kraskov et al. 2004 for
+               numbers, Ross 2014 for categories, both scikit-learn's).
 
-A warning needs both: better than all of a hundred shuffled columns, and large. A small effect in a large set is no
+A warning needs both: better than all of 99 shuffled columns, and large. A small effect in a large set is no
 reason to distrust a state.
 """
 
@@ -30,9 +30,10 @@ LARGE_LATENTS = 0.25  # share of the column that latents tell
 LARGE_CLUSTER = 0.4  # share of a cluster's particles that would have to be others
 CLUSTER_ROWS, LATENT_ROWS, ESTIMATOR_ROWS = 30_000, 4_000, 1_000  # particles each test looks at
 NEIGHBOURS = 15
+MATES = 2 * NEIGHBOURS  # particles of one category that the latent test looks at, where categories are rare
 ESTIMATOR_NULLS = 3
 COMPONENTS = 4  # principal components whose mutual information is estimated
-NUMBER_BINS, VIEW_BINS = 12, 32
+NUMBER_BINS, VIEW_BINS = 12, 32  # angles have as many bins as numbers
 FEW_VALUES = 64  # whole numbers of at most so many different values are categories
 SMALL = 10  # particles: a smaller cluster is not judged
 NAMED = 3  # clusters spelt out in one warning
@@ -72,7 +73,8 @@ def confounds(
 
     Args:
         columns: (N,) numbers (NaN unknown), (N,) text or few whole numbers (categories; "" unknown), or (N, 3) unit
-            vectors (view directions in the molecule's frame). Columns of one value are left out.
+            vectors (view directions in the molecule's frame), or (N, 2) ones (cosine and sine of an angle). Columns of
+            one value are left out.
 
     Returns:
         One or two findings per column (clusters only where there are two), the largest share first within each kind.
@@ -99,20 +101,23 @@ def confounds(
 class _Column:
     """A column with its known rows and its bins.
 
-    kind: "number", "view", "category", or "" for a column that says nothing.
+    kind: "number", "view", "angle", "category", or "" for a column that says nothing. values: of the known rows; of
+    text the number of the name in ``names``.
     """
+
+    names: np.ndarray | None = None
 
     def __init__(self, name: str, values: np.ndarray, usable: np.ndarray) -> None:
         self.name, values = name, np.asarray(values)
         if values.ndim == 2:
-            known, self.kind = np.isfinite(values).all(axis=1), "view"
+            known, self.kind = np.isfinite(values).all(axis=1), "view" if values.shape[1] == 3 else "angle"
         elif values.dtype.kind in "fiub":
             known, self.kind = np.isfinite(values), "number"
             if values.dtype.kind in "iub" and len(np.unique(values)) <= FEW_VALUES:
                 self.kind = "category"
         else:
-            values = values.astype(str)
-            known, self.kind = values != "", "category"
+            values, self.names = _numbered(values)
+            known, self.kind = values >= 0, "category"
         self.rows = np.flatnonzero(known & usable)
         self.values = values[self.rows]
         self.bins, self.count = self._binned() if len(self.rows) >= LEAST else (np.zeros(len(self.rows), np.int64), 1)
@@ -123,23 +128,41 @@ class _Column:
         """Bin of each known row, from 0, and how many there are."""
         if self.kind == "view":
             bins = (self.values @ fibonacci_sphere(VIEW_BINS).T).argmax(axis=1)
+        elif self.kind == "angle":
+            bins = np.floor(NUMBER_BINS * (np.arctan2(self.values[:, 1], self.values[:, 0]) / (2 * np.pi) % 1.0))
         elif self.kind == "number":
-            edges = np.unique(np.quantile(self.values, np.linspace(0, 1, NUMBER_BINS + 1)))[1:-1]
-            bins = np.searchsorted(edges, self.values, side="right")
+            bins = np.floor(NUMBER_BINS * (_ranks(self.values) - 0.5) / len(self.values))  # ties share a bin
         else:
             bins = self.values
         different, bins = np.unique(bins, return_inverse=True)
         return bins.astype(np.int64), len(different)
 
     def features(self, at: np.ndarray) -> np.ndarray:
-        """What neighbours are compared by: categories (n,), ranks (n, 1), or directions and axes (n, 8) of views."""
+        """What neighbours are compared by: categories (n,), ranks (n, 1), or directions and axes: of views (n, 8), of
+        angles (n, 4)."""
         if self.kind == "category":
             return self.bins[at]
         values = self.values[at].astype(np.float32)
         if self.kind == "number":
             return _ranks(values)[:, None].astype(np.float32)
+        if self.kind == "angle":
+            x, y = values.T
+            return np.stack([x, y, x * y, (x * x - y * y) / 2], axis=-1)
         x, y, z = values.T  # products: a view and its back look alike
         return np.stack([x, y, z, x * y, x * z, y * z, x * x - y * y, z * z - (x * x + y * y) / 2], axis=-1)
+
+
+def _numbered(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Text (N,) as numbers of its sorted different values, -1 for "", and these values."""
+    import pandas as pd
+
+    codes, names = pd.factorize(np.asarray(values, object))
+    names = np.asarray(names, str)
+    order = np.argsort(names, kind="stable")
+    place = np.empty(len(names), np.int64)
+    place[order] = np.arange(len(names))
+    place[names == ""] = -1
+    return np.append(place, -1)[codes], names[order]
 
 
 def fibonacci_sphere(count: int) -> np.ndarray:
@@ -185,7 +208,9 @@ class _Latents:
         rows, at, _ = np.intersect1d(column.rows, self.sample, assume_unique=True, return_indices=True)
         if len(rows) < LEAST:  # a column known of few particles: all of them
             at = np.sort(rng.choice(len(column.rows), min(LATENT_ROWS, len(column.rows)), replace=False))
-            rows = column.rows[at]
+        elif column.kind == "category" and len(at) < len(column.rows) and _mates(column.bins[at]) < MATES:
+            at = _with_mates(column.bins, rng)
+        rows = column.rows[at]
         near, scores = self._neighbours(rows)
         features = column.features(at)
         told = _told(features, near)
@@ -196,11 +221,30 @@ class _Latents:
         bits, best = _bits(column, at, scores, rng)
         text = ""
         if p <= RARE and share >= LARGE_LATENTS:
+            where = f", most along principal component {best + 1}" if np.isfinite(bits) else ""
             text = (
                 f"the latents follow {column.name}: particles that are neighbours in latent space share "
-                f"{100 * share:.0f} % of it (by chance 0 %), most along principal component {best + 1}."
+                f"{100 * share:.0f} % of it (by chance 0 %){where}."
             )
         return Confound(column.name, "latents", bits, share, p, chance, text)
+
+
+def _mates(bins: np.ndarray) -> float:
+    """Particles in the bin of a particle, mean over all particles."""
+    return float(np.bincount(bins)[bins].mean())
+
+
+def _with_mates(bins: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Places (n,) in the bins of whole categories drawn at random, at most ``MATES`` of each.
+
+    Of a plain sample of a large set most micrographs have a particle or two: no neighbour could share theirs, however
+    closely the latents follow the micrograph.
+    """
+    mixed = rng.permutation(len(bins))
+    mixed = mixed[np.argsort(rng.permutation(bins.max() + 1)[bins[mixed]], kind="stable")]
+    first = np.flatnonzero(np.diff(bins[mixed], prepend=-1))
+    rank = np.arange(len(bins)) - np.repeat(first, np.diff(np.append(first, len(bins))))
+    return np.sort(mixed[rank < MATES][:LATENT_ROWS])
 
 
 def _shuffles(count: int, rng: np.random.Generator) -> list[np.ndarray]:
@@ -322,12 +366,17 @@ def _words(column: _Column, at: np.ndarray, own: np.ndarray) -> str:
         return (
             f"most of its particles lie between {low} and {high} (median {middle}), of all between {first} and {last}"
         )
-    if column.kind == "view":
+    if column.kind in ("view", "angle"):
         bins = column.bins[at]
         # the direction with the most particles of the cluster around it, whichever way a mean of both ends would point
         best = values[own & (bins == np.bincount(bins[own]).argmax())].mean(axis=0)
         best /= max(np.linalg.norm(best), 1e-9)
         close = values @ best > np.cos(np.deg2rad(NEAR))
+        if column.kind == "angle":
+            return (
+                f"{100 * close[own].mean():.0f} % of its particles are within {NEAR:.0f} degrees of {column.name} "
+                f"{np.rad2deg(np.arctan2(best[1], best[0])):.0f}, of all {100 * close.mean():.0f} %"
+            )
         rot, tilt = np.rad2deg(np.arctan2(best[1], best[0])), np.rad2deg(np.arccos(np.clip(best[2], -1, 1)))
         return (
             f"{100 * close[own].mean():.0f} % of its particles are seen from within {NEAR:.0f} degrees of "
@@ -337,12 +386,14 @@ def _words(column: _Column, at: np.ndarray, own: np.ndarray) -> str:
     best = int(mine.argmax())
     there = column.bins[at] == best
     share, name = 100 * mine[best] / own.sum(), values[there][0]
+    name = name if column.names is None else column.names[name]
     return f"{share:.0f} % of its particles have {column.name} {name}, of all {100 * there.mean():.0f} %"
 
 
 def _warning(column: _Column, blamed: Sequence[dict[str, float | int | str]]) -> str:
     """The clusters that are a part of the column, in words."""
-    kind = {"number": f"a range of {column.name}", "view": "a view", "category": f"a {column.name}"}[column.kind]
+    span = f"a range of {column.name}"
+    kind = {"number": span, "angle": span, "view": "a view", "category": f"a {column.name}"}[column.kind]
     spelt = "; ".join(f"cluster {one['cluster_from_0']}: {one['where']}" for one in blamed[:NAMED])
     more = f"; and {len(blamed) - NAMED} more" if len(blamed) > NAMED else ""
     what = f"a cluster may be {kind} rather than" if len(blamed) == 1 else f"clusters may be {kind} each rather than"
