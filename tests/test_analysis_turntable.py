@@ -71,6 +71,12 @@ def test_scale_bar_has_the_length_it_says() -> None:
     assert changed.sum() > line.sum() * 2, "and a text"
 
 
+@pytest.mark.parametrize("width", [300 / 0.9, 1000 / 3.0, 1e-3 / 0.3])
+def test_a_bar_for_widths_beside_a_power_of_ten(width: float) -> None:
+    """0.3 x 333.33... is 99.999..., whose logarithm is that of 100."""
+    assert 0.35 < bar_length(width) / (0.3 * width) <= 1
+
+
 def test_strip_and_bad_arguments() -> None:
     frames = turntable(ball(16, 3), 0.5, "#0072b2", frames=5, size=24)
     assert strip(frames).shape == (24, 120, 3)

@@ -72,8 +72,8 @@ def strip(pictures: Sequence[np.ndarray]) -> np.ndarray:
 def bar_length(width_angstrom: float) -> float:
     """The longest of 1, 2, 5, 10, ... A that is at most ``BAR_SHARE`` of a picture ``width_angstrom`` wide."""
     most = BAR_SHARE * width_angstrom
-    power = 10.0 ** np.floor(np.log10(most))
-    return float(max(step * power for step in (1, 2, 5) if step * power <= most))
+    power = 10.0 ** (np.floor(np.log10(most)) - 1)  # one decade lower: the logarithm of 99.999... is that of 100
+    return float(max(step * power for step in (1, 2, 5, 10, 20, 50) if step * power <= most))
 
 
 def scale_bar(pictures: Sequence[np.ndarray], width_angstrom: float) -> list[np.ndarray]:
