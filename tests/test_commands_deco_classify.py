@@ -179,6 +179,10 @@ def test_noise_is_said_to_be_noise(mixture, tmp_path, capsys, monkeypatch) -> No
         (["--zdim", "many"], ["--zdim many", "whole number"]),
         (["-k", "0"], ["--k 0"]),
         (["-k", "100"], ["--k 100", "160 particles"]),
+        (
+            ["--hand", "flip", "--re-search", "5", "-k", "100"],
+            ["--hand: no effect with known poses", "--re-search: no"],
+        ),
         (["--finetune", "first"], ["--finetune first", "last-3"]),
         (["--encoder", "nowhere.safetensors"], ["nowhere.safetensors"]),
         (["--ab-initio", "--classes", "9"], ["too few", "9"]),

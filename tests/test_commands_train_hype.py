@@ -103,8 +103,9 @@ def test_a_full_folder_is_refused_and_kept(run, stack):
 
 
 def test_resume_needs_no_option_again(run, stack):
-    done = cryosuite("train-hype", stack / "particles.mrcs", "-o", run[0], "--resume", "-n", 3)
+    done = cryosuite("train-hype", stack / "particles.mrcs", "-o", run[0], "--resume", "-n", 3, "--dim", 64)
     assert done.returncode == 0, done.stderr
+    assert "--dim: not used" in done.stderr and "no GPU is used" not in done.stderr
     assert RunDir(run[0]).epochs() == [1, 2, 3]
     assert load_run(run[0]).z.shape == (40, 64)
 
@@ -120,7 +121,8 @@ def test_bad_input_is_one_line(stack, tmp_path):
     done = train(stack, tmp_path / "run", "--loss", "l1")
     assert done.returncode == 2 and "--loss l1: expected one of whitened, mse" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
-    done = train(stack, tmp_path / "run", "--patch", "5")
+    done = train(stack, tmp_path / "run", "--patch", "5", "--march", "1", "--march-over", "0.2")
+    assert "--march-over: no effect with --march 1" in " ".join(done.stderr.split())
     assert done.returncode == 2 and "--patch 5: must divide" in done.stderr and not (tmp_path / "run").exists()
 
 

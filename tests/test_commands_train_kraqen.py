@@ -177,15 +177,16 @@ def test_a_refused_start_leaves_the_run_that_is_there(mixture, tmp_path, capsys,
 
 def test_options_that_change_nothing_are_named(mixture, tmp_path, capsys, monkeypatch):
     out = tmp_path / "run"
-    idle = ["--lr", 1e-3, "--precision", 32, "--kernel", "gaussian", "--width", 64]
+    idle = ["--lr", 1e-3, "--precision", 32, "--kernel", "gaussian", "--width", 64, "--march", 0.3]
     assert run(monkeypatch, "train-kraqen", *given(mixture), "-o", out, "-k", 2, "-i", 1, *idle) == 0
     said = " ".join(capsys.readouterr().err.split())
-    assert "--kernel: no effect with --assign likelihood" in said
+    assert "--kernel: no effect with --assign likelihood" in said and "--march: no effect with --m-step local" in said
     assert (
         all(f"{name}" in said for name in ("--lr", "--precision", "--width")) and "no effect with --field voxel" in said
     )
-    assert run(monkeypatch, "train-kraqen", mixture / "p.mrcs", "-o", out, "--resume", "-k", 9) == 0
-    assert "--n-codes: not used" in " ".join(capsys.readouterr().err.split())
+    assert run(monkeypatch, "train-kraqen", mixture / "p.mrcs", "-o", out, "--resume", "-k", 9, "-n", 9) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "--n-codes: not used" in said and "--num-epochs: no effect with --field voxel" in said
 
 
 @pytest.mark.slow

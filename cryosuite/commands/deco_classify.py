@@ -85,7 +85,8 @@ def main(
     ),
     hand: str = _option(
         None,
-        help="Hand of the maps. auto: classes agree with the largest. flip: the other hand. keep: as found.",
+        help="Hand of the maps. auto: classes agree with the largest. flip: likewise, all of the other hand. keep: as "
+        "found.",
         panel=POSES,
     ),
     k: str = _option("auto", "-k", "--k", help="Number of classes, or auto (BIC, shown in bic.png).", panel=CLASSES),
@@ -267,6 +268,11 @@ def _options(values: dict[str, Any], particles: Any) -> tuple[Any, Any, str]:
     if unused and not (chosen.options.poses == "none" and chosen.options.start == "network"):
         now = "the poses are known here" if known else "here a voxel start finds the poses"
         raise InputError(f"{', '.join(unused)}: go with --ab-initio --start network; {now}. Leave them out")
+    names = [flag for flag in (*METHOD, "zdim") if values[flag] is not None]
+    idle = chosen.options.without_effect([RENAMED.get(flag, flag) for flag in names])
+    for why in sorted(set(idle.values())):
+        flags = [f"--{flag.replace('_', '-')}" for flag in names if idle.get(RENAMED.get(flag, flag)) == why]
+        notice(f"{', '.join(flags)}: no effect with {why}")
     if values["preset"] == "auto":
         reason = "a GPU is here" if gpu else "no GPU is used"
         notice(f"--preset {name} was chosen because {reason}; --preset small, default or paper decides otherwise")

@@ -197,6 +197,7 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     how = {key: values[key] for key in WAYS_IN} | {"sign": -1 if values["invert_data"] else None}
     particles = None if values["resume"] else open_for(values["particles"], how)
     options, training, name = _options(values, typed, None if particles is None else particles.box_size)
+    _say_what_counts_nothing(values, options, typed)
     if particles is not None:
         Hype(options).check(particles)  # before the folder is touched
     config = make_config("hype", values["particles"], run, options, training, preset=name, **how)
@@ -225,7 +226,7 @@ def _options(values: dict[str, Any], typed: set[str], box_size: int | None) -> t
     gpu = resolve_accelerator(values["accelerator"]) == "cuda"
     changes = {RENAMED.get(name, name): values[name] for name in METHOD}
     name, chosen = preset(values["preset"], gpu, box_size, **changes)
-    if values["preset"] == "auto":
+    if values["preset"] == "auto" and not values["resume"]:
         reason = "a GPU is here" if gpu else "no GPU is used"
         notice(f"--preset {name} was chosen because {reason}; --preset small, default or paper decides otherwise")
     given = {to: values[key] for key, to in TRAIN.items() if values[key] is not None}
@@ -236,6 +237,24 @@ def _options(values: dict[str, Any], typed: set[str], box_size: int | None) -> t
     merged = chosen.training | given
     merged.setdefault("save_every", max(1, merged["epochs"] // 4))
     return chosen.options, TrainOptions(**merged), name
+
+
+def _say_what_counts_nothing(values: dict[str, Any], options: Any, typed: set[str]) -> None:
+    """A notice for options that were typed and change nothing."""
+    from cryosuite.errors import notice
+
+    def flags(names: list[str]) -> str:
+        return ", ".join("--Apix" if name == "pixel_size" else f"--{name.replace('_', '-')}" for name in names)
+
+    if values["resume"]:
+        kept = sorted(typed & {*METHOD, *WAYS_IN, "preset", "invert_data"})
+        if kept:
+            notice(f"{flags(kept)}: not used, a run goes on with the options it began with")
+        return
+    idle = options.without_effect([RENAMED.get(name, name) for name in METHOD if name in typed])
+    for why in sorted(set(idle.values())):
+        names = [name for name in METHOD if idle.get(RENAMED.get(name, name)) == why]
+        notice(f"{flags(names)}: no effect with {why}")
 
 
 def tune_process() -> None:

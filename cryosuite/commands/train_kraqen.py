@@ -170,6 +170,7 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     import torch
 
     from cryosuite.data.workdir import RunDir
+    from cryosuite.errors import notice
     from cryosuite.methods.kraqen_options import KraqenOptions, preset
     from cryosuite.methods.kraqen_run import open_for, prepare, train
     from cryosuite.ranks import process_count
@@ -207,10 +208,18 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
         particles = open_for(particles_path(config, run), config)
     again = {to: values[key] for key, to in TRAIN.items() if key in typed} if resume else {}
     options = KraqenOptions.from_dict(config["options"])
+    if resume and options.field == "voxel" and typed & {*OF_NETWORKS}:
+        notice(f"{_flags([name for name in OF_NETWORKS if name in typed])}: no effect with --field voxel")
     result = train(particles, run, options, train_options(config, **again), resume, engine)
     if process_rank() == 0:
         _report(run, values["particles"], result)
     return result.exit_code
+
+
+def _flags(names: list[str]) -> str:
+    """Options as they are typed."""
+    typed_as = {to: name for name, to in RENAMED.items()}
+    return ", ".join(f"--{typed_as.get(name, name).replace('_', '-')}" for name in names)
 
 
 def _say_what_counts_nothing(options: Any, typed: set[str], resume: bool) -> None:
@@ -222,19 +231,16 @@ def _say_what_counts_nothing(options: Any, typed: set[str], resume: bool) -> Non
     if "n_states" in typed and options.n_states < 1:
         raise InputError(f"--n-states {options.n_states}: expected at least 1")
 
-    def flags(names: list[str]) -> str:
-        return ", ".join(f"--{name.replace('_', '-')}" for name in names)
-
     kept = sorted(typed & {*METHOD, *WAYS_IN, "preset", "invert_data"})
     if resume and kept:
-        notice(f"{flags(kept)}: not used, a run goes on with the options it began with")
+        notice(f"{_flags(kept)}: not used, a run goes on with the options it began with")
     if resume:
         return
-    idle = options.without_effect([name for name in METHOD if name in typed])
+    idle = options.without_effect([RENAMED.get(name, name) for name in METHOD if name in typed])
     if options.field == "voxel":
         idle |= {name: "--field voxel" for name in OF_NETWORKS if name in typed}
     for why in sorted(set(idle.values())):
-        notice(f"{flags([name for name in idle if idle[name] == why])}: no effect with {why}")
+        notice(f"{_flags([name for name in idle if idle[name] == why])}: no effect with {why}")
 
 
 def _report(run: Any, particles: Path, result: Any) -> None:
