@@ -101,6 +101,8 @@ def test_a_run_of_cryodrgn(shared: Path, tmp_path, capsys, monkeypatch):
     assert is_cryodrgn_run(folder)
     found = open_cryodrgn_run(folder)
     assert found.z.shape == (200, 4) and found.epoch == 2 and len(found.particles) == 200
+    assert run(monkeypatch, "polish", folder, "-o", tmp_path / "no", "--invert-data") == 2
+    assert "--invert-data: the run" in capsys.readouterr().err
     assert run(monkeypatch, "polish", folder, "-o", tmp_path / "maps", "-k", 2, "--passes", 0, "--threads", 1) == 0
     truth = read_map(shared / "golden" / "relion" / "volume.mrc").data
     ours = read_map(PolishDir(tmp_path / "maps").map(0)).data

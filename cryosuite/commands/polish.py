@@ -213,8 +213,10 @@ def _open(
     run = RunDir(path)
     theirs = path.is_dir() and is_cryodrgn_run(path)
     if run.exists() or theirs:
-        own = ("pixel_size", "datadir") if theirs else ("pixel_size",)  # its config may name another machine's folders
-        given = [f"--{name.replace('_', '-')}" for name, value in how.items() if value and name not in own]
+        own = ("pixel_size", "datadir") if theirs else ()  # its config may name another machine's folders
+        flags = {"pixel_size": "--Apix", "sign": "--invert-data"}
+        every = how | {"sign": sign}
+        given = [flags.get(name, f"--{name}") for name, value in every.items() if value and name not in own]
         if given:
             raise InputError(f"{', '.join(given)}: the run {path} says itself which particles it was trained on")
         if theirs:
