@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -174,7 +175,7 @@ def _run(v: dict[str, Any]) -> None:
         moving=v["moving"], hinge=v["hinge"], towards=v["towards"], occupancies=v["occupancies"],
     )  # fmt: skip
     states = build_states(recipe, options.seed, options.optics.render_pixel)
-    record = simulate(states, options, v["out"], "cryosuite " + " ".join(sys.argv[1:]))
+    record = simulate(states, options, v["out"], shlex.join(["cryosuite", *sys.argv[1:]]))
     _table(record, states, v["out"])
 
 
