@@ -10,13 +10,15 @@ import torch
 from hype_toy import blob_particles, blobs
 
 from cryosuite.errors import InputError
-from cryosuite.kernels import fourier
+from cryosuite.kernels import fourier, pose_search
+from cryosuite.kernels.pose_search import Candidates
 from cryosuite.kernels.rotations import geodesic_deg, random_rotations
 from cryosuite.kernels.slices import extract_slices, volume_transform
 from cryosuite.metrics.clustering import agreement
 from cryosuite.metrics.poses import pose_errors
 from cryosuite.reconstruct import abinitio_em as em
 from cryosuite.reconstruct import abinitio_restarts as restarts
+from cryosuite.reconstruct import abinitio_rounds as rounds
 from cryosuite.reconstruct.abinitio import ANEW, ANYWHERE, NEAR, OWN, REPEATS, AbInitio, AbInitioOptions, planned
 from cryosuite.reconstruct.abinitio_starts import choose_maps
 from cryosuite.reconstruct.backproject import reconstruct_classes
@@ -244,3 +246,24 @@ def test_too_few_particles_are_refused() -> None:
     particles, _ = blob_particles([blobs(BOX, 3)], 60)
     with pytest.raises(InputError, match="too few"):
         AbInitio(particles, AbInitioOptions(classes=4))
+
+
+@pytest.mark.parametrize("mode", [ANYWHERE, OWN, NEAR])
+def test_a_round_searches_on_its_device(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Poses, classes and half sets are kept on the processor; whatever the search is given lies beside the images."""
+    device, seen = torch.device("meta"), []
+
+    def search(source, values, transfer, index, options, carried=None, prepared=None) -> Candidates:
+        given = [source.transform, values, transfer, index, *(vars(carried).values() if carried else ())]
+        seen.extend(one.device for one in given)
+        found = torch.zeros(len(values), 1, 3, 3), torch.zeros(len(values), 1, 2), torch.zeros(len(values), 1)
+        return Candidates(*(one.to(device) for one in found))
+
+    monkeypatch.setattr(pose_search, "search", search)
+    monkeypatch.setattr(pose_search, "prepare", lambda *_: None)
+    maps = rounds.RoundMaps(torch.zeros(2, 16, 16, 16), None, 5, mode, AbInitioOptions(classes=2), device)
+    points, label = len(fourier.half_disc(16, 5)), torch.tensor([0, 1, 1])
+    before = Candidates(torch.zeros(3, 1, 3, 3), torch.zeros(3, 1, 2), torch.zeros(3, 1))
+    values = torch.zeros(3, points, dtype=torch.complex64, device=device)
+    found, _ = maps.search(values, torch.zeros(3, points, device=device), label, torch.zeros(3).long(), before)
+    assert len(seen) >= 4 and set(seen) == {device} == {found.score.device}

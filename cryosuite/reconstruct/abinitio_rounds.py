@@ -65,7 +65,8 @@ class RoundMaps:
             return self._best_class(values, transfer, half)
         if self.mode == OWN:
             return self._own_class(values, transfer, label), label
-        return pose_search.search(self.source, values, transfer, label.to(self.device), self.options, before), label
+        here = Candidates(*(held.to(self.device) for held in vars(before).values()))
+        return pose_search.search(self.source, values, transfer, label.to(self.device), self.options, here), label
 
     def _own_class(self, values: Tensor, transfer: Tensor, label: Tensor) -> Candidates:
         """Poses anywhere in the class each image has."""
