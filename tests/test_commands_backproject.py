@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from cryosuite.cli import app
 from cryosuite.data.results import MapsDir
 from cryosuite.errors import InputError
-from cryosuite.formats.mrc import read_map
+from cryosuite.formats.config import write_yaml
+from cryosuite.formats.mrc import read_map, write_map
 from cryosuite.formats.pickles import read_labels, safe_load, write_pickle
 
 RUNNER = CliRunner()
@@ -100,12 +101,39 @@ def test_classes_clusters_and_selections(star, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+def test_maps_of_before_go_with_what_is_replaced(star, tmp_path):
+    """Neither classes nor half maps of an earlier call are left beside the new maps, where they would be judged."""
+    labels, out = tmp_path / "labels.pkl", tmp_path / "maps"
+    small = ("--no-plot", "-d", 16)
+    write_pickle(labels, np.arange(200) % 3)
+    run("backproject", star, "-o", out, "--labels", labels, *small)
+    with pytest.raises(InputError, match="--overwrite"):
+        run("backproject", star, "-o", out, "--labels", labels, *small)
+    (out / "class_001" / "notes.txt").write_text("of the user")
+    write_pickle(labels, np.zeros(200, int))
+    run("backproject", star, "-o", out, "--labels", labels, *small, "--no-half-maps", "--overwrite")
+    assert {path.name for path in (out / "class_000").iterdir()} == {"backproject.mrc"}
+    assert {path.name for path in (out / "class_001").iterdir()} == {"notes.txt"}
+    assert not (out / "class_002").exists()
+    run("backproject", star, "-o", out, *small, "--overwrite")
+    run("backproject", star, "-o", out, *small, "--overwrite", "--no-half-maps", "--mask", out / "mask.mrc")
+    assert {path.name for path in out.iterdir()} == {"backproject.mrc", "mask.mrc", "class_001"}
+
+
+def test_the_mask_of_a_simulated_set_is_not_replaced(star, tmp_path):
+    write_yaml(tmp_path / "dataset.yaml", {"kind": "simulated", "truth": {"mask": "mask.mrc"}})
+    with pytest.raises(InputError, match="simulated set"):
+        run("backproject", star, "-o", tmp_path, "--overwrite")
+
+
 def test_mistakes_are_named(star, tmp_path):
+    write_map(tmp_path / "flat.mrc", np.ones((32, 64, 64), np.float32), 3.0)
     for options, words in (
         (["--regularise", "much"], "positive number"),
         (["--first", "0"], "at least 1"),
         (["--cluster", "1"], "needs --labels"),
         (["-d", "63"], "even box"),
+        (["--mask", str(tmp_path / "flat.mrc")], "a box of 64 x 64 x 32, the map one of 64"),
     ):
         with pytest.raises(InputError, match=words):
             run("backproject", star, "-o", tmp_path / "no", *options)

@@ -85,6 +85,7 @@ def main(
 
     from cryosuite.data.open import open_particles
     from cryosuite.data.results import MapsDir
+    from cryosuite.data.workdir import WorkDir
     from cryosuite.reconstruct.backproject import reconstruct_classes
     from cryosuite.training.launch import join_processes
 
@@ -93,8 +94,11 @@ def main(
     if labels is not None and class_column is not None:
         raise _error("give either --labels or --class-column, not both")
     out = MapsDir(outdir)
-    if out.map.exists() and not overwrite:
-        raise _error(f"{out.map}: is already there. Add --overwrite to replace it, or choose another -o.")
+    there = next((path for path in (out.map, out.labels) if path.exists()), None)  # of one map, of classes
+    if there is not None and not overwrite:
+        raise _error(f"{there}: is already there. Add --overwrite to replace it, or choose another -o.")
+    if WorkDir(outdir).exists() and WorkDir(outdir).read_dataset().get("truth"):
+        raise _error(f"{outdir}: holds a simulated set, whose true mask would be replaced. Choose another -o.")
     given = _read_mask(mask)
     processes = join_processes()
     found = open_particles(
@@ -107,8 +111,8 @@ def main(
     box = downsample or found.box_size
     if not 8 <= box <= found.box_size or box % 2:
         raise _error(f"--downsample {downsample}: an even box from 8 to {found.box_size} is needed")
-    if given is not None and given.shape[-1] != box:
-        raise _error(f"{mask}: has a box of {given.shape[-1]}, the map one of {box}")
+    if given is not None and given.shape != (box,) * 3:
+        raise _error(f"{mask}: has a box of {' x '.join(map(str, given.shape[::-1]))}, the map one of {box}")
     maps = reconstruct_classes(
         found, keys, halves=not no_half_maps, regularise=_fraction(regularise), passes=passes, progress="backproject",
         map_box=box, processes=processes,
@@ -118,8 +122,8 @@ def main(
     rows = []
     several = labels is not None or class_column is not None
     outdir.mkdir(parents=True, exist_ok=True)
-    for old in (out.labels, out.index):  # of earlier maps; written again when the maps are
-        old.unlink(missing_ok=True)
+    if overwrite:
+        _remove(out, mask)
     for label, one in maps.items():
         folder = out.of_class(label) if several and not (cluster and len(cluster) == 1) else out
         table = _write(folder, one.flipped() if flip else one, given, not no_plot, seed)
@@ -127,6 +131,20 @@ def main(
     if several:
         _note_classes(out, found, keys)
     _print(rows, next(iter(maps.values())), outdir)
+
+
+def _remove(out: MapsDir, mask: Path | None) -> None:
+    """Delete the maps of before, of which not all may be written again, and what is beside them; not the mask given."""
+    from cryosuite.data.results import MapsDir
+
+    for folder in (out, *(MapsDir(path) for path in out.path.glob("class_[0-9]*") if path.is_dir())):
+        files = [folder.labels, folder.index, folder.map, folder.half_a, folder.half_b, folder.fsc, folder.plot]
+        if mask is None or folder.mask.resolve() != mask.resolve():
+            files.append(folder.mask)
+        for path in files:
+            path.unlink(missing_ok=True)
+        if folder is not out and not any(folder.path.iterdir()):
+            folder.path.rmdir()
 
 
 def _error(message: str) -> Exception:
