@@ -183,6 +183,19 @@ def test_latents_that_are_not_numbers_are_left_out(simulated, tmp_path, monkeypa
     assert "landscape" not in scores and "poses" not in scores  # unrelated states; the true poses
 
 
+@pytest.mark.parametrize(
+    ("lacks", "words"), [("decode", "no volumes.*--polished"), ("particles", "images .* not there")]
+)
+def test_a_run_without_volumes_or_images_is_told_so(simulated, tmp_path, monkeypatch, lacks, words):
+    """pretrain-iev decodes nothing; the images of a cryoDRGN run may be elsewhere."""
+    fake_run(tmp_path / "run", simulated, np.zeros((240, 2), np.float32), np.zeros((3, 32, 32, 32)), monkeypatch)
+    whole = cryosuite.methods.load_run(tmp_path / "run")
+    setattr(whole, lacks, None)
+    monkeypatch.setattr("cryosuite.methods.load_run", lambda *_, **__: whole)
+    with pytest.raises(InputError, match=words):
+        run("eval-fsc", tmp_path / "run")
+
+
 def test_a_landscape_clusters_and_poses_are_judged(tmp_path, monkeypatch):
     from cryosuite.formats.pickles import read_poses, write_pickle
 

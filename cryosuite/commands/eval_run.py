@@ -122,6 +122,12 @@ def evaluate_run(run: Path, options: RunOptions) -> None:
 
     more = {"volume_from": options.volume_from} if options.volume_from else {}
     loaded = load_run(run, options.epoch, **more)
+    if loaded.particles is None:
+        raise InputError(f"{run}: the images it was trained on are not there, so nobody knows which particle is which")
+    if loaded.decode is None and not options.polished:
+        raise InputError(
+            f"{run}: this run has no volumes to judge: make some with cryosuite polish {typed(run)} and give --polished"
+        )
     maps = open_truth(run, options, loaded.box_size, loaded.pixel_size)
     good = finite_rows(loaded.z)
     if len(good) < len(loaded.z):
@@ -267,7 +273,7 @@ def oracle(particles: ParticleSet, labels: np.ndarray, maps: TruthMaps, options:
     )
     for cache in caches:
         try:
-            write_text(cache, add_to_cache(cache.read_text() if cache.exists() else None, settings, found))
+            write_text(cache, add_to_cache(cache.read_bytes() if cache.exists() else None, settings, found))
             break
         except (InputError, OSError):
             continue  # the truth may lie where nobody may write
