@@ -19,12 +19,13 @@ from cryosuite.formats.star import read_star
 from cryosuite.kernels.ctf import CtfParams, ctf
 from cryosuite.kernels.fourier import half_disc, phase_shift, to_half_disc
 from cryosuite.kernels.rotations import euler_to_matrix, geodesic_deg
+from cryosuite.simulate import images
 from cryosuite.simulate.build import RecipeOptions, build_states
 from cryosuite.simulate.dataset import SimulateOptions, draw_particles, simulate
+from cryosuite.simulate.images import Renderer, projection_spectrum
 from cryosuite.simulate.maps import map_state
 from cryosuite.simulate.noise import NoiseModel
 from cryosuite.simulate.states import State, StateSet
-from cryosuite.simulate.stream import SimulatedStream
 
 BASE = SimulateOptions(n_particles=240, box_size=32, pixel_size=8.0, seed=3, keep_clean=True)
 
@@ -260,17 +261,22 @@ def test_maps_as_sources(sim, tmp_path):
     assert ((a - b).abs().pow(2).sum(1) / a.abs().pow(2).sum(1)).max() < 0.02**2
 
 
-def test_stream_is_a_function_of_its_number(states):
-    options = replace(BASE, snr=0.1)
-    stream = SimulatedStream(states, options, 32)
-    third = next(stream.batches(start=2))
-    again = SimulatedStream(states, options, 32).batch(2)
-    assert torch.equal(third.images, again.images) and torch.equal(third.label, again.label)
-    assert not torch.equal(stream.batch(3).images, again.images)
-    assert third.images.shape == (32, 32, 32) and third.index[0] == 64
-    assert 1.0 < float(third.images.var()) < 1.8  # unit noise and a signal of about .37
-    share = torch.bincount(torch.cat([stream.batch(i).label for i in range(20)]), minlength=3) / 640
-    assert torch.allclose(share.double(), torch.from_numpy(states.occupancy), atol=0.06)
+def test_many_points_are_turned_in_parts(states, monkeypatch):
+    """A map of millions of points does not ask for the memory of a whole batch at once; the images are the same."""
+    renderer = Renderer(states.states, BASE.optics)
+    particles = draw_particles(states, replace(BASE, n_particles=20)).batch(slice(None), renderer.device)
+    whole = renderer.spectra(*particles)
+    held = []
+
+    def counted(points, *rest):
+        held.append(points.shape[0] * points.shape[1])
+        return projection_spectrum(points, *rest)
+
+    most = 3 * max(len(state.xyz) for state in states.states)
+    monkeypatch.setattr(images, "POINTS", most)
+    monkeypatch.setattr(images, "projection_spectrum", counted)
+    assert torch.equal(renderer.spectra(*particles), whole)
+    assert max(held) <= most and len(held) > 3
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from cryosuite.kernels.ctf import CtfParams, ctf
 from cryosuite.kernels.density import MOLMAP_SIGMA, crop_half, gaussian_transfer, half_frequencies, projection_spectrum
 from cryosuite.simulate.states import State
 
+POINTS = 1 << 24  # atoms turned at once, over all images: 128 MB; a map may have millions
+
 
 @dataclass(frozen=True)
 class Optics:
@@ -92,14 +94,13 @@ class Renderer:
         out = torch.empty(len(state), box, box // 2 + 1, dtype=torch.complex64, device=self.device)
         offset = -shift.to(torch.float32) * self.optics.field_of_view
         for k in torch.unique(state).tolist():
-            rows = torch.nonzero(state == k).flatten()
             xyz, weight = self.atoms[k]
-            points = xyz @ rotation[rows, :2].transpose(1, 2) + offset[rows, None]  # (rows, n, 2) A
-            if not wrap:
-                weight = weight * (points.abs() < self.optics.field_of_view / 2).all(-1)
-            out[rows] = projection_spectrum(
-                points, weight, box, self.optics.render_pixel, self.optics.sigma, self.transfer
-            )
+            for rows in torch.nonzero(state == k).flatten().split(max(1, POINTS // len(xyz))):
+                points = xyz @ rotation[rows, :2].transpose(1, 2) + offset[rows, None]  # (rows, n, 2) A
+                seen = weight if wrap else weight * (points.abs() < self.optics.field_of_view / 2).all(-1)
+                out[rows] = projection_spectrum(
+                    points, seen, box, self.optics.render_pixel, self.optics.sigma, self.transfer
+                )
         return out
 
     def contrast(self, params: CtfParams) -> Tensor:

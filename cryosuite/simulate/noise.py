@@ -39,10 +39,7 @@ class NoiseModel:
         """Transforms (count, B, B//2 + 1) of noise images; the stream of numbers does not depend on batch sizes."""
         box = self.optics.render_box
         white = torch.from_numpy(rng.standard_normal((count, box, box), np.float32)).to(self.amplitude.device)
-        return self.colour(torch.fft.rfft2(white))
-
-    def colour(self, spectrum: Tensor) -> Tensor:
-        """Transforms (b, B, B//2 + 1) of white noise of unit variance turned into this model's noise."""
+        spectrum = torch.fft.rfft2(white)
         return spectrum * self.amplitude if self.coloured else spectrum
 
     def _cropped_power(self) -> Tensor:
