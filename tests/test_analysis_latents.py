@@ -63,6 +63,19 @@ def test_kmeans_gives_the_same_for_the_same_seed() -> None:
     np.testing.assert_array_equal(first.labels, second.labels)
 
 
+def test_a_centre_is_one_of_its_group() -> None:
+    """A tight group inside a wide one has its mean: the wide group's centre is a particle of its own."""
+    rng = np.random.default_rng(0)
+    z = np.concatenate([6 * rng.normal(size=(600, 3)), 0.4 * rng.normal(size=(600, 3))]).astype(np.float32)
+    found = latents.mixture(z, latents.pca(z), 2)
+    assert found.sizes.min() > 500
+    np.testing.assert_array_equal(found.labels[found.centers_index], [0, 1])
+    for number, row in enumerate(found.centers_index):
+        own = z[found.labels == number]
+        away = np.linalg.norm(own - own.mean(axis=0), axis=1)
+        assert np.linalg.norm(z[row] - own.mean(axis=0)) == pytest.approx(away.min(), rel=1e-5)
+
+
 def test_neighbouring_numbers_are_alike() -> None:
     """Groups strung along a line are numbered along it."""
     z = np.repeat(np.arange(8.0)[:, None] * 10, 20, axis=0) + np.random.default_rng(0).normal(size=(160, 1)) * 0.1

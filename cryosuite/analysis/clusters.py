@@ -43,7 +43,8 @@ class Clusters:
 
     Attributes:
         labels: (M,) int64 from 0, neighbouring numbers are similar groups. k: number of groups.
-        centres: (k, zdim) float32, the latent of the particle nearest to each mean. centres_index: (k,) its row.
+        centres: (k, zdim) float32, the latent of the particle of each group nearest to its mean. centres_index: (k,)
+            its row.
         bic: criterion of each number of groups that was tried (lower is better); empty where the number was given.
         stability: mean adjusted Rand index between five seeds, for the numbers that were judged by it.
         confidence: (M,) float32, probability of the label, None for k-means.
@@ -320,7 +321,7 @@ def _final(z, points, kinds: list, k: int, how: str, seed: int, scores, stabilit
 
 
 def _grouping(z, labels, confidence, how: str, dimensions: int, asked=1, scores=None, stability=None) -> Clusters:
-    """Groups in the order of their dendrogram, centres at the particle nearest to each mean."""
+    """Groups in the order of their dendrogram, centres at the particle of each nearest to its mean."""
     means = np.stack([z[labels == g].mean(axis=0) if (labels == g).any() else z.mean(axis=0) for g in range(asked)])
     labels, rows = ordered(z, labels, means)
     bic = scores or {}

@@ -50,7 +50,7 @@ class Clusters:
 
     Attributes:
         labels: (M,) int64 from 0, neighbouring numbers are similar groups.
-        centers: (k, zdim) float32, the latent of the particle nearest to each mean.
+        centers: (k, zdim) float32, the latent of the particle of each group that is nearest to its mean.
         centers_index: (k,) int64, the row of that particle.
         confidence: (M,) float32, probability of the label, or None for k-means.
         scores: Bayesian information criterion of each number of groups tried; ``asked`` is the one taken (groups that
@@ -201,12 +201,19 @@ def _tree_order(centers: np.ndarray) -> np.ndarray:
 
 
 def ordered(z: np.ndarray, labels: np.ndarray, means: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Labels renumbered along the dendrogram without empty groups, and the rows nearest to the ordered means."""
+    """Labels renumbered along the dendrogram without empty groups, and of each group the row nearest to its mean.
+
+    Among its own: the mean of a wide group may lie in the middle of another one.
+    """
     used = np.flatnonzero(np.bincount(labels, minlength=len(means)))
     order = used[_tree_order(means[used])]
     new = np.full(len(means), -1, np.int64)
     new[order] = np.arange(len(order))
-    return new[labels], nearest(z, means[order])
+    rows = np.empty(len(order), np.int64)
+    for number, group in enumerate(order):
+        own = np.flatnonzero(labels == group)
+        rows[number] = own[np.square(z[own] - means[group].astype(np.float64)).sum(axis=1).argmin()]
+    return new[labels], rows
 
 
 def kmeans(z: np.ndarray, count: int, seed: int = 0) -> Clusters:
