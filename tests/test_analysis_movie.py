@@ -116,6 +116,17 @@ def test_mp4_is_piped_to_ffmpeg(tmp_path: Path) -> None:
     assert not (tmp_path / "b.mp4").exists()
 
 
+def test_a_film_without_x264_is_told_and_the_gif_stays(tmp_path: Path, monkeypatch) -> None:
+    program = tmp_path / "ffmpeg"
+    program.write_text(f"#!{sys.executable}\nimport sys\nsys.stderr.write('Unknown encoder libx264')\nsys.exit(1)\n")
+    os.chmod(program, 0o755)
+    monkeypatch.setattr(movie, "ffmpeg", lambda: str(program))
+    pictures = [np.full((32, 32, 3), value, np.uint8) for value in (0, 100, 200)]
+    with pytest.warns(UserNotice, match="no MP4.*Unknown encoder libx264.*m.gif"):
+        written = movie.write_movies(tmp_path / "m.gif", tmp_path / "m.mp4", iter(pictures), to_and_fro=False)
+    assert written == [tmp_path / "m.gif"] and not (tmp_path / "m.mp4").exists()
+
+
 def test_a_program_that_gives_up_early_says_why(tmp_path: Path) -> None:
     program = tmp_path / "ffmpeg"
     program.write_text(f"#!{sys.executable}\nimport sys\nsys.stderr.write('x' * 200000 + '\\nno room')\nsys.exit(1)\n")

@@ -19,7 +19,7 @@ from cryosuite.analysis.render import common_zoom, on_white
 from cryosuite.analysis.turntable import INK, labelled, scale_bar
 from cryosuite.analysis.volumes import VolumeFile
 from cryosuite.console import Progress
-from cryosuite.errors import InputError, notice
+from cryosuite.errors import FileError, InputError, notice
 from cryosuite.formats.atomic import atomic_path
 from cryosuite.formats.mrc import read_map
 
@@ -93,7 +93,7 @@ def _with_track(shown: np.ndarray, done: float, number: int) -> np.ndarray:
 def write_movies(
     gif: Path, mp4: Path, frames: Iterable[np.ndarray], to_and_fro: bool, rate: float = RATE
 ) -> list[Path]:
-    """Write a GIF and, where ffmpeg is there, an MP4; a notice says when it is not. Returns what was written.
+    """Write a GIF and, where ffmpeg can, an MP4; a notice says why not. Returns what was written.
 
     Pictures wait in a nameless file beside the GIF, not in memory.
 
@@ -112,8 +112,13 @@ def write_movies(
         if program is None:
             notice(f"no MP4: ffmpeg is not installed (pip install imageio-ffmpeg). The film is in {gif.name}.")
         else:
-            write_mp4(mp4, map(kept.picture, order), rate, program)
-            written.append(mp4)
+            try:
+                write_mp4(mp4, map(kept.picture, order), rate, program)
+                written.append(mp4)
+            except FileError:
+                raise
+            except InputError as error:  # many an ffmpeg comes without x264
+                notice(f"no MP4: {error}. The film is in {gif.name}.")
     return written
 
 
