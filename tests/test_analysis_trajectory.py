@@ -11,7 +11,7 @@ import pytest
 from cryosuite.analysis import trajectory
 from cryosuite.analysis.latents import pca
 from cryosuite.analysis.path_files import loop_colours, make_trajectory, path_table
-from cryosuite.analysis.volumes import VolumeFile, VolumeOptions
+from cryosuite.analysis.volumes import VolumeFile, VolumeOptions, write_volumes
 from cryosuite.data.latents import fingerprint
 from cryosuite.data.workdir import VolumeDir
 from cryosuite.errors import InputError, UserNotice
@@ -117,7 +117,13 @@ def test_equal_latents_on_the_way_do_no_harm() -> None:
 
 @pytest.mark.parametrize(
     ("rows", "words"),
-    [([5], "two particles"), ([0, 40], "row 40 is not there.*0 to 39"), ([-1, 3], "row -1"), ([2, 7], "row 7.*NaN")],
+    [
+        ([5], "two particles"),
+        ([4, 4], "not one twice"),
+        ([0, 40], "row 40 is not there.*0 to 39"),
+        ([-1, 3], "row -1"),
+        ([2, 7], "row 7.*NaN"),
+    ],
 )
 def test_rows_that_cannot_be_walked_to_are_named(rows: list[int], words: str) -> None:
     z = horseshoe(40)
@@ -196,3 +202,12 @@ def test_files_of_a_trajectory(tmp_path: Path) -> None:
     assert not (folder.path / "movie.gif").exists(), "of an earlier walk"
     with pytest.raises(InputError, match="no volumes"):
         make_trajectory(folder, path, z, None, 3.0, D, VolumeOptions())
+
+
+def test_volumes_of_other_names_stay(tmp_path: Path) -> None:
+    """A folder given with -o may hold maps of the user's own."""
+    for name in ("vol_mean.mrc", "vol_best.png", "vol_007.mrc", "vol_007.png"):
+        (tmp_path / name).touch()
+    write_volumes(np.zeros((2, 1)), decode, VolumeDir(tmp_path), 2.0, VolumeOptions(), ["#000000"] * 2, D)
+    left = {path.name for path in tmp_path.glob("vol_*")}
+    assert left == {"vol_mean.mrc", "vol_best.png", "vol_000.mrc", "vol_001.mrc"}

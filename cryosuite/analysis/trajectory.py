@@ -48,11 +48,11 @@ def check_rows(rows: Sequence[int], z: np.ndarray, usable: np.ndarray, option: s
         z: (N, zdim). usable: (M,) rows with latents that are numbers. option: who asked, for the message.
 
     Raises:
-        InputError: a row below 0 or above N - 1, one whose latent is NaN, or fewer than two.
+        InputError: a row below 0 or above N - 1, one whose latent is NaN, or fewer than two different ones.
     """
     rows = np.asarray(rows, np.int64)
-    if len(rows) < 2:
-        raise InputError("a path needs two particles at least: --from ROW --to ROW (rows count from 0).")
+    if len(np.unique(rows)) < 2:
+        raise InputError("a path needs two particles at least, not one twice: --from ROW --to ROW (rows count from 0).")
     said = f"{option}: " if option else ""
     for row in rows:
         if not 0 <= row < len(z):

@@ -132,7 +132,7 @@ def write_volumes(
 ) -> list[VolumeFile]:
     """Decode volumes at the latents and write them as vol_000.mrc, ... with their latents in z_values.txt."""
     folder.path.mkdir(parents=True, exist_ok=True)
-    for old in [*folder.path.glob("vol_*.mrc"), *folder.path.glob("vol_*.png"), *folder.sharpened()]:
+    for old in [*folder.volumes(), *folder.path.glob("vol_[0-9]*.png"), *folder.sharpened()]:
         old.unlink()  # of an earlier analysis with more volumes
     batch = max(1, min(len(z), BATCH_VOXELS // box_size**3))
     files: list[VolumeFile] = []
