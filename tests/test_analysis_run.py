@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from cryosuite.analysis.lists import write_lists
+from cryosuite.analysis.report_read import read_analysis
 from cryosuite.analysis.run import AnalyzeOptions, analyze
 from cryosuite.analysis.volumes import VolumeOptions, flip_hand, low_pass, prepare, write_volumes
 from cryosuite.data.open import open_particles
@@ -367,6 +368,22 @@ def test_fewer_clusters_and_volumes_leave_no_files_of_earlier_ones(tmp_path):
     assert len(list(out.cluster_indices(0).parent.glob("cluster_*.ind.pkl"))) == 3
     assert len(list(out.pc(1).path.glob("vol_*.mrc"))) == 2
     assert not list(out.pc(1).path.glob("vol_003*"))
+
+
+def test_an_analysis_that_did_not_end_is_not_taken_for_the_earlier_one(tmp_path: Path) -> None:
+    """Labels are new, analyze.yaml and the volumes are not: neither a page nor a table may mix them."""
+    z, _ = latents(30)
+    out, options = AnalysisDir(tmp_path), AnalyzeOptions(ksample=3, components=0, skip_umap=True)
+    analyze(z, decode, out, PIXEL, D, options)
+    assert read_analysis(out, z).first_volume == 0
+    pages = (out.report, out.particles, out.confounds)
+    for page in pages:
+        page.touch()
+    with pytest.raises(ZeroDivisionError):
+        analyze(z, lambda z: 1 // 0, out, PIXEL, D, replace(options, ksample=5))
+    assert not any(page.exists() for page in pages)
+    with pytest.raises(InputError, match="labels.pkl: not the clusters.*run analyze again"):
+        read_analysis(out, z)
 
 
 def test_other_clusterings_take_the_place_of_k_means(tmp_path):

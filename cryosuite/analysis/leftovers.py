@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cryosuite.analysis.particle_table import columns_file
 from cryosuite.analysis.volumes import VolumeOptions
 from cryosuite.data.latents import fingerprint
 from cryosuite.data.workdir import AnalysisDir, VolumeDir
@@ -29,6 +30,12 @@ def drop_walk(folder: VolumeDir) -> None:
             old.unlink()
     if not any(folder.path.iterdir()):
         folder.path.rmdir()
+
+
+def drop_pages(out: AnalysisDir) -> None:
+    """Remove page, table and tests of earlier clusters, which an analysis that is killed would leave to its labels."""
+    for old in (out.report, out.particles, columns_file(out.particles), out.confounds):
+        old.unlink(missing_ok=True)
 
 
 def drop_umap_of_others(out: AnalysisDir, z: np.ndarray) -> None:

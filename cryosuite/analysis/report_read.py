@@ -69,7 +69,7 @@ def read_analysis(out: AnalysisDir, z: np.ndarray) -> Found:
     """Read an analysis back, its principal components made again from the latents (N, zdim).
 
     Raises:
-        InputError: a folder without an analysis, or one of another number of particles.
+        InputError: a folder without an analysis, one that did not end, or one of another number of particles.
     """
     if not out.labels.is_file() or not out.summary.is_file():
         raise InputError(f"{out.path}: holds no finished analysis (run `cryosuite analyze RUN` first)")
@@ -81,6 +81,12 @@ def read_analysis(out: AnalysisDir, z: np.ndarray) -> Found:
     count = max(int(labels.max(initial=-1)) + 1, _whole(out, known, "clusters"))
     if count > max(len(labels), 1):
         raise InputError(f"{out.path}: {count} clusters of {len(labels)} particles: damaged; run analyze again")
+    noted = _several(known, "particles")
+    if noted and noted != np.bincount(labels[labels >= 0], minlength=len(noted)).tolist():
+        raise InputError(
+            f"{out.labels}: not the clusters that {out.summary.name} tells of: the last analysis did not come to its "
+            "end; run analyze again"
+        )
     colours = [c for c in _several(known, "colours") if isinstance(c, str) and COLOUR.fullmatch(c)]
     levels = [level if isinstance(level, float | int) else None for level in _several(known, "levels")]
     folder = VolumeDir(out.path / (Path(str(known.get("folder") or "")).name.strip(".") or f"kmeans{count}"))

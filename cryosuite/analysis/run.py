@@ -20,7 +20,7 @@ import numpy as np
 from cryosuite import __version__
 from cryosuite.analysis import chimerax, latents, plots, sheets
 from cryosuite.analysis.latents import Clusters, Pca
-from cryosuite.analysis.leftovers import drop_umap_of_others, drop_volumes_of_others
+from cryosuite.analysis.leftovers import drop_pages, drop_umap_of_others, drop_volumes_of_others
 from cryosuite.analysis.overview import overview
 from cryosuite.analysis.palette import palette
 from cryosuite.analysis.path_files import UMAP_NAMES, plot_path, write_path
@@ -145,6 +145,7 @@ def analyze(
             clock.lap(result, "UMAP", "done")
     if result.umap is None:
         drop_umap_of_others(out, z)
+    drop_pages(out)
     _write_numbers(result, good, particles)
     _plot(result, good, epoch, records)
     clock.lap(result, "plots", "drawn")
