@@ -131,9 +131,9 @@ def make_landscape(
     say(f"{len(chosen.rows)} volumes stand for {len(rows):,} particles, compared at {box} voxels")
     with _decoded(out, good[chosen.rows], decode, pixel_size, box_size, small) as (maps, size):
         mask = _mask(options.mask, maps, box, box_size)
-        write_map(out.mask, mask, size)
         found = _among_maps(good, rows, len(z), chosen, maps, mask, options, particles)
         _drop_earlier(out)
+        write_map(out.mask, mask, size)
         _write_maps(out, found, maps, mask, size, pixels)
     points = good[chosen.rows[found.middle]]
     with Progress(2 * len(points), "volumes of states", unit="steps") as progress:
