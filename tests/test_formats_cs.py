@@ -175,6 +175,14 @@ def test_fields_are_asked_for_by_name() -> None:
         cs.images_from_cs(table()[:0], "x.cs")
 
 
+@pytest.mark.parametrize("size", [0.0, -4.0])
+def test_no_pixel_size_of_the_alignment_turns_or_loses_a_shift(size: float) -> None:
+    """Shifts are multiplied by it: 0 would take them all for none, without a word."""
+    sizes = np.float32([4, 4, size, 4, 4, 4])
+    with pytest.raises(InputError, match=rf"x.cs: alignments3D/psize_A is {size:g} in row 2 \(0-based\)"):
+        cs.poses_from_cs(table(**{"alignments3D/psize_A": sizes}), "x.cs")
+
+
 def test_header_must_fit_the_file(tmp_path: Path) -> None:
     """A header that promises 2^60 rows is compared with the file before anything is made."""
     cs.write_cs(tmp_path / "a.cs", table())

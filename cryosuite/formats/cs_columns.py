@@ -85,10 +85,13 @@ def pixel_sizes_from_cs(array: np.ndarray, path: str | os.PathLike) -> np.ndarra
     """Pixel size per row (A) from blob/psize_A, float64 (N,), or None without that field."""
     if "blob/psize_A" not in array.dtype.names:
         return None
-    size = field(array, "blob/psize_A", path)
+    return _positive(field(array, "blob/psize_A", path), "blob/psize_A", path)
+
+
+def _positive(size: np.ndarray, name: str, path: str | os.PathLike) -> np.ndarray:
     bad = np.flatnonzero(size <= 0)
     if len(bad):
-        raise InputError(f"{path}: blob/psize_A is {size[bad[0]]:g} in {name_rows(bad)} (0-based): must be positive")
+        raise InputError(f"{path}: {name} is {size[bad[0]]:g} in {name_rows(bad)} (0-based): must be positive")
     return size
 
 
@@ -238,7 +241,7 @@ def poses_from_cs(
         raise InputError(f"{path}: has no field blob/shape: shifts need the box size; {_ADVICE['blob']}")
     shift = found.shift
     if found.psize is not None and pixel is not None:
-        shift = shift * (found.psize / pixel)[:, None]
+        shift = shift * (_positive(found.psize, f"{found.group}/psize_A", path) / pixel)[:, None]
     else:
         missing = "blob/psize_A" if pixel is None else f"{found.group}/psize_A"
         notice(f"{path}: has no field {missing}: shifts are taken as pixels of the images")
