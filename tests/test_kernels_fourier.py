@@ -97,6 +97,29 @@ def test_round_trip_of_a_band_limited_image(r_max):
     assert torch.allclose(fourier.from_half_disc(fourier.to_half_disc(images, disc), disc), images, atol=1e-12)
 
 
+@pytest.mark.parametrize("size", [(6, 8), (6, 7), (4, 6, 8)])
+def test_inverse_of_what_is_not_hermitian_hands_on_real_ends_and_is_numpys(size, monkeypatch):
+    """The way taken on a GPU, whose transforms suppose what numpy's see to."""
+    half = torch.randn(3, *size[:-1], size[-1] // 2 + 1, dtype=torch.complex128)
+    expected = fourier.real_inverse(half, size)
+    seen, back = [], torch.fft.irfft
+    monkeypatch.setattr(torch.fft, "irfft", lambda x, n: seen.append(x) or back(x, n=n))
+    torch.testing.assert_close(fourier._axis_by_axis(half, size), expected)
+    ends = seen[0][..., 0], seen[0][..., -1] if size[-1] % 2 == 0 else seen[0][..., 0]
+    assert all((end.imag == 0).all() and end.real.abs().min() > 0 for end in ends)
+
+
+def test_a_crop_hands_on_real_ends(monkeypatch):
+    seen, back = [], torch.fft.irfft
+    monkeypatch.setattr(torch.fft, "irfft", lambda x, n, dim: seen.append((x, dim)) or back(x, n=n, dim=dim))
+    image = torch.randn(16, 16, requires_grad=True)
+    fourier.fourier_crop(image, 8).square().sum().backward()
+    fourier.resize_axis(image.detach(), 6, 0)
+    assert len(seen) == 3 and torch.isfinite(image.grad).all()
+    for half, dim in seen:
+        assert half.size(dim) > 3 and (half.select(dim, -1).imag == 0).all() and (half.select(dim, 0).imag == 0).all()
+
+
 def test_loss_over_the_half_disc_is_half_the_loss_over_the_image():
     disc = fourier.half_disc(32, 12)
     coeffs = torch.randn(1, len(disc), dtype=torch.complex128)

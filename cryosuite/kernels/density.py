@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .fourier import real_inverse
+
 TAPS = 4  # grid points per axis that one atom touches
 BETA = 2.30 * TAPS  # the kernel's shape, for grids twice as fine as the frequencies used
 CHUNK = 1 << 20  # kernel values held at once: keeps the work inside the caches
@@ -139,7 +141,7 @@ def density_map(
     spectrum = torch.fft.rfftn(grid) * gaussian_transfer(fine, 3, sigma / step, grid)
     spectrum = crop_half(spectrum, fine, box_size, 3)
     # both origins lie at half the box, whose phases (-1)^k are the same on both grids: nothing to undo
-    return torch.fft.irfftn(spectrum, s=(box_size,) * 3)
+    return real_inverse(spectrum, (box_size,) * 3)
 
 
 def projection_spectrum(

@@ -22,6 +22,7 @@ __all__ = [
     "ifft2c",
     "fft3c",
     "ifft3c",
+    "real_inverse",
     "to_half_disc",
     "from_half_disc",
     "fourier_crop",
@@ -144,6 +145,34 @@ def _centred(transform, values: Tensor, dim: tuple[int, ...]) -> Tensor:
     return torch.fft.fftshift(transform(torch.fft.ifftshift(values, dim=dim), dim=dim), dim=dim)
 
 
+def real_inverse(
+    half: Tensor,  # (..., [z,] y, x//2 + 1) complex
+    size: tuple[int, ...],  # of the real grid: two or three axes
+) -> Tensor:  # (..., *size) real
+    """Inverse of `rfftn` over the last axes, the same on every device where the input is not quite a real transform.
+
+    A crop, a shift or an astigmatic CTF leaves columns 0 and Nyquist that are not Hermitian: their Hermitian part
+    counts (numpy's rule). cuFFT supposes that they are Hermitian and gives something else.
+    """
+    if half.device.type == "cpu":
+        return torch.fft.irfftn(half, s=size, dim=tuple(range(-len(size), 0)))
+    return _axis_by_axis(half, size)
+
+
+def _axis_by_axis(half: Tensor, size: tuple[int, ...]) -> Tensor:
+    across = torch.fft.ifftn(half, dim=tuple(range(-len(size), -1)))
+    return torch.fft.irfft(_real_ends(across, size[-1]), n=size[-1])
+
+
+def _real_ends(half: Tensor, n: int, dim: int = -1) -> Tensor:
+    """The imaginary parts at 0 and, for even n, at Nyquist set to zero along an axis of a half transform, in place."""
+    parts = torch.view_as_real(half)
+    dim = dim % half.ndim
+    for end in (0, n // 2) if n % 2 == 0 else (0,):
+        parts.select(dim, end)[..., 1] = 0
+    return half
+
+
 def to_half_disc(
     images: Tensor,  # (..., D, D) real
     disc: HalfDisc,
@@ -168,7 +197,7 @@ def from_half_disc(
     mirrored, source = _zero_column_mirror(disc)
     half = half.index_copy(-1, mirrored, values[..., source].conj().resolve_conj())
     half = half.index_copy(-1, disc.rfft_index, values)
-    return torch.fft.irfft2(half.unflatten(-1, (D, D // 2 + 1)), s=(D, D))
+    return real_inverse(half.unflatten(-1, (D, D // 2 + 1)), (D, D))
 
 
 def _zero_column_mirror(disc: HalfDisc) -> tuple[Tensor, Tensor]:
@@ -209,7 +238,7 @@ def _crop_last(values: Tensor, size: int) -> Tensor:
         return values
     half = torch.fft.rfft(values, dim=-1)[..., : size // 2 + 1]
     # the origin moves from D/2 to size/2: both are the phase (-1)^k, so nothing is left to do
-    return torch.fft.irfft(half, n=size, dim=-1) * (size / D)
+    return torch.fft.irfft(_real_ends(half, size), n=size, dim=-1) * (size / D)
 
 
 def resize_axis(
@@ -229,7 +258,7 @@ def resize_axis(
     half = torch.fft.rfft(values, dim=dim).narrow(dim, 0, common // 2 + 1)
     if common % 2 == 0:
         half.select(dim, common // 2).mul_(2.0 if size < n else 0.5)
-    return torch.fft.irfft(half, n=size, dim=dim) * (size / n)
+    return torch.fft.irfft(_real_ends(half, size, dim) if size <= n else half, n=size, dim=dim) * (size / n)
 
 
 def _check_crop(box_size: int, size: int) -> None:

@@ -18,6 +18,7 @@ from cryosuite.data.noise import noise_spectrum
 from cryosuite.data.particles import ParticleSet
 from cryosuite.kernels import ctf as ctf_kernel
 from cryosuite.kernels.density import crop_half
+from cryosuite.kernels.fourier import real_inverse
 from cryosuite.simulate.view_sets import network_input
 
 SAMPLED = 1000  # images the noise is measured on where the set does not say it
@@ -107,8 +108,8 @@ class Preparation:
             odd = ctf_kernel.odd_phase(self.frequency, batch.ctf)
             spectra = spectra if odd is None else spectra * odd.view(spectra.shape)
             sign = torch.where(values < 0, -1.0, 1.0)
-            flipped = torch.fft.irfft2(spectra if self.premultiplied else spectra * sign, s=size)
-        return network_input(torch.fft.irfft2(spectra, s=size), flipped)[:, : self.channels], good
+            flipped = real_inverse(spectra if self.premultiplied else spectra * sign, size)
+        return network_input(real_inverse(spectra, size), flipped)[:, : self.channels], good
 
     def _resized(self, spectra: Tensor) -> Tensor:
         """Spectra (b, w, w//2 + 1) of the window cropped, or padded with zeros, to the network's size."""
@@ -139,7 +140,7 @@ class ReleasedPreparation(Preparation):
         finite = torch.isfinite(images).all(-1).all(-1)
         images = torch.where(finite[:, None, None], images, 0.0)
         good = finite & (images.std((1, 2)) > 1e-12)
-        images = torch.fft.irfft2(self._resized(torch.fft.rfft2(images)), s=(self.window.size,) * 2)
+        images = real_inverse(self._resized(torch.fft.rfft2(images)), (self.window.size,) * 2)
         if self.scale is None:
             mean, sd = float(images.mean()), max(float(images.std()), 1e-12)
             self.scale = mean, sd, max(float((images - mean).abs().max()) / sd, 1e-12)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cryosuite.kernels.ctf import CtfParams, ctf
 from cryosuite.kernels.density import MOLMAP_SIGMA, crop_half, gaussian_transfer, half_frequencies, projection_spectrum
+from cryosuite.kernels.fourier import real_inverse
 from cryosuite.simulate.states import State
 
 POINTS = 1 << 24  # atoms turned at once, over all images: 128 MB; a map may have millions
@@ -118,7 +119,7 @@ class Renderer:
     def to_images(self, spectra: Tensor) -> Tensor:
         """Fourier crop to D: (b, D, D) real; the sum over pixels is kept."""
         size = self.optics.box_size
-        return torch.fft.irfft2(crop_half(spectra, self.optics.render_box, size, 2), s=(size, size))
+        return real_inverse(crop_half(spectra, self.optics.render_box, size, 2), (size, size))
 
     def batch_size(self) -> int:
         """Images per batch that keep memory at some ten MB on a CPU, some hundred on a GPU."""

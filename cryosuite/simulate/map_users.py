@@ -16,6 +16,7 @@ from cryosuite.errors import notice
 from cryosuite.formats.atoms import read_atoms
 from cryosuite.kernels.atom_grid import splat_correction, splat_many, squared_frequency
 from cryosuite.kernels.density import MOLMAP_SIGMA
+from cryosuite.kernels.fourier import real_inverse
 from cryosuite.kernels.tiles import turned
 from cryosuite.metrics.model_cc import d_model
 from cryosuite.metrics.model_map import ModelOnGrid
@@ -124,4 +125,4 @@ def shifted(values: Tensor, shift: np.ndarray, pad: int = 8) -> Tensor:
         phase = torch.polar(torch.ones_like(k), -2 * math.pi * float(move) * k)
         spectrum = spectrum * phase.view(*(-1 if i == axis else 1 for i in range(3)))
     part = (slice(pad, pad + size),) * 3
-    return torch.fft.irfftn(spectrum, s=(n,) * 3)[part].contiguous()
+    return real_inverse(spectrum, (n,) * 3)[part].contiguous()

@@ -20,6 +20,7 @@ from cryosuite.formats.form_factors import electron_factors
 from cryosuite.kernels.atom_grid import splat_correction, splat_many, squared_frequency, two_factors
 from cryosuite.kernels.degrade import anisotropy_gain, coloured_noise, frequencies, random_spd, smooth_field
 from cryosuite.kernels.density import MOLMAP_SIGMA
+from cryosuite.kernels.fourier import real_inverse
 from cryosuite.kernels.rotations import random_rotations
 from cryosuite.simulate.map_options import PairOptions, Range
 from cryosuite.simulate.map_structures import Molecule
@@ -228,7 +229,7 @@ def _spectra(points: Tensor, numbers: Tensor, missing: Tensor, size: int, voxel:
 
 
 def _real(spectrum: Tensor, size: int) -> Tensor:
-    return torch.fft.irfftn(spectrum, s=(size,) * 3, dim=(-3, -2, -1))
+    return real_inverse(spectrum, (size,) * 3)
 
 
 def _gain(

@@ -23,6 +23,7 @@ from cryosuite.data.processes import ALONE, Processes
 from cryosuite.formats.atomic import atomic_path, reserve, write_text
 from cryosuite.kernels import chance
 from cryosuite.kernels.ctf import CtfParams, ctf
+from cryosuite.kernels.fourier import real_inverse
 from cryosuite.kernels.rotations import random_rotations
 from cryosuite.simulate.images import Optics, Renderer
 from cryosuite.simulate.states import State
@@ -220,7 +221,7 @@ def expose(
         imaging.amplitude_contrast * same, 0 * same, field / size * same,
     )  # fmt: skip
     spectra = spectra * ctf(frequency, params).view(b, size, size // 2 + 1).float()
-    clean = torch.fft.irfft2(_crop_plain(spectra, size, box_size), s=(box_size, box_size))
+    clean = real_inverse(_crop_plain(spectra, size, box_size), (box_size, box_size))
     clean = clean / clean.std(dim=(1, 2), keepdim=True).clamp(min=1e-6)
     low, high = np.log(imaging.snr[0]), np.log(imaging.snr[1])
     snr = torch.exp(drawn(low, high)) * (DOSE_BOX / box_size) ** 2

@@ -19,6 +19,7 @@ from torch import Tensor
 from cryosuite.kernels import chance
 from cryosuite.kernels.ctf import CtfParams, ctf
 from cryosuite.kernels.density import MOLMAP_SIGMA
+from cryosuite.kernels.fourier import real_inverse
 from cryosuite.kernels.rotations import expmap, quaternion_to_matrix
 from cryosuite.simulate.beads import Beads, phantom_beads, project_beads
 from cryosuite.simulate.dataset import ENTROPY
@@ -352,7 +353,7 @@ class ViewSets:
         values = on * values + (1 - on)
         sign = torch.where(values < 0, -1.0, 1.0)
         spectra = spectra * values
-        power = torch.fft.irfft2(spectra, s=(o.size, o.size)).var((1, 2, 3))  # (S,)
+        power = real_inverse(spectra, (o.size, o.size)).var((1, 2, 3))  # (S,)
         s2 = self.frequency.square().sum(1).view(spectra.shape[-2:])
         colour = 1 / (1 + s2 / knee[:, None, None].square())
         colour = colour / colour.mean((1, 2), keepdim=True)
@@ -361,9 +362,8 @@ class ViewSets:
         scale = (snr / power.clamp(min=1e-30)).sqrt()[:, None, None, None]
         white = chance.randn(*clean.shape, generator=generator, device=device)
         spectra = spectra * amplitude * scale * gain + torch.fft.rfft2(white)
-        images = torch.fft.irfft2(spectra, s=(o.size, o.size))
-        told = (draw[2] >= o.blind).to(clean.dtype)
-        return images, torch.fft.irfft2(spectra * sign, s=(o.size, o.size)) * told
+        images = real_inverse(spectra, (o.size, o.size))
+        return images, real_inverse(spectra * sign, (o.size, o.size)) * (draw[2] >= o.blind).to(clean.dtype)
 
     def _optics(self, edge: Tensor, count: int, generator: torch.Generator) -> CtfParams:
         """Microscopes drawn per molecule, defocus per particle."""
