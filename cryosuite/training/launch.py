@@ -161,8 +161,6 @@ def start_fabric(options: TrainOptions, unused_parameters: bool = False) -> Fabr
     if shape.launcher == "torchrun" and world()[1] < shape.world_size and was_restarted():
         _join_anew(accelerator)
     fabric.launch()
-    if accelerator == "cuda":
-        torch.set_float32_matmul_precision("high")
     return fabric
 
 
