@@ -201,6 +201,14 @@ def test_one_half_set_only_is_refused_in_words(noisy):
     assert raw_fsc(*raw_maps(sums, 0)[1:], torch.ones(D, D, D)) is None
 
 
+def test_half_sets_of_the_same_images_are_refused_in_words(noisy):
+    particles, labels, _ = noisy
+    twice = particles.subset(np.repeat(np.arange(len(particles)), 2))  # every row once in each half set
+    half = np.tile([0, 1], len(particles)).astype(np.int8)
+    with pytest.raises(InputError, match="the two half maps of every class are the same"):
+        polish(accumulate(twice, ClassWeights.from_labels(np.repeat(labels, 2)), half))
+
+
 def test_bad_options_name_the_flag():
     for wrong, flag in (({"basis": "wavelet"}, "--basis"), ({"passes": -1}, "--passes"), ({"prior": 0}, "--prior")):
         with pytest.raises(InputError, match=flag):

@@ -133,6 +133,7 @@ def reconstruct_classes(
     if len(labels) != len(particles):
         raise InputError(f"{len(labels)} class labels for {len(particles)} particles: one per particle is needed")
     check_regulariser(regularise, halves)
+    labels = np.asarray(labels).astype(np.int64)  # doubled below: small types would overflow
     classes = np.unique(labels[labels >= 0])
     if not len(classes):
         raise InputError("no particles are left to reconstruct from: check --ind, --first and the chosen class")
@@ -209,6 +210,19 @@ class Accumulator:
         The processes share the rows; only what the first one returns is complete.
         """
         rows = self.processes.mine(np.nonzero(key >= 0)[0])
+        sums = self.processes.each(lambda: self._own_sums(rows, key, bar))
+        self.broken.share(self.processes)
+        if self.processes.count > 1:
+            for one in np.unique(key[key >= 0]).tolist():
+                if one not in sums:
+                    sums[one] = slices.new_accumulator(self.map_box)
+                self.processes.add_up(sums[one].data)
+        return sums
+
+    def _own_sums(
+        self, rows: np.ndarray, key: np.ndarray, bar: Progress | _Silent | None
+    ) -> dict[int, slices.Accumulator]:
+        """The sums of this process's rows."""
         step = max(1, POINTS_PER_CHUNK // len(self.disc))
         sums: dict[int, slices.Accumulator] = {}
         # reading, coefficients and the insertion into each half run in threads of their own, always in stack order,
@@ -228,12 +242,6 @@ class Accumulator:
                         bar.advance(len(part))
         finally:
             torch.set_num_threads(threads)
-        self.broken.share(self.processes)
-        if self.processes.count > 1:
-            for one in np.unique(key[key >= 0]).tolist():
-                if one not in sums:
-                    sums[one] = slices.new_accumulator(self.map_box)
-                self.processes.add_up(sums[one].data)
         return sums
 
     def _insert_half(self, half: int, own: np.ndarray, coefficients: tuple, sums: dict) -> None:

@@ -25,7 +25,7 @@ from cryosuite.kernels.ctf import ctf as evaluate_ctf
 from cryosuite.kernels.ctf import odd_phase
 from cryosuite.reconstruct.backproject import Accumulator, flip_hand
 from cryosuite.reconstruct.masks import gaussian_blur, radius_grid, soft_sphere
-from cryosuite.reconstruct.solve import Sums, solve
+from cryosuite.reconstruct.solve import Sums, gridding, pad_map, solve
 
 SAMPLE = 3000  # particles
 BOX = 64  # the maps' box: conventions show at low resolution
@@ -214,14 +214,8 @@ def _judge(one: Alternative, pair: list[slices.Accumulator], power: list[float],
 
 def held_out(volume: torch.Tensor, other: Sums, power: float) -> float:
     """Correlation of a half map's slices with the images of the other half set, from that half's sums."""
-    D, size = other.box_size, other.box_size * other.pad
-    axis = torch.arange(D) - D // 2
-    kernel = torch.sinc(axis / size) ** 2
-    volume = volume / (kernel[:, None, None] * kernel[None, :, None] * kernel)  # interpolation multiplies it back
-    padded = torch.zeros(size, size, size)
-    start = size // 2 - D // 2
-    padded[start : start + D, start : start + D, start : start + D] = volume
-    F = torch.fft.rfftn(padded)
+    volume = volume / gridding(other.box_size, other.pad)  # interpolation multiplies it back
+    F = torch.fft.rfftn(pad_map(volume, other.pad))
     twice = torch.full((F.shape[-1],), 1.0)
     twice[0] = 0.5  # the plane kx = 0 holds both mates of each pair; the half disc holds one
     cross = ((F.conj() * other.B).real * twice).double().sum()

@@ -13,9 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cryosuite.errors import InputError
+
 WINDOW_A = 12.5  # standard deviation of the window in space, Angstrom
 CHANCE = 2.0  # cross-power is doubted below this many standard deviations of what noise alone would show
 VALUES_AT_ONCE = 1 << 22
+SAME = 1e-10  # of the signal: noise that is only the rounding of sums
 
 
 @dataclass
@@ -109,7 +112,17 @@ def shell_covariance(half_a: Tensor, half_b: Tensor) -> Covariance:
 
 
 def bases(covariance: Covariance) -> dict[str, Tensor]:
-    """The two bases as (K, K) matrices from classes to channels of unit noise: "class" and "modal" (eigenmodes)."""
+    """The two bases as (K, K) matrices from classes to channels of unit noise: "class" and "modal" (eigenmodes).
+
+    Raises:
+        InputError: the half maps do not differ.
+    """
+    strongest = covariance.signal.diagonal(dim1=1, dim2=2).max()
+    if not float(covariance.noise.max()) > SAME * float(strongest):
+        raise InputError(
+            "polish: the two half maps of every class are the same, so signal cannot be told from noise: the images "
+            "are empty, or each of them stands in both half sets (check rlnRandomSubset and repeated rows)"
+        )
     n = covariance.noise.clamp(min=1e-30)
     used = covariance.noise > 1e-6 * covariance.noise.max()
     average = (covariance.noise_matrix / n[:, None, None])[used].mean(0)

@@ -79,8 +79,8 @@ def scaled_prior(grid: Sums | Accumulator, prior: Tensor, sphere: Tensor) -> Ten
     along = torch.bincount(flat, (P.conj() * grid.B).real.reshape(-1), size)
     norm = torch.bincount(flat, (grid.W * P.abs().square()).reshape(-1), size)
     alpha = (along / norm.clamp(min=1e-30)).clamp(min=0)
-    # the shell of the mean holds no data: it follows its neighbour
-    alpha[0] = alpha[1:].max() if float(norm[0]) <= 0 else alpha[0]
+    if float(norm[0]) <= 0:  # the shell of the mean holds no data: it follows its neighbour
+        alpha[0] = alpha[1]
     return P * alpha.to(P.real.dtype)[grid.shell]
 
 
