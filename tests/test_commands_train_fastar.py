@@ -11,12 +11,14 @@ import torch
 from typer.testing import CliRunner
 
 from cryosuite.cli import app
+from cryosuite.commands.options import say_without_effect
 from cryosuite.data.multiview_weights import load_multiview
 from cryosuite.data.workdir import RunDir
-from cryosuite.errors import InputError
+from cryosuite.errors import InputError, UserNotice
 from cryosuite.formats.config import read_yaml
 from cryosuite.formats.mrc import write_map
 from cryosuite.methods import fastar_validate, load_run
+from cryosuite.methods.fastar_options import FastarOptions
 from cryosuite.nets.multiview import SPECS, MultiviewSpec
 from cryosuite.training.logs import read_metrics
 
@@ -63,10 +65,30 @@ def test_goes_on_without_the_weights_it_started_from_and_leaves_none_of_a_run_it
     command("-o", first, *SHORT)
     command("-o", run, *SHORT, "--weights", first / "weights.safetensors", "--max-hours", "1e-6")
     (first / "weights.safetensors").unlink()
-    command("-o", run, "--resume")
+    with pytest.warns(UserNotice, match="^--snr, --views: not used"):
+        command("-o", run, "--resume", "--snr", "1:0.1", "--views", "4", "--log-interval", "5")
     assert load_multiview(run)[1]["images_seen"] == "64"
     shown = command("-o", run, *SHORT, "--overwrite", "--max-hours", "1e-6")
     assert not list(run.glob("weights.safetensors")) and "fastar-infer" not in shown
+
+
+def test_options_that_change_nothing_are_told() -> None:
+    idle = FastarOptions("micro").without_effect({"junk", "hand_loss", "templates", "full_map", "snr", "structures"})
+    assert set(idle) == {"junk", "hand_loss", "templates", "full_map"}
+    assert FastarOptions("micro").without_effect({"hold_out"})
+    assert not FastarOptions("micro", structures="both:pdb").without_effect({"hold_out"})
+    blind = FastarOptions("micro", mode="ab-initio", views=(3, 8)).without_effect({"junk", "hard", "snr"})
+    assert blind == {"hard": "with --mode ab-initio"}
+    real, names = {"map": "m.mrc", "finetune": "p.star"}, {"snr", "curriculum", "hold_out"}
+    assert set(FastarOptions("micro", **real).without_effect(names)) == names
+    assert not FastarOptions("micro", **real, views=(3, 8)).without_effect({"curriculum"})  # it is that of the views
+    with pytest.warns(UserNotice) as told:
+        say_without_effect(idle)
+    assert [str(one.message) for one in told] == [
+        "--hand-loss, --junk: no effect with --mode target",
+        "--full-map: no effect without --map",
+        "--templates: no effect without --map-weight",
+    ]
 
 
 def test_a_time_budget_stops_it(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -109,6 +110,32 @@ def say_defaults(command: Any) -> None:
         annotation = str(parameter.type_descriptor.annotation)
         given = "Path" in annotation or parameter.name in GIVEN or not preset
         parameter.show_default = NONE if given else PRESET
+
+
+def say_not_used(context: typer.Context, used: Iterable[str]) -> None:
+    """A notice for options that were typed beside --resume and change nothing; ``used``: those that do."""
+    from cryosuite.errors import notice
+
+    used = {"resume", "outdir", *used}
+    idle = [
+        max(parameter.opts, key=len)
+        for parameter in context.command.params
+        if parameter.param_type_name == "option"
+        and parameter.name not in used
+        # by name: Typer may bring its own copy of click, whose enumeration is another class
+        and not getattr(context.get_parameter_source(parameter.name), "name", "DEFAULT").startswith("DEFAULT")
+    ]
+    if idle:
+        notice(f"{', '.join(sorted(idle))}: not used, a run goes on with the options it began with")
+
+
+def say_without_effect(idle: dict[str, str]) -> None:
+    """A notice for options that were typed and change nothing: what of each is the reason, by name of the option."""
+    from cryosuite.errors import notice
+
+    for why in sorted(set(idle.values())):
+        flags = [f"--{name.replace('_', '-')}" for name in sorted(idle) if idle[name] == why]
+        notice(f"{', '.join(flags)}: no effect {why}")
 
 
 def run_and_clusters(arguments: list[str], clusters: list[str] | None) -> tuple[Path, list[int]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from cryosuite.commands.options import say_not_used, say_without_effect
 from cryosuite.data.typed import typed
 
 DATA, SIMULATE, MODEL, TRAINING, ENCODE, SPEED = (
@@ -159,6 +160,8 @@ def main(
     values = dict(context.params)
     sources = {name: getattr(context.get_parameter_source(name), "name", "DEFAULT") for name in values}
     typed = {name for name, source in sources.items() if not source.startswith("DEFAULT")}
+    if resume and not encode:
+        say_not_used(context, (*TRAIN, "images"))
     raise typer.Exit(_encode(values) if encode else _train(values, typed))
 
 
@@ -209,6 +212,9 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     tune_process()
     run = RunDir(values["outdir"])
     options, training, name, epoch_images, lists, simulated = _options(values)
+    if not (values["resume"] or values["simulate"]):
+        said = typed & {"hold_out", "share", "snr", "boxes", "positives", "guide"}
+        say_without_effect(dict.fromkeys(said, "without --simulate"))
     config = make_config(
         "iev", run.path, run, options, training, preset=name, epoch_images=epoch_images, sets=lists,
         simulate=simulated, cache=values["cache"], holds="training",

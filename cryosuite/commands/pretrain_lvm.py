@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from cryosuite.commands.options import say_not_used
 from cryosuite.data.typed import typed
 
 DATA, LEARNT, TRAINING, SPEED = "Maps", "What is learnt", "Training", "Machine"
@@ -118,6 +119,8 @@ def given(context: typer.Context) -> tuple[dict[str, Any], set[str]]:
     values = dict(context.params)
     sources = {name: getattr(context.get_parameter_source(name), "name", "DEFAULT") for name in values}
     values["max_minutes"] = _minutes(values)
+    if values["resume"]:
+        say_not_used(context, (*TRAIN, "images", "max_hours"))
     return values, {name for name, source in sources.items() if not source.startswith("DEFAULT")}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from cryosuite.commands.options import say_not_used, say_without_effect
 from cryosuite.data.typed import typed
 
 DATA, LOSS, TRAINING, SPEED = "Simulated particles", "What is learnt", "Training", "Machine"
@@ -119,6 +120,8 @@ def main(
     values = dict(context.params)
     sources = {name: getattr(context.get_parameter_source(name), "name", "DEFAULT") for name in values}
     typed = {name for name, source in sources.items() if not source.startswith("DEFAULT")}
+    if resume:
+        say_not_used(context, (*TRAIN, "images", "max_minutes", "max_hours"))
     raise typer.Exit(_train(values, typed))
 
 
@@ -153,6 +156,8 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     tune_process()
     run = RunDir(values["outdir"])
     options, training, epoch_images = _options(values)
+    if not values["resume"]:
+        say_without_effect(options.without_effect(typed))
     config = make_config("fastar", run.path, run, options, training, epoch_images=epoch_images, warmup=values["warmup"])
     config = begin_run(run, config, training, resume=values["resume"], overwrite=values["overwrite"])
     fresh = not run.checkpoint.exists()

@@ -86,6 +86,25 @@ class FastarOptions:
         if not good:
             raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected {expected}")
 
+    def without_effect(self, names: set[str]) -> dict[str, str]:
+        """Those of the options ``names`` that change nothing beside the others, and why."""
+        if self.mode == "ab-initio":
+            idle = dict.fromkeys(("hard", "map_weight", "templates"), "with --mode ab-initio")
+        else:
+            idle = dict.fromkeys(("junk", "hand_loss"), "with --mode target")
+            if not self.map_weight:
+                idle["templates"] = "without --map-weight"
+        if not self.map:
+            idle["full_map"] = "without --map"
+        else:
+            idle |= dict.fromkeys(("structures", "hold_out"), "with --map: that one molecule is learnt")
+        if self.structures == "phantom":
+            idle.setdefault("hold_out", "without --structures: phantoms to test on are made anyway")
+        if self.finetune:
+            steady = ("curriculum",) if self.views[0] == self.views[1] else ()  # it also is that of the views
+            idle |= dict.fromkeys(("snr", "ctf", "shift", *steady), "with --finetune: images are as they are")
+        return {name: idle[name] for name in names if name in idle}
+
     @staticmethod
     def from_dict(values: dict[str, Any]) -> FastarOptions:
         """From the mapping of a config.yaml; names that are not options are left out."""
