@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from cryosuite.analysis.particle_table import Column, particle_columns, round_confidence, write_particle_table
 from cryosuite.cli import app
+from cryosuite.data.export import load_metadata
 from cryosuite.data.latents import fingerprint
 from cryosuite.data.open import open_particles
 from cryosuite.data.preprocess import PreprocessOptions, preprocess
@@ -129,7 +130,7 @@ def test_conditions_without_a_table(toy: Toy, tmp_path: Path) -> None:
     assert chosen(tmp_path, toy.run.path, "--where", "index >= 150") == list(range(130, 180))
     assert chosen(tmp_path, toy.run.path, "--where", "index_from_0 >= 150") == list(range(130, 180))
     assert chosen(tmp_path, toy.run.path, "--where", "cluster_from_0 == 2") == where(toy.labels == 2)
-    star = open_particles(toy.run.path).metadata.particles
+    star = load_metadata(open_particles(toy.run.path)).particles
     values = star["rlnDefocusU"].to_numpy()
     assert chosen(tmp_path, toy.run.path, "--where", f"rlnDefocusU < {middle}") == where(values < middle)
     above = set(chosen(tmp_path, toy.run.path, "--where", "pc1 > 0"))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from cryosuite.data.cs_rows import cs_details
+from cryosuite.data.export import load_metadata
 from cryosuite.data.open import open_particles
 from cryosuite.data.orientations import from_cryosparc, from_euler, to_cryosparc, to_euler
 from cryosuite.data.rows import Given
@@ -167,7 +168,7 @@ def test_ind_selects_from_images_poses_and_ctf_alike(golden, tmp_path):
     for name in ("rotation", "shift", "ctf", "half", "optics_group"):
         assert np.array_equal(getattr(some, name), getattr(whole, name)[[9, 2, 150]])
     assert np.array_equal(some.read(np.arange(3)), whole.read(np.array([9, 2, 150])))
-    names = list(some.metadata.particles["rlnImageName"])
+    names = list(load_metadata(some).particles["rlnImageName"])
     assert [name.split("@")[0] for name in names] == ["000010", "000003", "000151"]
 
 

@@ -6,8 +6,8 @@ import torch
 
 from cryosuite.data.multiview_weights import shipped_multiview
 from cryosuite.methods.fastar import Fastar, FastarModel
-from cryosuite.methods.fastar_options import preset
-from cryosuite.methods.fastar_validate import HELD_OUT, Case
+from cryosuite.methods.fastar_options import HELD_OUT, preset
+from cryosuite.methods.fastar_validate import Case
 from cryosuite.simulate.view_sets import ViewOptions, ViewSets
 
 

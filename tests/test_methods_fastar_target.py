@@ -18,9 +18,8 @@ from cryosuite.kernels import fourier
 from cryosuite.kernels.rotations import random_rotations
 from cryosuite.methods import fastar_target
 from cryosuite.methods.fastar_loader import Molecules, SetLoader
-from cryosuite.methods.fastar_options import FastarOptions
+from cryosuite.methods.fastar_options import HELD_OUT, FastarOptions
 from cryosuite.methods.fastar_target import MapViews, PosedViews, open_target
-from cryosuite.methods.fastar_validate import HELD_OUT
 from cryosuite.simulate.view_sets import ViewOptions
 
 D, PIXEL = 32, 6.0

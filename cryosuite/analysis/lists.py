@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cryosuite.data.export import take_rows
+from cryosuite.data.export import load_metadata, take_rows
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.workdir import AnalysisDir
 from cryosuite.errors import InputError, notice
@@ -46,7 +46,7 @@ def write_lists(out: AnalysisDir, particles: ParticleSet, labels: np.ndarray, co
 def _tables(particles: ParticleSet) -> ParticleTables | None:
     """The star tables behind a set, a row per particle, or None when it did not come from a star file still there."""
     try:
-        tables = particles.metadata
+        tables = load_metadata(particles)
     except InputError as error:
         notice(f"no star files per cluster: {error}")
         return None

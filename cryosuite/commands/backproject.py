@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from cryosuite.commands.options import check_seed
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -63,7 +65,7 @@ def main(
     flip: bool = _option(False, "--flip", help="Mirror the maps (the other hand).", panel=MAP),
     no_half_maps: bool = _option(False, "--no-half-maps", help="Leave out half maps and FSC.", panel=MAP),
     no_plot: bool = _option(False, "--no-plot", help="Leave out the picture of the FSC.", panel=MAP),
-    seed: int = _option(0, "--seed", help="Random seed of the phases behind the corrected FSC.", panel=MAP),
+    seed: int = _option(0, "--seed", help="Random seed of the phases behind the corrected FSC.", panel=MAP, callback=check_seed),
     threads: int = typer.Option(0, "--threads", help="Processor threads to use; 0: all."),
 ) -> None:
     """Reconstruct a map from particles whose orientations are known.
@@ -228,7 +230,9 @@ def _column_labels(column: str, particles: ParticleSet) -> np.ndarray:
     """A column of the star or cs file the particles came from, as integers."""
     import numpy as np
 
-    metadata = particles.metadata
+    from cryosuite.data.export import load_metadata
+
+    metadata = load_metadata(particles)
     names = [column, column.lstrip("_"), f"rln{column}"]
     table = getattr(metadata, "particles", metadata)
     present = list(getattr(table, "columns", None) if hasattr(table, "columns") else (table.dtype.names or ()))

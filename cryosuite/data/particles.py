@@ -166,10 +166,3 @@ class ParticleSet:
         first = np.full(number.max(initial=-1) + 1, np.iinfo(np.int64).max)
         np.minimum.at(first, number, self.index)
         return random_halves(first[number])
-
-    @property
-    def metadata(self) -> Any:
-        """The rows of the star tables or cs array this set was opened from (read again from disk), or None."""
-        from cryosuite.data.export import load_metadata
-
-        return load_metadata(self)

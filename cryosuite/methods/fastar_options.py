@@ -11,6 +11,7 @@ from cryosuite.simulate.view_sets import ViewOptions
 NAMES = ("micro", "nano64", "tiny64", "small64")
 MODES = ("target", "ab-initio")
 HANDS = ("min", "anchor", "none")
+HELD_OUT = 900_001  # seed of the molecules that are never trained on
 STRUCTURES_SHARE = 0.5  # of the molecules, where structures and phantoms are both trained on
 
 

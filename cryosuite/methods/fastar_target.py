@@ -19,9 +19,8 @@ from cryosuite.formats.mrc import read_map
 from cryosuite.kernels import chance, fourier
 from cryosuite.kernels.slices import extract_slices
 from cryosuite.methods.fastar_images import Preparation, Window, choose_window
-from cryosuite.methods.fastar_options import FastarOptions
+from cryosuite.methods.fastar_options import HELD_OUT, FastarOptions
 from cryosuite.methods.fastar_reference import Reference, Views, load_reference
-from cryosuite.methods.fastar_validate import HELD_OUT
 from cryosuite.simulate.dataset import ENTROPY
 from cryosuite.simulate.view_sets import FastarBatch, ViewOptions, ViewSets
 

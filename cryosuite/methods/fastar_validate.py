@@ -13,6 +13,7 @@ from cryosuite.kernels.planar import local_mean, mirror, relative
 from cryosuite.kernels.rotations import geodesic_deg
 from cryosuite.kernels.so3_grid import grid_rotations
 from cryosuite.methods.fastar_loss import equivalent
+from cryosuite.methods.fastar_options import HELD_OUT
 from cryosuite.simulate.view_sets import ViewOptions, ViewSets
 from cryosuite.training.launch import process_rank
 from cryosuite.training.logs import write_scores
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from cryosuite.simulate.beads import Beads
     from cryosuite.simulate.view_sets import FastarBatch
 
-HELD_OUT = 900_001  # seed of the molecules that are never trained on
 SETTLED = 10**12  # images seen: the end of every curriculum
 GRID = 2  # order of the grid of candidates: 4,608
 BANK = 512  # projections encoded at a time

@@ -4,31 +4,42 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from cryosuite.kernels import assignment
 from cryosuite.kernels import class_slices as kernel
+from cryosuite.methods.kraqen_options import KraqenOptions
+from cryosuite.reconstruct.class_images import Chunk
+from cryosuite.reconstruct.class_work import ClassWork
 from cryosuite.reconstruct.weights import ClassWeights, stacked
-
-if TYPE_CHECKING:
-    from cryosuite.methods.kraqen_voxel import VoxelEM
-    from cryosuite.reconstruct.class_images import Chunk
 
 
 class Expectation:
     """The E-step: from sums to shares, chunk by chunk, with what is counted on the way.
+
+    Args:
+        work: the images and who shares them. usage: (K,) share of the images in each code, sum 1.
+        temperature: in units of the Bayes temperature. strength: of the balance. r_max: of the slices, pixels.
 
     Attributes:
         parts: shares of the chunks of this process. log_likelihood: of its images, after `share` of all.
         whole: shares of the images of all processes in their order, after `share`.
     """
 
-    def __init__(self, engine: VoxelEM, usage: np.ndarray, temperature: float, strength: float, r_max: int) -> None:
-        self.engine, self.r_max, self.temperature, self.strength = engine, r_max, temperature, strength
-        self.usage = torch.from_numpy(usage).to(engine.device)
+    def __init__(
+        self,
+        options: KraqenOptions,
+        work: ClassWork,
+        usage: np.ndarray,
+        temperature: float,
+        strength: float,
+        r_max: int,
+    ) -> None:
+        self.options, self.work = options, work
+        self.temperature, self.strength, self.r_max = temperature, strength, r_max
+        self.usage = torch.from_numpy(usage).to(work.device)
         self.restart()
 
     def restart(self) -> None:
@@ -39,7 +50,7 @@ class Expectation:
 
     def score(self, chunk: Chunk, sums: list) -> None:
         """Shares of a chunk from its sums (h, g) with every group of codes."""
-        o, images = self.engine.options, self.engine.images
+        o, images = self.options, self.work.images
         h, g = (torch.cat([part[i] for part in sums], 1).double() for i in (0, 1))
         power = kernel.disc_power(chunk.values, chunk.weights)
         points = 2.0 * chunk.values.shape[1]
@@ -53,9 +64,9 @@ class Expectation:
 
     def share(self, order: np.ndarray) -> None:
         """Put together what the processes found; ``order``: where the own images lie among the chunks, one by one."""
-        own = stacked(self.parts, self.engine.codes)
-        self.whole = self.engine.work.table(own.rows(order))
-        self.log_likelihood = sum(self.engine.processes.everyone(lambda: self.log_likelihood))
+        own = stacked(self.parts, len(self.usage))
+        self.whole = self.work.table(own.rows(order))
+        self.log_likelihood = sum(self.work.processes.everyone(lambda: self.log_likelihood))
 
     def spread(self, rows: np.ndarray, count: int) -> ClassWeights:
         """The shares of all images, which are ``rows``, as a table of ``count`` particles; the other rows are empty."""

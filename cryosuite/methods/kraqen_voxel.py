@@ -226,7 +226,7 @@ class VoxelEM:
         """(new state, its line of metrics); raises StopNow in all processes when a signal asked one of them to stop."""
         began, o, done = time.monotonic(), self.options, state.iteration
         temperature, strength, r_max = now = self.schedule(done, total, everything)
-        step = Expectation(self, state.usage, temperature, strength, r_max)
+        step = Expectation(o, self.work, state.usage, temperature, strength, r_max)
         rows = self.rows(done, total, everything)
         volumes = self._pass(state.volumes, rows, step, signals, bar)
         p = step.whole

@@ -26,9 +26,9 @@ from common import save
 
 from cryosuite.data.multiview_weights import WEIGHTS, load_multiview, save_multiview
 from cryosuite.methods.fastar import Fastar, FastarModel
-from cryosuite.methods.fastar_options import preset
+from cryosuite.methods.fastar_options import HELD_OUT, preset
 from cryosuite.methods.fastar_run import STRUCTURE_BEADS
-from cryosuite.methods.fastar_validate import GRID, HELD_OUT, NEAR, Case
+from cryosuite.methods.fastar_validate import GRID, NEAR, Case
 from cryosuite.simulate.beads import find_structures, structure_beads
 from cryosuite.simulate.view_sets import ViewSets
 
