@@ -21,7 +21,7 @@ from cryosuite.errors import InputError, UserNotice
 from cryosuite.training.checkpoint import load_state
 from cryosuite.training.logs import read_metrics
 from cryosuite.training.loop import fit
-from cryosuite.training.signals import REQUEUE_EXIT_CODE, requeue_job
+from cryosuite.training.signals import REQUEUE_EXIT_CODE, StopNow, requeue_job
 
 PROGRAM = [sys.executable, training_toy.__file__]
 BUSY = {"epochs": 4, "checkpoint_every_minutes": 0}  # a checkpoint at every step
@@ -180,10 +180,32 @@ def test_other_options_or_particles_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_more_epochs_may_be_added(tmp_path: Path) -> None:
     train(tmp_path, epochs=2)
-    with pytest.warns(UserNotice, match="--epochs was 2 and is 3 now"):
+    with pytest.warns(UserNotice, match="--num-epochs was 2 and is 3 now"):
         assert train(tmp_path, resume=True, epochs=3, log_every=2, devices=1).epochs_done == 3
-    with pytest.raises(InputError, match="already at epoch 3"):
+    with pytest.raises(InputError, match="--num-epochs 1: .* already at epoch 3"):
         train(tmp_path, resume=True, epochs=1)
+
+
+def test_a_stream_is_as_long_as_its_images(tmp_path: Path) -> None:
+    particles, run = toy_particles(), RunDir(tmp_path)
+    particles.epoch_images = 100
+    fit(Toy(), particles, run, options(epochs=2))
+    with pytest.warns(UserNotice, match="--images was 200 and is 300 now"):
+        fit(Toy(), particles, run, options(epochs=3), resume=True)
+    with pytest.raises(InputError, match="--images 100: .* already at 300 images"):
+        fit(Toy(), particles, run, options(epochs=1), resume=True)
+
+
+def test_a_training_that_ended_early_stays_ended(tmp_path: Path) -> None:
+    """Its epoch is judged again on resume, and it does not train on until the next one."""
+
+    def judge(epoch: int, model: torch.nn.Module) -> None:
+        if epoch >= 2:
+            raise StopNow("enough")
+
+    for resume in (False, True):
+        result = fit(Toy(), toy_particles(), RunDir(tmp_path), options(epochs=4), resume=resume, on_epoch=judge)
+        assert (result.stopped, result.epochs_done) == ("enough", 2)
 
 
 @pytest.mark.parametrize("damage", ["cut", "garbage", "empty", "pickle", "foreign"])

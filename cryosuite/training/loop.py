@@ -34,7 +34,8 @@ class FitResult:
     """What a training gives back.
 
     ``model`` holds the averaged (EMA) weights, in eval mode. ``stopped`` is "" when all epochs are done, else the
-    signal's name or "max_minutes"; ``exit_code`` is what the command should leave with (see signals.py).
+    signal's name, "max_minutes" or the reason of ``on_epoch`` (StopNow); ``exit_code`` is what the command should leave
+    with (see signals.py).
     """
 
     model: nn.Module
@@ -105,8 +106,10 @@ def _train(session: Session, metrics: MetricsLog, on_epoch: OnEpoch | None) -> t
     session.model.train()
     session.mark = time.monotonic()
     with StopSignals() as signals, _progress(session) as bar:
-        if place.batch == 0 and _saved_epoch(session) and not session.run.weights(place.epoch).exists():
-            _finish_epoch(session, signals, on_epoch)
+        if place.batch == 0 and _saved_epoch(session) and not session.epoch_is_finished():
+            stopped = _finish_epoch(session, signals, on_epoch)
+            if stopped:
+                return stopped, loss
         while place.epoch < options.epochs:
             for batch in _batches(session):
                 images = loader.global_size(place.batch)

@@ -271,7 +271,10 @@ class Session:
         """Let the first process tell the broken images that all have met; all call it."""
         share = getattr(self.loader, "share_broken", None)
         if share is not None:
-            share(Processes(self.rank, self.processes, self.control))
+            share(self._all())
+
+    def _all(self) -> Processes:
+        return Processes(self.rank, self.processes, self.control)
 
     def together(self) -> None:
         """Wait for all processes."""
@@ -286,9 +289,14 @@ class Session:
         self.place = Place(**state["place"])
         before = state["options"]["epochs"]
         if before != self.options.epochs:
-            if self.options.epochs < self.place.epoch:
-                raise InputError(f"--epochs {self.options.epochs}: {path} is already at epoch {self.place.epoch}")
-            notice(f"--epochs was {before} and is {self.options.epochs} now: the learning rate follows the new length")
+            # a stream of images is as long as --images says, and its epochs are the time between two tests
+            images = getattr(self.particles, "epoch_images", None)
+            flag, unit = ("--num-epochs", 1) if images is None else ("--images", images)
+            now, done = self.options.epochs * unit, self.place.epoch * unit
+            if now < done:
+                at = f"epoch {done}" if images is None else f"{done} images"
+                raise InputError(f"{flag} {now}: {path} is already at {at}")
+            notice(f"{flag} was {before * unit} and is {now} now: the learning rate follows the new length")
         checkpoint.load_into(self.model, state["model"], path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.ema.load_state_dict(state["ema"])
@@ -315,6 +323,10 @@ class Session:
                 f"epoch {place.epoch + 1} of {self.options.epochs}, {len(self.particles)} images"
             )
         return MetricsLog(self.run.metrics, self.place.step, self.main)
+
+    def epoch_is_finished(self) -> bool:
+        """Whether ``finish_epoch`` has been done for the epoch of this place, as the first process sees it."""
+        return self._all().first_does(self.run.weights(self.place.epoch).exists)
 
     def finish_epoch(self, on_epoch: Callable[[int, nn.Module], None] | None) -> None:
         """The work after an epoch with the averaged weights: ``on_epoch``, then weights.N.pkl."""
