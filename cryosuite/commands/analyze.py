@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from cryosuite.commands.options import check_seed
 from cryosuite.data.typed import typed
 
 GROUPS, VOLUMES, PLOTS = "Clusters and paths", "Volumes", "Where and how"
@@ -80,7 +81,9 @@ def main(
     no_report: bool = _option(
         False, "--no-report", help="Leave out report.html (`cryosuite report` writes it later).", panel=PLOTS
     ),
-    seed: int = _option(0, "--seed", help="Random seed: the same seed gives the same result.", panel=PLOTS),
+    seed: int = _option(
+        0, "--seed", help="Random seed: the same seed gives the same result.", panel=PLOTS, callback=check_seed
+    ),
 ) -> None:
     """Look at a trained run, ours or cryoDRGN's: a map of its particles, their clusters, a volume of each.
 

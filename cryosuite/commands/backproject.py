@@ -65,7 +65,9 @@ def main(
     flip: bool = _option(False, "--flip", help="Mirror the maps (the other hand).", panel=MAP),
     no_half_maps: bool = _option(False, "--no-half-maps", help="Leave out half maps and FSC.", panel=MAP),
     no_plot: bool = _option(False, "--no-plot", help="Leave out the picture of the FSC.", panel=MAP),
-    seed: int = _option(0, "--seed", help="Random seed of the phases behind the corrected FSC.", panel=MAP, callback=check_seed),
+    seed: int = _option(
+        0, "--seed", help="Random seed of the phases behind the corrected FSC.", panel=MAP, callback=check_seed
+    ),
     threads: int = typer.Option(0, "--threads", help="Processor threads to use; 0: all."),
 ) -> None:
     """Reconstruct a map from particles whose orientations are known.

@@ -7,6 +7,8 @@ from typing import Any
 
 import typer
 
+from cryosuite.commands.options import check_seed
+
 RUN, MAPS, MODEL = "A run against its truth", "Two maps", "A map against an atomic model"
 
 
@@ -34,7 +36,7 @@ def main(
     apix: float = typer.Option(
         None, "--Apix", "--apix", help="Pixel size in Angstrom, in place of the maps' own.", show_default=False
     ),
-    seed: int = typer.Option(0, "--seed", help="Random seed of phases and of the images judged."),
+    seed: int = typer.Option(0, "--seed", help="Random seed of phases and of the images judged.", callback=check_seed),
     map_: Path = _option(None, "--map", help="Map to judge by a model: any shape, voxels, axis order.", panel=MODEL),
     model: Path = _option(
         None, "--model", "--model-pdb", help="Atomic model of the map: .cif or .pdb, also .gz.", panel=MODEL

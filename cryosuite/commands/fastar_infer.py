@@ -21,6 +21,7 @@ from cryosuite.commands.options import (
     SphericalAberration,
     Threads,
     Voltage,
+    check_seed,
 )
 from cryosuite.data.typed import typed
 
@@ -98,7 +99,9 @@ def main(
         "auto", help="Precision of numbers: bf16, 32, or auto (what the machine is fast at).", panel=MACHINE
     ),
     accelerator: str = _option("auto", help="Where to compute: cpu, gpu, or auto.", panel=MACHINE),
-    seed: int = _option(0, help="Random seed: the same seed gives the same result.", panel=MACHINE),
+    seed: int = _option(
+        0, help="Random seed: the same seed gives the same result.", panel=MACHINE, callback=check_seed
+    ),
     threads: Threads = 0,
 ) -> None:
     """Poses of particles, in one pass of a network that was trained before.

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from cryosuite.commands.options import check_seed
 from cryosuite.data.typed import typed
 
 VOLUMES, PLACE = "Volumes", "Where and how"
@@ -71,7 +72,13 @@ def main(
         typer.Option("--datadir", help="Folder of the image stacks, where they were moved.", rich_help_panel=PLACE),
     ] = None,
     seed: Annotated[
-        int, typer.Option("--seed", help="Random seed: the same seed gives the same result.", rich_help_panel=PLACE)
+        int,
+        typer.Option(
+            "--seed",
+            help="Random seed: the same seed gives the same result.",
+            rich_help_panel=PLACE,
+            callback=check_seed,
+        ),
     ] = 0,
 ) -> None:
     """Find states among the volumes of a trained run, count their particles, and plot the landscape.

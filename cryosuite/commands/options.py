@@ -112,6 +112,15 @@ def say_defaults(command: Any) -> None:
         parameter.show_default = NONE if given else PRESET
 
 
+def check_seed(value: int | None) -> int | None:
+    """The value of --seed; raises InputError where numpy and scikit-learn take none such."""
+    from cryosuite.errors import InputError
+
+    if value is not None and not 0 <= value < 1 << 32:
+        raise InputError(f"--seed {value}: expected a whole number from 0 to {(1 << 32) - 1}")
+    return value
+
+
 def say_not_used(context: typer.Context, used: Iterable[str]) -> None:
     """A notice for options that were typed beside --resume and change nothing; ``used``: those that do."""
     from cryosuite.errors import notice

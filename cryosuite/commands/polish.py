@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from cryosuite.commands.options import check_seed
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -51,7 +53,7 @@ def main(
         help="For runs of train-kraqen: particles choose their codes again, each by maps of its own half set alone, so "
         "that the plain half maps are independent.",
     ),
-    seed: int = _option(0, "--seed", help="Random seed of the grouping.", panel=CLASSES),
+    seed: int = _option(0, "--seed", help="Random seed of the grouping.", panel=CLASSES, callback=check_seed),
     poses: Path = _option(None, "--poses", help="Poses as cryoDRGN writes them (poses.pkl).", panel=INPUT),
     ctf: Path = _option(None, "--ctf", help="CTF parameters as cryoDRGN writes them (ctf.pkl).", panel=INPUT),
     ind: Path = _option(None, "--ind", help="Use only these particles (a .pkl of indices).", panel=INPUT),

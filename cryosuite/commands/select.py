@@ -86,7 +86,9 @@ def main(
     ] = None,
     seed: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option("--seed", help="Random seed of --random; nothing: 0.", rich_help_panel=OTHERS),
+        typer.Option(
+            "--seed", help="Random seed of --random; nothing: 0.", rich_help_panel=OTHERS, callback=opt.check_seed
+        ),
     ] = None,
     labels: opt.Labels = None,
     analysis: opt.Analysis = None,

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from cryosuite.commands.options import check_seed
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -117,7 +119,10 @@ def main(
     seed: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(
-            "--seed", help="Random seed of the particles of a large graph; nothing: 0.", rich_help_panel=PLACE
+            "--seed",
+            help="Random seed of the particles of a large graph; nothing: 0.",
+            rich_help_panel=PLACE,
+            callback=check_seed,
         ),
     ] = None,
 ) -> None:
