@@ -21,8 +21,9 @@ from cryosuite.kernels.fourier import half_disc, phase_shift, to_half_disc
 from cryosuite.kernels.rotations import euler_to_matrix, geodesic_deg
 from cryosuite.simulate import images
 from cryosuite.simulate.build import RecipeOptions, build_states
-from cryosuite.simulate.dataset import SimulateOptions, draw_particles, simulate
+from cryosuite.simulate.dataset import simulate
 from cryosuite.simulate.images import Renderer, projection_spectrum
+from cryosuite.simulate.imaging import SimulateOptions, draw_particles
 from cryosuite.simulate.maps import map_state
 from cryosuite.simulate.noise import NoiseModel
 from cryosuite.simulate.states import State, StateSet

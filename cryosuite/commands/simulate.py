@@ -157,7 +157,8 @@ def _with_presets(context: typer.Context, values: dict[str, Any]) -> dict[str, A
 def _run(v: dict[str, Any]) -> None:
     """Build the states, image them, print the table."""
     from cryosuite.simulate.build import RecipeOptions, build_states
-    from cryosuite.simulate.dataset import SimulateOptions, simulate
+    from cryosuite.simulate.dataset import simulate
+    from cryosuite.simulate.imaging import SimulateOptions
 
     options = SimulateOptions(
         n_particles=v["n"], box_size=v["box_size"], pixel_size=v["apix"], render_box=v["render_box"],

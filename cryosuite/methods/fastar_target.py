@@ -21,7 +21,7 @@ from cryosuite.kernels.slices import extract_slices
 from cryosuite.methods.fastar_images import Preparation, Window, choose_window
 from cryosuite.methods.fastar_options import HELD_OUT, FastarOptions
 from cryosuite.methods.fastar_reference import Reference, Views, load_reference
-from cryosuite.simulate.dataset import ENTROPY
+from cryosuite.simulate.imaging import ENTROPY
 from cryosuite.simulate.view_sets import FastarBatch, ViewOptions, ViewSets
 
 LOW_PASS = 20.0  # A, of the map, as at inference

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from cryosuite.errors import InputError, notice
-from cryosuite.simulate.dataset import stage_rng
+from cryosuite.simulate.imaging import stage_rng
 from cryosuite.simulate.phantoms import MAX_RADIUS, Phantom, make_phantom
 from cryosuite.simulate.recipes import RECIPES, RIBOSEMBLY, assembly, homogeneous, loop, loop_phantom, mix
 from cryosuite.simulate.sources import (

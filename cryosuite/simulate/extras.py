@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cryosuite.simulate.images import Renderer
-
-if TYPE_CHECKING:
-    from cryosuite.simulate.dataset import Particles, SimulateOptions
+from cryosuite.simulate.imaging import Particles, SimulateOptions, draw_rotations
 
 
 class Extras:
@@ -37,8 +34,6 @@ class Extras:
 
     def _draw_neighbours(self, rng: np.random.Generator) -> None:
         """Other particles of the same set, far enough away not to overlap in 3-D, near enough to reach the box."""
-        from cryosuite.simulate.dataset import draw_rotations
-
         m = len(self.owner)
         field = self.renderer.optics.field_of_view
         reach = np.array([float(xyz.norm(dim=1).quantile(0.98)) for xyz, _ in self.renderer.atoms])

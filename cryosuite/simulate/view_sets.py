@@ -22,7 +22,7 @@ from cryosuite.kernels.density import MOLMAP_SIGMA
 from cryosuite.kernels.fourier import real_inverse
 from cryosuite.kernels.rotations import expmap, quaternion_to_matrix
 from cryosuite.simulate.beads import Beads, phantom_beads, project_beads
-from cryosuite.simulate.dataset import ENTROPY
+from cryosuite.simulate.imaging import ENTROPY
 
 STREAM = 110  # keeps the seeds of this stream apart from those of other streams and data sets
 STRUCTURE_RADIUS = (0.13, 0.22)  # of gyration, fraction of the box, as RADIUS of phantoms

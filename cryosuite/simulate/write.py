@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,9 +14,7 @@ from cryosuite.formats.pickles import write_pickle
 from cryosuite.formats.star import write_star
 from cryosuite.kernels.rotations import matrix_to_euler
 from cryosuite.simulate.extras import wrong_poses
-
-if TYPE_CHECKING:
-    from cryosuite.simulate.dataset import Particles, SimulateOptions
+from cryosuite.simulate.imaging import Particles, SimulateOptions, stage_rng
 
 
 def star_tables(
@@ -72,8 +70,6 @@ def write_metadata(
         options: how the set was imaged.
         record: the contents of dataset.yaml.
     """
-    from cryosuite.simulate.dataset import stage_rng
-
     rotation, shift, ctf = wrong_poses(particles, options, stage_rng(options.seed, "errors"))
     if options.pose_error_deg or options.shift_error or options.defocus_error:
         write_pickle(work.path / "truth_poses.pkl", (particles.rotation, particles.shift))
