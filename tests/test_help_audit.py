@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from cryosuite.cli import COMMANDS, app
 from cryosuite.commands.options import SAYS_ITSELF
+from cryosuite.errors import InputError
 
 # names of options that are a physical quantity, and what of it their help has to name
 ANGSTROM, PIXELS = r"\bAngstrom\b|\bA\b", r"\bpixels?\b|\b[Vv]oxels?\b"
@@ -39,6 +41,7 @@ UNITS = {
 }
 # the same names, where they mean something else: dimensions of networks, films and words
 OTHER = {("pretrain-iev", "field"), ("simulate", "shift")}
+TRAINED = ("train-", "pretrain-", "deco-", "simulate")  # whose options are checked by their methods
 STAGES = ("Prepare", "Reconstruct", "Train", "Look", "Run")
 UNCLEAR = re.compile(r"^(Its|Their|It|They|That of|The same|These|This)\b")
 
@@ -128,6 +131,16 @@ def test_every_command_explains_itself(name: str) -> None:
     assert f"cryosuite {name}" in text
     for line in re.findall(r"^ *cryosuite .*$", text, flags=re.M):
         assert line.split()[1] in COMMANDS, line
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_seed_that_nothing_takes_is_refused(name: str) -> None:
+    found = command(name)
+    if not any("--seed" in parameter.opts for parameter in found.params) or name.startswith(TRAINED):
+        return
+    for seed in ("-1", str(1 << 32)):
+        done = CliRunner().invoke(app, [name, "nowhere", "-o", "out", "--seed", seed])
+        assert isinstance(done.exception, InputError) and f"--seed {seed}" in str(done.exception), done.output
 
 
 def test_examples_in_help_take_their_options() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -331,6 +332,9 @@ def test_missing_poses_and_tiny_sets_are_refused(two) -> None:
         Deco(TINY).check(replace(two[0], rotation=None, shift=None))
     with pytest.raises(InputError, match="too few"):
         Deco(TINY).check(two[0].subset(np.arange(5)))
+    for count, refused in ((19, True), (20, False)):
+        with pytest.raises(InputError, match="--zdim auto") if refused else nullcontext():
+            check(two[0].subset(np.arange(count)), TINY.changed(zdim_auto=True, k=2), QUICK)
     with pytest.raises(InputError, match="--encoder-size"):
         _built(two[0], replace(TINY, encoder_size="huge"))
 

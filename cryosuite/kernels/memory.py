@@ -27,10 +27,10 @@ def halved(size: int, what: str) -> int:
 
     Raises InputError where there is nothing to halve.
     """
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     if size <= 1:
-        gpu = torch.cuda.is_available()
+        gpu = torch.cuda.is_initialized()  # by this run: else it computes on the CPU, whatever the machine has
         of = "the GPU (nvidia-smi shows it), or run with --accelerator cpu" if gpu else "this machine's memory"
         raise InputError(f"not enough memory for one of the {what}: end what else uses {of}")
     notice(f"out of memory with {size} {what} at a time: going on with {size // 2}; the result is the same")

@@ -40,7 +40,6 @@ class Prepared:
     real: Tensor
     imag: Tensor
     groups: Tensor | None  # (G,) ascending, None for one shared volume
-    frame: Tensor  # (3, 3), grid rotations are multiplied by it from the right
 
     def slot(self, groups: Tensor | None) -> Tensor | None:
         """Which of the G sets of slices each image takes; None: all the first."""
@@ -59,7 +58,6 @@ def prepare(
     source: SliceSource,
     options: SearchOptions,
     index: Tensor | None = None,  # (n,) int64, all particles that will be searched; not needed for one shared volume
-    frame: Tensor | None = None,  # (3, 3) rotation of the whole grid
     device: torch.device | str | None = None,
 ) -> Prepared:
     """Slices of every group of particles at the base level, on the device of `index`, of the volumes, or as given."""
@@ -69,10 +67,10 @@ def prepare(
     kind = index.device.type
     source = in_autocast(source, kind)
     with torch.autocast(kind, enabled=False):
-        return _prepare(source, options.clipped(source.box_size), index, frame)
+        return _prepare(source, options.clipped(source.box_size), index)
 
 
-def _prepare(source: SliceSource, options: SearchOptions, index: Tensor, frame: Tensor | None) -> Prepared:
+def _prepare(source: SliceSource, options: SearchOptions, index: Tensor) -> Prepared:
     groups = source.groups(index)
     if groups is None:
         kinds, first = None, index[:1]
@@ -82,16 +80,15 @@ def _prepare(source: SliceSource, options: SearchOptions, index: Tensor, frame: 
             0, back, torch.arange(index.numel(), device=index.device), "amin"
         )
         first = index[first]
-    frame = torch.eye(3, device=index.device) if frame is None else frame
     n_psi = so3_grid.n_in_plane(options.base_order)
-    grid = so3_grid.grid_rotations(options.base_order, frame.dtype, index.device) @ frame
+    grid = so3_grid.grid_rotations(options.base_order, torch.float32, index.device)
     half = grid.unflatten(0, (-1, n_psi))[:, : n_psi // 2].flatten(0, 1)
     real, imag = [], []
     for one in first:
         slices = source.slices(half[None], options.radius(0), one[None])[0]
         real.append(slices.real)
         imag.append(slices.imag)
-    return Prepared(torch.stack(real), torch.stack(imag), kinds, frame)
+    return Prepared(torch.stack(real), torch.stack(imag), kinds)
 
 
 def base_scores(
@@ -118,7 +115,7 @@ def base_scores(
     rows = []
     for start in range(0, g.shape[0], step):
         part = slice(start, start + step)
-        own = Prepared(*_turned(source, index[part], disc, options, w.dtype), None, torch.empty(0))
+        own = Prepared(*_turned(source, index[part], disc, options, w.dtype), None)
         slot = torch.arange(len(own.real), device=g.device)
         rows.append(_half_scores(own, g[part], w[part], phases, slot))
     return _in_grid_order(*(torch.cat(parts) for parts in zip(*rows, strict=True)), options)

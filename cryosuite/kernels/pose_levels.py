@@ -49,10 +49,8 @@ def base_level(
     score = gain(corr, power, options.fit_scale)
     score, node = score.topk(min(8 * options.keep, score.shape[1]), 1)
     rotation = so3_grid.rotations_at(node, options.base_order, w.dtype)
-    if prepared is not None:
-        rotation = rotation @ prepared.frame
     poses = Candidates(rotation, shifts[which.gather(1, node)], score)
-    frame = torch.eye(3, dtype=w.dtype, device=w.device) if prepared is None else prepared.frame
+    frame = torch.eye(3, dtype=w.dtype, device=w.device)
     state = State(poses, node, frame.expand_as(rotation))
     return state.take(select(poses, options, options.base_order))
 

@@ -36,6 +36,7 @@ from cryosuite.training.method import Step
 from cryosuite.training.schedule import march
 
 ENCODE_BATCH = 256
+FEWEST = 16  # particles worth training on
 
 
 class Deco:
@@ -67,7 +68,7 @@ class Deco:
                 f"{particles.path}: has no poses, and is to be sorted with known ones. Give them with --poses "
                 "poses.pkl, or have them found by a run with --ab-initio"
             )
-        if len(particles) < 16:
+        if len(particles) < FEWEST:
             raise InputError(f"{particles.path}: {len(particles)} particles are too few to learn from")
 
     # the verbs of a method -------------------------------------------------------------------------------------------

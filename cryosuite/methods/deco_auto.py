@@ -17,9 +17,10 @@ from cryosuite.data.loader import BatchLoader
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.spectra import slice_matrices
 from cryosuite.data.workdir import RunDir
+from cryosuite.errors import InputError
 from cryosuite.formats.atomic import write_text
 from cryosuite.kernels import fourier
-from cryosuite.methods.deco import Deco
+from cryosuite.methods.deco import FEWEST, Deco
 from cryosuite.methods.deco_model import DecoModel
 from cryosuite.methods.deco_options import ZDIMS, DecoOptions
 from cryosuite.training.launch import meet
@@ -34,6 +35,21 @@ HARDLY = 1.0  # standard errors of the difference within which a shorter latent 
 
 class Interrupted(Exception):  # noqa: N818 -- a signal asked for it, nothing is wrong
     """A trial was stopped; its text is the name of the signal."""
+
+
+def check_auto(particles: ParticleSet) -> None:
+    """Raises InputError where too few particles would be left to train on."""
+    left = len(particles) - _held(len(particles))
+    if left < FEWEST:
+        raise InputError(
+            f"--zdim auto: of {len(particles)} particles {left} would be left to try lengths on, too few to learn "
+            "from. Give a number"
+        )
+
+
+def _held(count: int) -> int:
+    """How many of ``count`` particles the lengths are judged by."""
+    return min(HELD, count // 5)
 
 
 def choose_zdim(particles: ParticleSet, run: RunDir, options: DecoOptions, training: TrainOptions) -> int:
@@ -84,7 +100,7 @@ def decide(losses: dict[int, np.ndarray]) -> tuple[int, str]:
 def _trial(particles: ParticleSet, options: DecoOptions, training: TrainOptions, zdim: int) -> list[float]:
     """Loss of every held-out image after a short training with a latent of this length."""
     order = np.random.default_rng([training.seed, 5]).permutation(len(particles))
-    held = np.sort(order[: min(HELD, len(particles) // 5)])
+    held = np.sort(order[: _held(len(particles))])
     rows = np.sort(order[len(held) : len(held) + SUBSET])
     trained = particles.subset(rows)
     poses = options.changed(zdim=zdim, zdim_auto=False, poses="known", refine_poses=False, search="exact")

@@ -22,7 +22,7 @@ from cryosuite.formats.pickles import read_latent, read_poses, write_pickle
 from cryosuite.kernels.rotations import six_d_to_matrix
 from cryosuite.methods import LoadedRun
 from cryosuite.methods.deco import Deco
-from cryosuite.methods.deco_auto import Interrupted, choose_zdim
+from cryosuite.methods.deco_auto import Interrupted, check_auto, choose_zdim
 from cryosuite.methods.deco_encoder import encoder_of_state, open_encoder
 from cryosuite.methods.deco_finish import ClassRow, finish
 from cryosuite.methods.deco_model import DecoModel, PoseTable
@@ -87,6 +87,8 @@ def check(particles: ParticleSet, options: DecoOptions, training: TrainOptions) 
         raise InputError(
             "--zdim auto: with --finetune none the latent is as long as the encoder's feature. Leave it out"
         )
+    if options.zdim_auto:
+        check_auto(particles)
     open_encoder(options, particles)
 
 

@@ -74,7 +74,7 @@ def pixel_components(images: np.ndarray, count: int = 64) -> np.ndarray:
     flat = torch.from_numpy(np.ascontiguousarray(images.reshape(len(images), -1), np.float32))
     flat = flat - flat.mean(0)
     count = min(count, *flat.shape)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with torch.random.fork_rng(devices=[]):  # of the CPU alone: asking after the GPUs' would wake them all
+        torch.default_generator.manual_seed(0)
         u, s, _ = torch.svd_lowrank(flat, q=min(count + 8, *flat.shape), niter=3)
     return (u * s)[:, :count].numpy()
