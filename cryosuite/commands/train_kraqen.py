@@ -263,7 +263,9 @@ def _report(run: Any, particles: Path, result: Any) -> None:
     if len(rows) > 60:
         rows = [*rows[:30], ["..."] * len(columns), *rows[-30:]]
     twins = f", {result.merged} twins merged" if result.merged else ""
-    table(f"{len(result.codes)} codes{twins}; resolution of their half maps", columns, rows)
+    # images chose their codes by maps of the other half set, which makes the two a little alike
+    apart = "resolution of their half maps, a little flattered (polish --half-sets keeps the halves apart)"
+    table(f"{len(result.codes)} codes{twins}; {apart}", columns, rows)
     if result.warning:
         notice(result.warning)
     say(f"shares {run.shares(result.epoch)}, labels {run.labels(result.epoch)}, latents {run.z(result.epoch)}")

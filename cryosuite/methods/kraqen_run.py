@@ -57,7 +57,7 @@ class Code:
     """One row of the occupancy table.
 
     particles: sum of shares; labelled: particles whose largest share this is; A at FSC .143 of the half maps (NaN
-    where a half set is empty).
+    where a half set is empty; a little too good, as images chose their codes by maps of the other half set).
     """
 
     number: int
