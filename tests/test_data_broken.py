@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from test_data_processes import each
 from training_toy import Toy, options, toy_particles
@@ -15,6 +16,7 @@ from cryosuite.data.loader import BatchLoader
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.processes import ALONE, Processes
 from cryosuite.data.workdir import RunDir
+from cryosuite.errors import InputError
 from cryosuite.training.inference import encode_all
 from cryosuite.training.loop import fit
 
@@ -34,6 +36,15 @@ def told(work) -> list[str]:
         warnings.simplefilter("always")
         work()
     return [str(one.message) for one in caught if "NaN" in str(one.message)]
+
+
+@pytest.mark.filterwarnings("ignore::cryosuite.errors.UserNotice")
+def test_a_batch_of_nothing_but_broken_images_shows_others_to_a_training() -> None:
+    particles = broken_set([*range(8), *range(10, 60)])
+    for batch in BatchLoader(particles, 5).epoch(0):
+        assert set(batch.index.tolist()) <= {8, 9} and (batch.images != 0).any(-1).any(-1).all()
+    with pytest.raises(InputError, match="every image has NaN"):
+        list(BatchLoader(broken_set(range(60)), 5).epoch(0))
 
 
 def test_many_broken_images_are_counted_in_the_end() -> None:

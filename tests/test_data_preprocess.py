@@ -325,6 +325,21 @@ def test_float16_keeps_three_digits(golden, tmp_path):
     ).stat().st_size
 
 
+def test_images_to_measure_noise_by_may_all_be_empty(tmp_path, monkeypatch):
+    """Of a large set only every n-th image is asked."""
+    monkeypatch.setattr("cryosuite.data.preprocess.NOISE_IMAGES", 4)
+    images = np.zeros((8, 16, 16), np.float32)
+    images[[1, 3]] = np.random.default_rng(0).standard_normal((2, 16, 16))
+    particles = ParticleSet.from_array(images, 3.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert preprocess(particles, tmp_path / "w", PreprocessOptions()).written == 8
+    assert (
+        not (tmp_path / "w/noise.txt").exists()
+        and len(open_particles(tmp_path / "w", need_poses=False, need_ctf=False)) == 8
+    )
+
+
 def test_relion_could_place_the_images(golden, tmp_path):
     preprocess(open_particles(golden / "relion/particles.star"), tmp_path / "w", PreprocessOptions(32))
     optics = read_star(tmp_path / "w/particles.star")["optics"]

@@ -88,6 +88,8 @@ def test_float16_stack_refuses_what_does_not_fit(tmp_path: Path) -> None:
     np.testing.assert_allclose(StackReader(path).read(), images(), rtol=1e-3, atol=1e-3)
     with pytest.raises(InputError, match=r"image 1 \(0-based\)"), StackWriter(path, 2, 16, 2.0, np.float16) as writer:
         writer.write(np.stack([images()[0], images()[1] * 1e6]))
+    with pytest.raises(InputError, match=r"image 90 \(0-based\)"), StackWriter(path, 2, 16, 2.0, np.float16) as writer:
+        writer.write(np.stack([images()[0], images()[1] * 1e6]), np.array([7, 90]))
     np.testing.assert_allclose(StackReader(path).read(), images(), rtol=1e-3, atol=1e-3)  # the old file is whole
     assert os.listdir(tmp_path) == ["half.mrcs"]
 

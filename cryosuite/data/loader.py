@@ -19,6 +19,7 @@ import torch
 from cryosuite.data.broken import Broken
 from cryosuite.data.buffers import Buffers
 from cryosuite.data.particles import ParticleSet
+from cryosuite.errors import InputError
 
 if TYPE_CHECKING:
     from cryosuite.data.processes import Processes
@@ -196,14 +197,26 @@ class BatchLoader:
         bad = self.broken.find(rows, images)
         if not bad.any():
             return rows
-        good = np.flatnonzero(~bad)
-        if self.shuffle and len(good):
-            stand_in = np.resize(good, int(bad.sum()))
-            rows = rows.copy()
-            rows[bad], images[bad] = rows[stand_in], images[stand_in]
-        else:
+        if not self.shuffle:
             images[bad] = 0
+            return rows
+        good = np.flatnonzero(~bad)
+        others, theirs = (rows[good], images[good]) if len(good) else self._next_good(int(rows[-1]), len(rows))
+        stand_in = np.resize(np.arange(len(others)), int(bad.sum()))
+        rows = rows.copy()
+        rows[bad], images[bad] = others[stand_in], theirs[stand_in]
         return rows
+
+    def _next_good(self, row: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and images, at least one, that come after a row of the set, for a batch of ``count`` broken ones."""
+        n = len(self.particles)
+        for begin in range(1, n, count):
+            others = (row + np.arange(begin, min(begin + count, n))) % n
+            images = self.particles.read(others)
+            good = ~self.broken.find(others, images)
+            if good.any():
+                return others[good], images[good]
+        raise InputError(f"{self.particles.path or 'the particles'}: every image has NaN or infinite pixels")
 
 
 class _End:

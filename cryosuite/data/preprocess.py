@@ -102,7 +102,7 @@ def preprocess(
     for measured in found.noise:
         noise.take(measured)
     kept = np.setdiff1d(np.arange(len(particles)), bad)
-    spectrum = noise.spectrum() if kept.size > constant.size else None
+    spectrum = noise.spectrum() if found.noise else None  # of a large set only a sample is asked
     record = {
         "command": command,
         "sign": -sign if particles.dataset.get("sign") == -1 else sign,  # of the first source of all
@@ -179,7 +179,7 @@ def _prepare(
             sampled = good & ~flat & (part % every == 0)
             if sampled.any():
                 found.noise.append(noise.measured(images[sampled], particles.optics_group[part[sampled]], radius))
-            writer.write(images if good.all() else images[good])
+            writer.write(images if good.all() else images[good], particles.index[part[good]])
             progress.advance(len(part))
     return found
 

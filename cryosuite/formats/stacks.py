@@ -245,10 +245,11 @@ class StackWriter:
             self._file.seek(0)
             write_all(self._file, self._header())
 
-    def write(self, images: np.ndarray) -> None:
+    def write(self, images: np.ndarray, numbers: np.ndarray | None = None) -> None:
         """Append images (b, D, D) or one image (D, D).
 
-        Raises InputError for a wrong size, too many images, and values that are not finite in the type of the file.
+        ``numbers`` (b,): what a message calls the images; None: their places in this file. Raises InputError for a
+        wrong size, too many images, and values that are not finite in the type of the file.
         """
         images = np.asarray(images)
         images = images[None] if images.ndim == 2 else images
@@ -258,15 +259,17 @@ class StackWriter:
             raise InputError(f"{self.path}: more images than the {self.count} announced")
         step = max(1, _STATISTICS_BYTES // (8 * self.box_size**2))
         for start in range(0, len(images), step):
-            self._write_part(images[start : start + step])
+            part = slice(start, start + step)
+            self._write_part(images[part], None if numbers is None else numbers[part])
 
-    def _write_part(self, images: np.ndarray) -> None:
+    def _write_part(self, images: np.ndarray, numbers: np.ndarray | None) -> None:
         with np.errstate(over="ignore"):
             stored = np.ascontiguousarray(images, self.dtype.newbyteorder("<"))
         wide = stored.astype(np.float64)
         low, high = wide.min(), wide.max()
         if not np.isfinite(low) or not np.isfinite(high):
-            bad = np.flatnonzero(~np.isfinite(wide).all(axis=(1, 2))) + self.first + self.written
+            bad = np.flatnonzero(~np.isfinite(wide).all(axis=(1, 2)))
+            bad = bad + self.first + self.written if numbers is None else np.asarray(numbers)[bad]
             raise InputError(
                 f"{self.path}: {name_rows(bad, 'image')} (0-based) would hold NaN or infinity as {self.dtype}: leave "
                 "such images out, or write float32"
