@@ -30,6 +30,13 @@ def test_sixteen_groups_in_128_dimensions(how):
 
 
 @pytest.mark.slow
+def test_groups_of_a_single_number():
+    """Scaled to length 1, as longer latents are, there would be its sign alone."""
+    truth = np.arange(200) % 5
+    z = (truth + 0.05 * np.random.default_rng(0).normal(size=200)).astype(np.float32)[:, None]
+    assert adjusted_rand_score(truth, cluster(z, "kmeans", 5).labels) == 1
+
+
 @pytest.mark.parametrize("how", ["gmm-direct", "kmeans", "gmm-umap16"])
 def test_the_number_of_groups_is_found(how, tmp_path):
     z, truth = blobs(16, 1600)

@@ -96,6 +96,8 @@ def test_mixture_chooses_the_number_of_groups_and_is_sure_of_them() -> None:
 def test_mixture_of_a_given_number() -> None:
     z, _ = blobs(groups=5, each=100)
     assert latents.mixture(z, latents.pca(z), 3).asked == 3
+    with pytest.warns(UserNotice, match="--gmm 50: there are 12 different latents"):
+        assert latents.mixture(z[:12], latents.pca(z[:12]), 50).asked == 12
 
 
 @pytest.mark.parametrize("limit", [1000, pytest.param(150, marks=pytest.mark.slow)])

@@ -3,7 +3,8 @@
     gmm-umap16   Gaussian mixture, full covariances, on a 16-dimensional UMAP of the latents (as published; seeded here)
     gmm-direct   the same on the leading principal components (whitened or not is one for a mixture); covariances of the
                  groups are one and the same where the criterion prefers that
-    kmeans       (mini-batch) k-means on latents scaled to length 1 (the published alternative)
+    kmeans       (mini-batch) k-means on latents scaled to length 1 (the published alternative); a latent of one number
+                 is left as it is
 
 The number of groups, where it is not given, is the most stable one (agreement of five seeds) among those whose Bayesian
 information criterion is almost the lowest. All functions take finite latents (M, zdim); labels count from 0.
@@ -104,6 +105,8 @@ def cluster(z: np.ndarray, how: str = "gmm-umap16", k: int | str = "auto", seed:
 def space(z: np.ndarray, how: str, seed: int = 0) -> np.ndarray:
     """The coordinates (M, c) in which ``how`` looks for groups."""
     if how == "kmeans":
+        if z.shape[1] == 1:  # of a single number its length is all there is
+            return z
         return z / np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-12)
     if how == "gmm-umap16":
         embedded = umap(z, seed, components=UMAP_DIMENSIONS) if z.shape[1] > UMAP_DIMENSIONS else z

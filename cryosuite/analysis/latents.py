@@ -246,8 +246,6 @@ def mixture(z: np.ndarray, model: Pca, count: int | None = None, most: int = 30,
     Returns:
         Groups with the probability of each label; None (with a notice) when the latents are too few or all equal.
     """
-    if count is not None and count < 1:
-        raise InputError(f"--gmm is {count}; expected at least 1 cluster.")
     if not model.spread or len(z) < 10:
         notice("the Gaussian mixture is left out: it needs at least 10 particles with different latents.")
         return None
@@ -256,11 +254,15 @@ def mixture(z: np.ndarray, model: Pca, count: int | None = None, most: int = 30,
     scores = scores / scores[:, 0].std()
     rng = np.random.default_rng(seed)
     fit = scores if len(scores) <= MIXTURE_FIT_LIMIT else scores[rng.choice(len(scores), MIXTURE_FIT_LIMIT, False)]
+    different = min(len(np.unique(np.asarray(z, np.float32), axis=0)), len(fit)) if count is not None else 0
+    if count is not None and different < count:
+        notice(f"--gmm {count}: there are {different} different latents: {different} clusters.")
+        count = different
     counts = [count] if count is not None else _candidates(min(most, len(fit) // 5))
     best, bic, rises = None, {}, 0
     with Progress(len(counts), "Gaussian mixture", "sizes") as progress:  # may end before all are tried
         for k in counts:
-            fitted = _fit_mixture(fit, min(k, len(fit)), seed)
+            fitted = _fit_mixture(fit, k, seed)
             bic[k] = float(fitted.bic(fit))
             rises = 0 if best is None or bic[k] < min(list(bic.values())[:-1]) else rises + 1
             best = fitted if rises == 0 else best
