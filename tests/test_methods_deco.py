@@ -332,7 +332,7 @@ def test_missing_poses_and_tiny_sets_are_refused(two) -> None:
         Deco(TINY).check(replace(two[0], rotation=None, shift=None))
     with pytest.raises(InputError, match="too few"):
         Deco(TINY).check(two[0].subset(np.arange(5)))
-    for count, refused in ((19, True), (20, False)):
+    for count, refused in ((18, True), (19, False)):
         with pytest.raises(InputError, match="--zdim auto") if refused else nullcontext():
             check(two[0].subset(np.arange(count)), TINY.changed(zdim_auto=True, k=2), QUICK)
     with pytest.raises(InputError, match="--encoder-size"):
