@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import html
 import json
-import math
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from cryosuite.analysis.particle_table import Column
+from cryosuite.formats import json_text
 
 MISSING8, MISSING16 = 255, 65535
 FAR = 40.0  # a range this many times that of the middle 99.8 % is kept in full precision
@@ -75,20 +75,8 @@ def script_json(value: Any) -> str:
 
     Numbers that are not finite become null.
     """
-    text = json.dumps(_finite(value), ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(json_text.finite(value), ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, np.ndarray):
-        return _finite(value.tolist())
-    if isinstance(value, np.generic):
-        return _finite(value.item())
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def escaped(value: object) -> str:

@@ -304,10 +304,9 @@ def _print(table: Any, paths: list[Path]) -> None:
 
 def _write(table: Any, outdir: Path, paths: list[Path]) -> None:
     """CSV, text, JSON and PNG of one comparison."""
-    import json
-
     from cryosuite.data.results import ScoresDir
     from cryosuite.formats.atomic import atomic_path, write_text
+    from cryosuite.formats.json_text import write_json
     from cryosuite.metrics.fsc import write_png
 
     out = ScoresDir(outdir)
@@ -319,6 +318,6 @@ def _write(table: Any, outdir: Path, paths: list[Path]) -> None:
         "mask_fraction": table.mask_fraction, "randomised_from_shell": table.randomised_from,
         "shells": "cryobench" if table.compat else "ours", "curves": table.summary(),
     }  # fmt: skip
-    write_text(out.summary, json.dumps(summary, indent=1) + "\n")
+    write_json(out.summary, summary)
     with atomic_path(out.plot) as temporary:
         write_png(temporary, table, f"{paths[0].name} and {paths[1].name}")

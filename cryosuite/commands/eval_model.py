@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -165,6 +164,7 @@ def _write(scores: ModelScores, local: LocalResolution | None, grid: MapGrid, op
     from cryosuite.data.map_grid import write_like
     from cryosuite.data.results import ScoresDir
     from cryosuite.formats.atomic import atomic_path, write_text
+    from cryosuite.formats.json_text import write_json
     from cryosuite.metrics.fsc import rows_as_csv
 
     out = ScoresDir(options.outdir)
@@ -172,7 +172,7 @@ def _write(scores: ModelScores, local: LocalResolution | None, grid: MapGrid, op
     files = (options.map, options.model, options.half1, options.half2)
     summary = {"files": [str(path) for path in files if path is not None], "voxel_A": grid.voxel}
     summary |= scores.summary() | (local.summary() if local else {})
-    write_text(out.summary, json.dumps(_finite(summary), indent=1) + "\n")
+    write_json(out.summary, summary)
     write_text(out.curves, rows_as_csv(scores.fsc_rows()))
     write_text(out.atoms, rows_as_csv(scores.atom_rows()))
     rows = scores.residue_rows()
@@ -185,11 +185,6 @@ def _write(scores: ModelScores, local: LocalResolution | None, grid: MapGrid, op
     if local is not None:
         write_like(out.local_resolution, local.field, grid, "cryosuite: local resolution in Angstrom")
     say(f"written: {out.path}")
-
-
-def _finite(summary: dict) -> dict:
-    """JSON knows no NaN: None in its place."""
-    return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in summary.items()}
 
 
 def _plot_fsc(path: Path, scores: ModelScores, title: str) -> None:

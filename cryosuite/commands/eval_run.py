@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +18,7 @@ from cryosuite.data.typed import typed
 from cryosuite.data.workdir import RunDir, WorkDir
 from cryosuite.errors import InputError, notice
 from cryosuite.formats.atomic import atomic_path, write_text
+from cryosuite.formats.json_text import write_json
 from cryosuite.formats.mrc import read_map
 from cryosuite.metrics.fsc import FscTable, auc_maximum, rows_as_csv, write_png
 from cryosuite.metrics.oracle import OracleScores, add_to_cache, oracle_scores, read_cached
@@ -322,7 +322,7 @@ def _write(
     write_text(out.conformations, rows_as_csv(states.table_rows()))
     if floor is not None:
         result["oracle"]["per_state"] = floor.as_dict()
-    write_text(out.summary, json.dumps(result, indent=1) + "\n")
+    write_json(out.summary, result)
     with atomic_path(out.plot) as temporary:
         write_png(temporary, mean, f"mean FSC with the truth, {len(images.labels)} volumes")
 

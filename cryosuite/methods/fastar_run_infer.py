@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from cryosuite.data.particles import ParticleSet
 from cryosuite.data.processes import ALONE, Processes
 from cryosuite.data.results import PosesDir
 from cryosuite.errors import InputError, notice
-from cryosuite.formats.atomic import write_text
+from cryosuite.formats.json_text import write_json
 from cryosuite.formats.pickles import read_poses
 from cryosuite.methods import fastar_output as output
 from cryosuite.methods.fastar_images import choose_window
@@ -265,7 +264,7 @@ def _write(
     facts["timing"] = output.write_timing(out, result.seconds, len(posed))
     if truth is not None:
         facts["truth"] = _against(truth, result)
-        write_text(out.truth, json.dumps(facts["truth"], indent=1) + "\n")
+        write_json(out.truth, facts["truth"])
     output.write_summary(out, {key: value for key, value in facts.items() if key != "truth"})
     return facts
 
