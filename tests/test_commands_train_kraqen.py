@@ -95,7 +95,7 @@ def test_the_run_is_opened_like_any_other(mixture, tmp_path, capsys, monkeypatch
     p = ClassWeights.from_arrays(pickle.loads(RunDir(out).shares(8).read_bytes()))
     maps = np.stack([read_map(RunDir(out).volume(k)).data for k in range(p.n_classes)])
     np.testing.assert_allclose(loaded.decode(loaded.z[:3]), np.tensordot(p.rows([0, 1, 2]).dense(), maps, 1), atol=1e-5)
-    assert run(monkeypatch, "polish", out, "--passes", 0, "--threads", 1) == 0
+    assert run(monkeypatch, "polish", out, "--passes", 0, "--threads", 1, "--datadir", mixture) == 0
     assert (out / "polish.8" / "vol_000.mrc").exists()
     quick = ["--skip-umap", "--skip-vol", "--ksample", 3, "--pc", 1, "--gmm", 3, "--polish", "--flip"]
     assert run(monkeypatch, "analyze", out, *quick) == 0

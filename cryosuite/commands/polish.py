@@ -130,8 +130,6 @@ def main(
         raise InputError("give either --z or --labels, not both")
     if not memory > 0:
         raise InputError(f"--memory {memory}: expected GiB above 0")
-    if seed < 0:
-        raise InputError(f"--seed {seed}: expected 0 or more")
     if mode not in MODES:
         raise InputError(f"--mode {mode}: expected one of {', '.join(MODES)}")
     if sharpen:
@@ -215,7 +213,7 @@ def _open(
     run = RunDir(path)
     theirs = path.is_dir() and is_cryodrgn_run(path)
     if run.exists() or theirs:
-        own = ("pixel_size", "datadir") if theirs else ()  # its config may name another machine's folders
+        own = ("pixel_size", "datadir") if theirs else ("datadir",)  # its config may name another machine's folders
         flags = {"pixel_size": "--Apix", "sign": "--invert-data"}
         every = how | {"sign": sign}
         given = [flags.get(name, f"--{name}") for name, value in every.items() if value and name not in own]
@@ -225,7 +223,7 @@ def _open(
             found = open_cryodrgn_run(path, epoch, how["pixel_size"], how["datadir"])
             source = Source(found.particles, found.z, epoch=found.epoch)
         else:
-            source = _open_ours(run, epoch)
+            source = _open_ours(run, epoch, datadir=how["datadir"])
     elif epoch is not None:
         raise InputError(f"--epoch: {path} is not a training run")
     else:
@@ -247,13 +245,13 @@ def _open(
     return source
 
 
-def _open_ours(run: Any, epoch: int | None) -> Source:
+def _open_ours(run: Any, epoch: int | None, datadir: Path | None) -> Source:
     """Particles, latents, shares (where the method has them), epoch and decoder of one of our runs."""
     from cryosuite.formats.pickles import safe_load
     from cryosuite.methods import load_run
     from cryosuite.reconstruct.weights import ClassWeights
 
-    loaded = load_run(run.path, epoch)
+    loaded = load_run(run.path, epoch, datadir=datadir)
     shares = run.shares(loaded.epoch)
     weights = ClassWeights.from_arrays(safe_load(shares)[0], str(shares)) if shares.is_file() else None
     # the maps of a voxel field are backprojections of these very images, of both half sets: no prior for them
