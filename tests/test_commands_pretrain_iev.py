@@ -14,14 +14,16 @@ from cryosuite.cli import app
 from cryosuite.commands.pretrain_iev import count, rounds
 from cryosuite.data.encoder_weights import load_encoder, save_encoder
 from cryosuite.data.workdir import RunDir
-from cryosuite.errors import InputError
+from cryosuite.errors import InputError, UserNotice
 from cryosuite.formats.config import read_yaml, write_yaml
 from cryosuite.formats.pickles import read_latent
 from cryosuite.formats.stacks import StackWriter
 from cryosuite.methods import iev_run, load_run
+from cryosuite.methods.iev_options import IevOptions
 from cryosuite.methods.iev_run import SimulateOptions, list_sets, molecules
 from cryosuite.nets import ief
 from cryosuite.simulate.phantoms import make_phantoms
+from cryosuite.simulate.pool import PoolOptions
 from cryosuite.simulate.sources import from_phantom
 from cryosuite.training.logs import read_metrics
 
@@ -71,6 +73,14 @@ def test_something_is_held_out_where_phantoms_stand_beside_one_structure(monkeyp
     monkeypatch.setattr(iev_run, "load_structures", lambda *_: some)
     train, held = molecules(SimulateOptions("mine.pdb,phantom:5", "8"))
     assert len(train) == len(held) == 3
+
+
+def test_a_lone_molecule_held_out_is_told_from_others(tmp_path: Path) -> None:
+    """Of one alone every neighbour is right, whatever the encoder."""
+    told = SimulateOptions("phantom:3", "1", pool=PoolOptions(2, 32))
+    with pytest.warns(UserNotice, match="alone is held out: 8 made-up molecules"):
+        _, held = iev_run.make_corpus([], told, IevOptions(), RunDir(tmp_path), 32, False, "cpu")
+    assert len(np.unique(held[1])) == 9
 
 
 def test_sets_come_from_files_folders_and_lists(tmp_path: Path) -> None:

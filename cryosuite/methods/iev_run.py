@@ -169,7 +169,7 @@ def make_corpus(
         weight = share / max(1 - share, 1e-9) * sum(source.weight for source in sources) if sources else 1.0
         sources.append(PoolSource(pool, size, options.prep, options.positives, simulated.imaging, weight, device))
     if simulated.structures and simulated.hold_out.strip() not in ("", "0"):
-        labelled = (lambda: parts()[1], f"held out of {text}")
+        labelled = (lambda: _tested_on(parts()[1], held), f"held out of {text}")
     else:
         labelled = (lambda: molecules(held)[0], _in_words(held))
     corpus = Corpus(sources, epoch_images, size)
@@ -177,6 +177,15 @@ def make_corpus(
         *labelled, size, options.prep, folder / "heldout.f16", simulated.pool, processes=processes
     )
     return corpus, held_out
+
+
+def _tested_on(kept: list[State], phantoms: SimulateOptions) -> list[State]:
+    """The molecules held out; beside a lone one, whose neighbours could be of no other, phantoms."""
+    if len(kept) > 1:
+        return kept
+    alone = f"{kept[0].name} alone is held out" if kept else "no molecule is held out"
+    notice(f"{alone}: {SMALLEST_GUARD} made-up molecules are tested on too, to tell it from")
+    return kept + molecules(phantoms)[0]
 
 
 def _in_words(options: SimulateOptions) -> str:
