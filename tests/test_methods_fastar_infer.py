@@ -14,6 +14,7 @@ from hype_toy import blob_particles, blobs
 from cryosuite.data.particles import ParticleSet
 from cryosuite.errors import InputError
 from cryosuite.kernels.planar import mirror
+from cryosuite.kernels.rotations import geodesic_deg, random_rotations
 from cryosuite.methods import fastar_infer as infer
 from cryosuite.methods.fastar_images import Window
 from cryosuite.methods.fastar_predict import Clock, StarPredictor
@@ -214,6 +215,23 @@ def test_the_released_network_is_shown_either_contrast() -> None:
         found = starred(particles, oracle, views=40)
     assert oracle.dark and 0.5 < oracle.range <= 1.5
     assert star_error(found, particles)[0] < 0.1
+
+
+def test_the_reference_of_a_single_chunk_has_the_answer_of_the_network() -> None:
+    """Its frame may be turned against that of the reference: all poses are in the one frame."""
+    particles, _ = blob_particles([blobs(32, 3, count=12)], 30, 0.2, seed=4)
+    frame = random_rotations(1, torch.Generator().manual_seed(1))[0]
+
+    class Turned(StarOracle):
+        def decode(self, tokens):
+            rotation, shift, confidence = super().decode(tokens)
+            return rotation @ frame, shift, confidence
+
+    oracle = Turned(particles.rotation, particles.shift, 0.0, hands=False)
+    found = starred(particles, oracle, views=40)
+    assert found.facts["chunks"] == 1
+    off = torch.from_numpy(np.asarray(found.rotation)).transpose(1, 2) @ torch.from_numpy(particles.rotation)
+    assert geodesic_deg(off, off[:1]).max() < 0.1
 
 
 @pytest.mark.filterwarnings("ignore")

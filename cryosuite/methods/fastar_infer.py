@@ -265,7 +265,8 @@ def rescue(
 ) -> None:  # fmt: skip
     """Search against the reference, over all orientations, for particles of which the network is not sure.
 
-    What is found stands before the prediction in ``rivals``; the predictions themselves stay what they are.
+    What is found takes the place of their ``rivals``, and of the shifts in ``begin``, from which poses are refined; the
+    predictions themselves stay what they are.
     """
     rows = np.flatnonzero(predicted.good & (predicted.score < options.rescue))
     predicted.facts["searched_everywhere"] = len(rows)

@@ -226,6 +226,7 @@ class _State:
             if out.facts["undecided"]:
                 notice(f"{int(out.undecided.sum())} particles are in chunks whose hand their anchors do not tell")
         else:
+            out.rotation[at] = self.found[0][0][:n]
             out.facts = {"chunks": len(self.found), "flips": 0, "undecided": 0}
         return out
 
