@@ -20,7 +20,7 @@ from cryosuite.analysis.particle_table import Column
 from cryosuite.analysis.report_maps import find_maps
 from cryosuite.analysis.report_pack import packed, script_json, thinned
 from cryosuite.analysis.report_page import command, page_file, plotly_script
-from cryosuite.analysis.report_pictures import TILE, for_the_eye, typical_and_odd
+from cryosuite.analysis.report_pictures import TILE, for_the_eye, turning, typical_and_odd
 from cryosuite.analysis.report_read import read_analysis, shown_path
 from cryosuite.data.latents import fingerprint
 from cryosuite.data.orientations import from_euler
@@ -205,6 +205,18 @@ def test_turning_volumes_are_kept_and_drawn_again_with_new_volumes(tmp_path: Pat
     drawn = kept.read_bytes()
     write_all(out, z, None)
     assert kept.read_bytes() != drawn
+
+
+def test_a_turning_volume_is_drawn_again_where_it_is_to_look_otherwise(tmp_path: Path) -> None:
+    path, kept = tmp_path / "v.mrc", tmp_path / "kept.webp"
+    volume = np.zeros((D, D, D), np.float32)
+    volume[5:11, 3:13, 6:9] = 1
+    write_map(path, volume, 3.0)
+    shown = [(0.5, "#ff0000", 1.0), (0.5, "#00ff00", 1.0), (0.5, "#00ff00", 2.0), (None, "#00ff00", 2.0)]
+    pictures = [turning(path, kept, level, colour, 3.0, zoom, 3).uri for level, colour, zoom in shown]
+    assert len(set(pictures)) == len(shown)
+    drawn = kept.stat().st_ino
+    assert turning(path, kept, None, "#00ff00", 3.0, 2.0, 3).uri == pictures[-1] and kept.stat().st_ino == drawn
 
 
 def test_volumes_of_other_clusters_are_not_shown(tmp_path: Path) -> None:

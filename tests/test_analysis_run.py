@@ -386,6 +386,12 @@ def test_an_analysis_that_did_not_end_is_not_taken_for_the_earlier_one(tmp_path:
         read_analysis(out, z)
 
 
+def test_a_mixture_of_no_groups_is_refused_before_anything_is_done(tmp_path):
+    with pytest.raises(InputError, match="--gmm 0"):
+        analyze(latents()[0], decode, AnalysisDir(tmp_path / "a"), PIXEL, D, AnalyzeOptions(gmm=0))
+    assert not (tmp_path / "a").exists()
+
+
 def test_other_clusterings_take_the_place_of_k_means(tmp_path):
     z, truth = latents()
     out = AnalysisDir(tmp_path)

@@ -134,7 +134,7 @@ def make_landscape(
         found = _among_maps(good, rows, len(z), chosen, maps, mask, options, particles)
         _drop_earlier(out)
         write_map(out.mask, mask, size)
-        _write_maps(out, found, maps, mask, size, pixels)
+        _write_maps(out, found, maps, mask, size, VolumeOptions(mass_kda=options.volumes.mass_kda), pixels)
     points = good[chosen.rows[found.middle]]
     with Progress(2 * len(points), "volumes of states", unit="steps") as progress:
         found.files = write_volumes(points, decode, out.states, pixel_size, options.volumes, found.colours, box_size,
@@ -252,8 +252,14 @@ def micrographs(particles: ParticleSet | None) -> np.ndarray | None:
     return None if found is None or (found < 0).any() or len(np.unique(found)) < 20 else found
 
 
-def _write_maps(out: LandscapeDir, found: Found, maps: np.ndarray, mask: np.ndarray, size: float, pixels: int) -> None:
-    """Mean maps, standard deviation maps, and maps along the first volume components."""
+def _write_maps(
+    out: LandscapeDir, found: Found, maps: np.ndarray, mask: np.ndarray, size: float, options: VolumeOptions,
+    pixels: int,
+) -> None:  # fmt: skip
+    """Mean maps, standard deviation maps, and maps along the first volume components.
+
+    options: what is still to be done to maps that were prepared already.
+    """
     with Progress(len(maps), "maps of states", unit="volumes") as progress:
         mean, spread = state_maps(maps, found.sketch_states, found.sketch.counts, progress)
     out.maps.mkdir(exist_ok=True)
@@ -277,7 +283,7 @@ def _write_maps(out: LandscapeDir, found: Found, maps: np.ndarray, mask: np.ndar
         name = f"along volume component {component + 1}"
         texts = [f"{value:.3g}" for value in along]
         write_path(out.walk(component + 1), of_points(along[:, None], name, "pc"), decode, size, len(whole),
-                   VolumeOptions(), texts, pixels=pixels)  # fmt: skip
+                   options, texts, pixels=pixels)  # fmt: skip
 
 
 def _plots(out: LandscapeDir, found: Found, umap: np.ndarray | None) -> None:

@@ -25,6 +25,7 @@ SLICE = 180  # pixels on a side of a central plane
 LONGEST_FILM = 2_500_000  # bytes of a GIF that is put into the page
 TILE = 84  # pixels on a side of a particle
 SHOWN = 12  # particles of each kind
+DESCRIPTION = 0x010E  # of a picture, in EXIF
 FOR_THE_EYE = 25.0  # A: finer detail of a single particle is noise
 
 
@@ -36,16 +37,22 @@ class Picture:
     frames: int = 1
 
 
-def webp(picture: np.ndarray, quality: int = 82) -> bytes:
-    """A uint8 picture (h, w) or (h, w, 3) as WebP; PNG where a side is longer than WebP allows (16,383)."""
+def webp(picture: np.ndarray, quality: int = 82, note: str = "") -> bytes:
+    """A uint8 picture (h, w) or (h, w, 3) as WebP; PNG where a side is longer than WebP allows (16,383).
+
+    ``note``: kept in the file as the description of the picture.
+    """
     from PIL import Image
 
     out = io.BytesIO()
     image = Image.fromarray(np.ascontiguousarray(picture))
+    about = Image.Exif()
+    if note:
+        about[DESCRIPTION] = note
     if max(picture.shape[:2]) > 16_383:
-        image.save(out, "PNG", optimize=True)
+        image.save(out, "PNG", optimize=True, exif=about)
     else:
-        image.save(out, "WEBP", quality=quality, method=4)
+        image.save(out, "WEBP", quality=quality, method=4, exif=about)
     return out.getvalue()
 
 
@@ -64,31 +71,33 @@ def turning(
     zoom: float | None,
     frames: int = FRAMES,
 ) -> Picture:
-    """A volume that turns, as a strip of frames; drawn once and kept, with the date of the file it shows.
+    """A volume that turns, as a strip of frames; drawn once and kept, with the date of the file it shows and, in words,
+    how it is shown.
 
     Args:
         path: of the volume. kept: where the strip lies. level: None: chosen from the map. pixel_size: A.
     """
     date = path.stat().st_mtime_ns  # another file, older or newer, has another one
-    if not (kept.is_file() and kept.stat().st_mtime_ns == date and _frames_of(kept) == frames):
+    drawn_as = f"{frames} frames, level {level}, {colour}, {pixel_size} A, zoom {zoom}"
+    if not (kept.is_file() and kept.stat().st_mtime_ns == date and _description(kept) == drawn_as):
         volume = read_map(path).data
         level = render.contour_level(volume, pixel_size) if level is None else level
         drawn = strip(turntable(volume, level, colour, pixel_size, frames, FRAME, zoom=zoom))
         kept.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(kept) as temporary:
-            temporary.write_bytes(webp(drawn))
+            temporary.write_bytes(webp(drawn, note=drawn_as))
         os.utime(kept, ns=(date, date))
     return Picture(data_uri(kept.read_bytes()), frames)
 
 
-def _frames_of(path: Path) -> int:
+def _description(path: Path) -> str:
     from PIL import Image
 
     try:
         with Image.open(path) as image:
-            return image.size[0] // max(image.size[1], 1)
+            return str(image.getexif().get(DESCRIPTION, ""))
     except OSError:
-        return 0
+        return ""
 
 
 def central_planes(path: Path) -> Picture:

@@ -174,6 +174,8 @@ def _clusters(z: np.ndarray, out: AnalysisDir, options: AnalyzeOptions) -> tuple
 
 
 def _check(options: AnalyzeOptions, particles: ParticleSet | None, count: int) -> None:
+    if options.gmm is not None and options.gmm < 1:
+        raise InputError(f"--gmm {options.gmm}: expected at least 1 cluster.")
     if particles is not None and len(particles) != count:
         raise InputError(f"the run has {count} latents, but its particle set has {len(particles)} particles.")
     for name, value in (("--pc", options.components), ("--n-per-pc", options.per_component)):
