@@ -449,12 +449,15 @@ def test_options_without_effect_are_told() -> None:
     """With what stands in their way."""
     known = TINY.without_effect(["hand", "lr_poses", "bn", "lr_encoder", "width", "research_every"])
     assert known == {
-        "hand": "known poses", "lr_poses": "--fixed-poses", "bn": "--encoder random", "research_every": "--fixed-poses",
-    }  # fmt: skip
+        "hand": "with known poses",
+        "lr_poses": "with --fixed-poses",
+        "bn": "with --encoder random",
+        "research_every": "with --fixed-poses",
+    }
     searched = replace(TINY, poses="none", start="network", finetune="head")
     assert searched.without_effect(["hand", "lr_poses", "refine_poses", "lr_encoder", "shift_extent"]) == {
-        "hand": "--start network", "refine_poses": "poses that are found, which are always refined",
-        "lr_encoder": "--finetune head",
+        "hand": "with --start network", "refine_poses": "with poses that are found, which are always refined",
+        "lr_encoder": "with --finetune head",
     }  # fmt: skip
 
 

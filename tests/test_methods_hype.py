@@ -444,7 +444,7 @@ def test_pixel_sizes_of_rows_reach_the_slices(tiny_set):
 def test_options_without_effect_are_told():
     options = HypeOptions(inr="triplane", march_from=1.0)
     assert options.without_effect(["feat_sigma", "march_over", "knn"]) == {
-        "feat_sigma": "--inr triplane", "march_over": "--march 1",
+        "feat_sigma": "with --inr triplane", "march_over": "with --march 1",
     }  # fmt: skip
     assert not HypeOptions().without_effect(["feat_sigma", "march_over", "knn", "hyper"])
 

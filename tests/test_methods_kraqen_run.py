@@ -181,15 +181,15 @@ def test_options_out_of_range_are_named_as_they_are_typed(changes, message):
 def test_options_without_effect_are_told():
     voxel = KraqenOptions(n_codes=4)
     assert voxel.without_effect(["kernel", "width", "iterations", "n_states"]) == {
-        "kernel": "--assign likelihood", "width": "--field voxel", "n_states": "--n-codes 4",
+        "kernel": "with --assign likelihood", "width": "with --field voxel", "n_states": "with --n-codes 4",
     }  # fmt: skip
     network = KraqenOptions(field="fourier")
     assert network.without_effect(["iterations", "margin", "levels", "width"]) == {
-        "iterations": "--field fourier", "margin": "--beta 0", "levels": "--field fourier",
+        "iterations": "with --field fourier", "margin": "with --beta 0", "levels": "with --field fourier",
     }  # fmt: skip
     em = KraqenOptions(field="fourier", blend="em", march_from=1.0)
     assert em.without_effect(["em_last", "march_over", "anneal", "blend"]) == {
-        "em_last": "--blend em", "march_over": "--march 1", "anneal": "--t-max 1",
+        "em_last": "with --blend em", "march_over": "with --march 1", "anneal": "with --t-max 1",
     }  # fmt: skip
     assert not em.changed(t_max=8.0, blend="blended", march_from=0.5).without_effect(
         ["em_last", "march_over", "anneal"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from cryosuite.commands.options import say_without_effect
 from cryosuite.data.typed import typed
 
 INPUT, POSES, CLASSES, TRAINING, MODEL, MACHINE = (
@@ -269,10 +270,7 @@ def _options(values: dict[str, Any], particles: Any) -> tuple[Any, Any, str]:
         now = "the poses are known here" if known else "here a voxel start finds the poses"
         raise InputError(f"{', '.join(unused)}: go with --ab-initio --start network; {now}. Leave them out")
     names = [flag for flag in (*METHOD, "zdim") if values[flag] is not None]
-    idle = chosen.options.without_effect([RENAMED.get(flag, flag) for flag in names])
-    for why in sorted(set(idle.values())):
-        flags = [f"--{flag.replace('_', '-')}" for flag in names if idle.get(RENAMED.get(flag, flag)) == why]
-        notice(f"{', '.join(flags)}: no effect with {why}")
+    say_without_effect(chosen.options.without_effect([RENAMED.get(flag, flag) for flag in names]), RENAMED)
     if values["preset"] == "auto":
         reason = "a GPU is here" if gpu else "no GPU is used"
         notice(f"--preset {name} was chosen because {reason}; --preset small, default or paper decides otherwise")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -138,12 +138,17 @@ def say_not_used(context: typer.Context, used: Iterable[str]) -> None:
         notice(f"{', '.join(sorted(idle))}: not used, a run goes on with the options it began with")
 
 
-def say_without_effect(idle: dict[str, str]) -> None:
-    """A notice for options that were typed and change nothing: what of each is the reason, by name of the option."""
+def say_without_effect(idle: Mapping[str, str], renamed: Mapping[str, str] | None = None) -> None:
+    """A notice for options that were typed and change nothing: by name of each the reason.
+
+    ``renamed``: option as typed -> its name among the reasons, where these differ.
+    """
     from cryosuite.errors import notice
 
+    typed_as = {to: name for name, to in (renamed or {}).items()}
     for why in sorted(set(idle.values())):
-        flags = [f"--{name.replace('_', '-')}" for name in sorted(idle) if idle[name] == why]
+        names = sorted(typed_as.get(name, name) for name in idle if idle[name] == why)
+        flags = [f"--{name.replace('_', '-')}" for name in names]
         notice(f"{', '.join(flags)}: no effect {why}")
 
 

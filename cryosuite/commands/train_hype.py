@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from cryosuite.commands.options import say_without_effect
 from cryosuite.data.typed import typed
 
 INPUT, TRAINING, MODEL, ENCODER, SPEED = (
@@ -243,18 +244,13 @@ def _say_what_counts_nothing(values: dict[str, Any], options: Any, typed: set[st
     """A notice for options that were typed and change nothing."""
     from cryosuite.errors import notice
 
-    def flags(names: list[str]) -> str:
-        return ", ".join("--Apix" if name == "pixel_size" else f"--{name.replace('_', '-')}" for name in names)
-
     if values["resume"]:
         kept = sorted(typed & {*METHOD, *WAYS_IN, "preset", "invert_data"})
+        flags = ["--Apix" if name == "pixel_size" else f"--{name.replace('_', '-')}" for name in kept]
         if kept:
-            notice(f"{flags(kept)}: not used, a run goes on with the options it began with")
+            notice(f"{', '.join(flags)}: not used, a run goes on with the options it began with")
         return
-    idle = options.without_effect([RENAMED.get(name, name) for name in METHOD if name in typed])
-    for why in sorted(set(idle.values())):
-        names = [name for name in METHOD if idle.get(RENAMED.get(name, name)) == why]
-        notice(f"{flags(names)}: no effect with {why}")
+    say_without_effect(options.without_effect([RENAMED.get(name, name) for name in METHOD if name in typed]), RENAMED)
 
 
 def tune_process() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 
+from cryosuite.commands.options import say_without_effect
 from cryosuite.data.typed import typed
 
 INPUT, CODES, ASSIGN, VOXEL, NETWORK, TRAINING, MACHINE = (
@@ -170,7 +171,6 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     import torch
 
     from cryosuite.data.workdir import RunDir
-    from cryosuite.errors import notice
     from cryosuite.methods.kraqen_options import KraqenOptions, preset
     from cryosuite.methods.kraqen_run import open_for, prepare, train
     from cryosuite.ranks import process_count
@@ -209,17 +209,11 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     again = {to: values[key] for key, to in TRAIN.items() if key in typed} if resume else {}
     options = KraqenOptions.from_dict(config["options"])
     if resume and options.field == "voxel" and typed & {*OF_NETWORKS}:
-        notice(f"{_flags([name for name in OF_NETWORKS if name in typed])}: no effect with --field voxel")
+        say_without_effect({name: "with --field voxel" for name in OF_NETWORKS if name in typed})
     result = train(particles, run, options, train_options(config, **again), resume, engine)
     if process_rank() == 0:
         _report(run, values["particles"], result)
     return result.exit_code
-
-
-def _flags(names: list[str]) -> str:
-    """Options as they are typed."""
-    typed_as = {to: name for name, to in RENAMED.items()}
-    return ", ".join(f"--{typed_as.get(name, name).replace('_', '-')}" for name in names)
 
 
 def _say_what_counts_nothing(options: Any, typed: set[str], resume: bool) -> None:
@@ -233,14 +227,14 @@ def _say_what_counts_nothing(options: Any, typed: set[str], resume: bool) -> Non
 
     kept = sorted(typed & {*METHOD, *WAYS_IN, "preset", "invert_data"})
     if resume and kept:
-        notice(f"{_flags(kept)}: not used, a run goes on with the options it began with")
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in kept)
+        notice(f"{flags}: not used, a run goes on with the options it began with")
     if resume:
         return
     idle = options.without_effect([RENAMED.get(name, name) for name in METHOD if name in typed])
     if options.field == "voxel":
-        idle |= {name: "--field voxel" for name in OF_NETWORKS if name in typed}
-    for why in sorted(set(idle.values())):
-        notice(f"{_flags([name for name in idle if idle[name] == why])}: no effect with {why}")
+        idle |= {name: "with --field voxel" for name in OF_NETWORKS if name in typed}
+    say_without_effect(idle, RENAMED)
 
 
 def _report(run: Any, particles: Path, result: Any) -> None:

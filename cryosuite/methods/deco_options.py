@@ -146,7 +146,7 @@ class DecoOptions:
         return int(self.finetune.partition("-")[2]) if self.finetune.startswith("last") else 0
 
     def without_effect(self, names: Iterable[str]) -> dict[str, str]:
-        """Those of the named options that change nothing beside the others, and why: {"bn": "--encoder random"}."""
+        """Those of the options that change nothing beside the others, and why: {"bn": "with --encoder random"}."""
         known, network = self.poses == "known", self.start == "network"
         idle = [
             (known, "known poses", ("start", "starts", "classes", "hand")),
@@ -160,7 +160,7 @@ class DecoOptions:
             (self.finetune == "none", "--finetune none", ("zdim",)),
             (self.march_from == 1, "--march 1", ("march_over",)),
         ]  # fmt: skip
-        found = {name: why for holds, why, which in reversed(idle) if holds for name in which}
+        found = {name: f"with {why}" for holds, why, which in reversed(idle) if holds for name in which}
         return {name: found[name] for name in names if name in found}
 
     @staticmethod

@@ -91,14 +91,14 @@ class HypeOptions:
             raise InputError(f"--groups {self.groups}: must divide the network's width (--inr-width {self.inr_width})")
 
     def without_effect(self, names: Iterable[str]) -> dict[str, str]:
-        """Those of the named options that change nothing beside the others, and why: {"knn": "--latent tokens"}."""
+        """Those of the options that change nothing beside the others, and why: {"knn": "with --latent tokens"}."""
         idle = [
             (self.conditioning == "concat", "--conditioning concat", ("hyper",)),
             (self.inr == "triplane", "--inr triplane", ("n_frequencies", "feat_sigma")),
             (self.latent == "tokens", "--latent tokens", ("volume_from", "knn")),
             (self.march_from == 1, "--march 1", ("march_over",)),
         ]
-        found = {name: why for holds, why, which in idle if holds for name in which}
+        found = {name: f"with {why}" for holds, why, which in idle if holds for name in which}
         return {name: found[name] for name in names if name in found}
 
     @staticmethod

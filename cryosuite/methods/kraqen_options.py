@@ -122,25 +122,25 @@ class KraqenOptions:
         return self.n_codes or (round(1.5 * self.n_states) if self.n_states else 32)
 
     def without_effect(self, names: Iterable[str]) -> dict[str, str]:
-        """Those of the named options that change nothing beside the others, and why: {"width": "--field voxel"}."""
+        """Those of the options that change nothing beside the others, and why: {"width": "with --field voxel"}."""
         out = {}
         for name in names:
             for other, values in ONLY_WITH.get(name, {}).items():
                 if getattr(self, other) not in values:
-                    out[name] = f"--{other} {getattr(self, other)}"
+                    out[name] = f"with --{other} {getattr(self, other)}"
         if self.m_step == "local":
             idle = ("prior", "march_from", "march_over", "balance") if self.field == "voxel" else ("prior",)
-            out |= {name: "--m-step local" for name in idle if name in names}
+            out |= {name: "with --m-step local" for name in idle if name in names}
         if not self.beta and self.field != "voxel":
-            out |= {name: "--beta 0" for name in ("margin", "alignment") if name in names}
+            out |= {name: "with --beta 0" for name in ("margin", "alignment") if name in names}
         if self.t_max == self.t_min and "anneal" in names:
-            out["anneal"] = f"--t-max {self.t_max:g}"
+            out["anneal"] = f"with --t-max {self.t_max:g}"
         if self.march_from == 1 and "march_over" in names:
-            out.setdefault("march_over", "--march 1")
+            out.setdefault("march_over", "with --march 1")
         if self.blend == "em" and "em_last" in names:
-            out.setdefault("em_last", "--blend em")
+            out.setdefault("em_last", "with --blend em")
         if self.n_codes and "n_states" in names:
-            out["n_states"] = f"--n-codes {self.n_codes}"
+            out["n_states"] = f"with --n-codes {self.n_codes}"
         return out
 
     @staticmethod
