@@ -127,6 +127,20 @@ def test_maps_are_written_a_few_codes_at_a_time(tmp_path, monkeypatch):
         np.testing.assert_allclose(read_map(in_turn.volume(k)).data, read_map(at_once.volume(k)).data, atol=1e-6)
 
 
+def test_codes_without_images_have_empty_maps(tmp_path, monkeypatch):
+    """Also where a whole group of codes has none."""
+    particles, folder = toy.particles(N, D, 0.3), RunDir(tmp_path)
+    p = ClassWeights.from_labels(np.where(np.arange(N) % 2, 4, 1), 6)
+    monkeypatch.setattr(kraqen_run, "class_groups", lambda count, box: [np.array([k]) for k in range(count)])
+    rows = kraqen_run.write_maps(particles, p, folder)
+    assert [row.number for row in rows] == list(range(6)) and [row.labelled > 0 for row in rows] == [
+        False, True, False, False, True, False,
+    ]  # fmt: skip
+    assert [bool(read_map(folder.volume(k)).data.any()) for k in range(6)] == [row.labelled > 0 for row in rows]
+    with pytest.raises(InputError, match="no particle has a share in any code"):
+        kraqen_run.write_maps(particles, ClassWeights.from_labels(np.full(N, -1), 2), folder)
+
+
 def test_all_is_refused_before_a_folder_is_touched():
     training = TrainOptions()
     with pytest.raises(InputError, match="poses"):

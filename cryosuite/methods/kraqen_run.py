@@ -220,8 +220,11 @@ def write_maps(particles: ParticleSet, p: ClassWeights, run: RunDir, processes: 
     """vol_k.mrc of every code at the particles' own box and the occupancy table.
 
     As many codes at a time as their sums fit the memory: nothing waits on disk, and an image is read once for each
-    group of codes that it has a share in.
+    group of codes that it has a share in. The map of a code without images is zero.
     """
+    used = np.flatnonzero(p.usage() > 0)
+    if not len(used):
+        raise InputError(f"{run.path}: no particle has a share in any code: are all images broken?")
     labelled = np.bincount(p.labels()[p.labels() >= 0], minlength=p.n_classes)
     total = max(float(p.usage().sum()), 1e-30)
 
@@ -239,14 +242,21 @@ def write_maps(particles: ParticleSet, p: ClassWeights, run: RunDir, processes: 
             rows.append(Code(k, count, int(labelled[k]), count / total, resolution))
         return rows
 
+    def write_empty() -> list[Code]:
+        nothing, pixel_size = np.zeros((particles.box_size,) * 3, np.float32), common_pixel_size(particles.pixel_size)
+        empty = [int(k) for k in np.setdiff1d(np.arange(p.n_classes), used)]
+        for k in empty:
+            write_map(run.volume(k), nothing, pixel_size)
+        return [Code(k, 0.0, 0, 0.0, float("nan")) for k in empty]
+
     processes.first_does(lambda: [old.unlink() for old in run.volumes()])
-    table: list[Code] = []
-    groups = class_groups(p.n_classes, particles.box_size)
+    table: list[Code] = processes.first_does(write_empty)
+    groups = [used[group] for group in class_groups(len(used), particles.box_size)]
     for group in groups:
         label = "maps of the codes" if len(groups) == 1 else f"maps of codes {group[0]} to {group[-1]}"
         with accumulate(particles, p.columns(group), progress=label, processes=processes) as sums:
             table += processes.first_does(lambda sums=sums, codes=group.tolist(): write(sums, codes))
-    return table
+    return sorted(table, key=lambda code: code.number)
 
 
 def occupancy_csv(rows: list[Code]) -> str:
