@@ -6,7 +6,7 @@
 "kraqen": train-kraqen with voxel maps on 100,000 particles with 128 codes. ``--images`` different particles (phantoms,
 SNR 0.1) are simulated, and a star file lists each of them many times with its pose and CTF, so that 6.5 GB of particles
 are read from 0.26 GB of disk. All of the command's stages are passed: codes of 32 pixels in few iterations, the last
-iterations in 64 pixels, the maps of all codes at the full box. Nothing is said about quality, and codes are not joined
+iterations in 64 pixels, the maps of all codes that are in use at the full box. Nothing is said about quality, and codes are not joined
 (``--merge none``): repeated images have no twins to find. "polish": the command with 100 classes of the simulated
 particles by number; its sums need 20 GB of disk in DIR.
 
@@ -53,8 +53,8 @@ def kraqen(folder: Path, run: Path, given: argparse.Namespace) -> tuple[list[str
 
 def polish(folder: Path, run: Path, given: argparse.Namespace) -> tuple[list[str], dict]:
     """The command, and what the result says of it."""
-    labels = folder / f"classes-{given.classes}.pkl"
-    write_pickle(labels, np.arange(given.images) % given.classes)
+    labels = folder / f"classes-{given.classes}.pkl"  # half sets take turns by row
+    write_pickle(labels, np.arange(given.images) // 2 % given.classes)
     facts = {"particles": given.images, "classes": given.classes}
     return ["polish", str(folder), "--labels", str(labels), "-o", str(run)], facts
 
