@@ -3,12 +3,12 @@
     python tests/benchmarks/classes_memory.py [--work DIR] [--only kraqen polish] [--box 128] [--images 4000]
         [--particles 100000] [--codes 128] [--classes 100]
 
-"kraqen": train-kraqen with voxel maps on 100,000 particles with 128 codes. ``--images`` different particles (phantoms,
-SNR 0.1) are simulated, and a star file lists each of them many times with its pose and CTF, so that 6.5 GB of particles
-are read from 0.26 GB of disk. All of the command's stages are passed: codes of 32 pixels in few iterations, the last
-iterations in 64 pixels, the maps of all codes that are in use at the full box. Nothing is said about quality, and codes are not joined
-(``--merge none``): repeated images have no twins to find. "polish": the command with 100 classes of the simulated
-particles by number; its sums need 20 GB of disk in DIR.
+"kraqen": train-kraqen with voxel maps on 100,000 particles with 128 codes. ``--images`` different particles
+(phantoms, SNR 0.1) are simulated, and a star file lists each of them many times with its pose and CTF, so that 6.5 GB
+of particles are read from 0.26 GB of disk. All of the command's stages are passed: codes of 32 pixels in few
+iterations, the last iterations in 64 pixels, the maps of all codes that are in use at the full box. Nothing is said
+about quality, and codes are not joined (``--merge none``): repeated images have no twins to find. "polish": the
+command with 100 classes of the simulated particles by number; its sums need 20 GB of disk in DIR.
 
 The peak is the kernel's figure for the whole process, mapped files included.
 """
