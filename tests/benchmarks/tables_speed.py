@@ -137,12 +137,12 @@ def _loader(one: dict) -> Iterator[Row]:
 
 def _classes(one: dict) -> Iterator[Row]:
     titles = {
-        "kraqen": "`train-kraqen`, {} particles, D = {}, K = {}",
+        "kraqen": "`train-kraqen`, {} particles, D = {}, K = {} ({} in use at the end)",
         "polish": "`polish`, {} particles, D = {}, {} classes",
     }
     for name, row in one["rows"].items():
         peak, limit = row["peak_gib"], row["limit_gib"]
-        what = titles[name].format(f"{row['particles']:,}", row["box"], row["classes"])
+        what = titles[name].format(f"{row['particles']:,}", row["box"], row["classes"], row["maps"])
         yield f"memory of {what}", f"< {limit:g} GiB", f"{peak:.1f} GiB", peak < limit
 
 
