@@ -70,8 +70,6 @@ def check(particles: ParticleSet, options: DecoOptions, training: TrainOptions) 
     if options.poses == "none":
         particles = without_poses(particles)
     Deco(options).check(particles)
-    if training.seed < 0:
-        raise InputError(f"--seed {training.seed}: expected 0 or more")
     if options.k > len(particles) // 2:
         raise InputError(f"--k {options.k}: more classes than {len(particles)} particles can fill")
     if options.finetune != "none" and not options.zdim_auto and options.zdim >= len(particles):

@@ -206,9 +206,8 @@ class Guard:
     def baselines(self, model: IevModel) -> dict[str, float]:
         """Of a random start of the same encoder and of principal components of the pixels; always the same seed."""
         if not self.before:
-            with torch.random.fork_rng(
-                devices=[]
-            ):  # made on the CPU: no other GPU is woken, no GPU's numbers are changed
+            # made on the CPU: no other GPU is woken, no GPU's numbers are changed
+            with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(0)
                 fresh = IevModel(self.method.options, float(model.grey_mean), float(model.grey_std))
             inside = self.images * torch.from_numpy(circle_mask(self.images.shape[-1]))

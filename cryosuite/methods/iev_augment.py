@@ -58,9 +58,8 @@ def resample(images: Tensor, rotate: bool, shift: bool, crop: bool) -> Tensor:
     matrix = torch.stack(
         [torch.stack([cosine, -sine, offset[:, 0]], 1), torch.stack([sine, cosine, offset[:, 1]], 1)], 1
     )
-    with torch.autocast(
-        images.device.type, enabled=False
-    ):  # half precision would move pixels by a third of their width
+    # half precision would move pixels by a third of their width
+    with torch.autocast(images.device.type, enabled=False):
         grid = F.affine_grid(matrix, [b, 1, *images.shape[1:]], align_corners=False)
     return F.grid_sample(images[:, None], grid, padding_mode="reflection", align_corners=False)[:, 0]
 
