@@ -103,7 +103,7 @@ def test_a_full_folder_is_refused_and_kept(run, stack):
 
 
 def test_resume_needs_no_option_again(run, stack):
-    done = cryosuite("train-hype", stack / "particles.mrcs", "-o", run[0], "--resume", "-n", 3, "--dim", 64)
+    done = cryosuite("train-hype", stack / "particles.mrcs", "-o", run[0], "--resume", "-n", 3, "--dim", 70)
     assert done.returncode == 0, done.stderr
     assert "--dim: not used" in done.stderr and "no GPU is used" not in done.stderr
     assert RunDir(run[0]).epochs() == [1, 2, 3]

@@ -259,7 +259,8 @@ def _options(values: dict[str, Any]) -> tuple[Any, Any, str, int, list[dict], di
     from cryosuite.training.options import TrainOptions
 
     gpu = resolve_accelerator(values["accelerator"]) == "cuda"
-    changes = {to: values[key] for key, to in METHOD.items()}
+    # a run that goes on takes its own from its config
+    changes = {} if values["resume"] else {to: values[key] for key, to in METHOD.items()}
     if values["aug"] is not None:
         changes["aug"] = tuple(part.strip() for part in values["aug"].split(",") if part.strip() not in ("", "none"))
     name, chosen = preset(values["preset"], gpu, **changes)

@@ -217,7 +217,8 @@ def _options(values: dict[str, Any]) -> tuple[Any, Any, int]:
         parsed[key] = None if values[key] is None else str(Path(values[key]).absolute())
     if values["finetune"] is not None and values["map"] is None:
         raise InputError("--finetune needs --map, the map of the molecule in the frame of the particles' poses")
-    chosen = preset(name, **{to: parsed[key] for key, to in METHOD.items()})
+    # a run that goes on takes its own options from its config
+    chosen = preset(name, **({} if values["resume"] else {to: parsed[key] for key, to in METHOD.items()}))
     given = {to: values[key] for key, to in TRAIN.items() if values[key] is not None}
     merged = chosen.training | {"lr_final": 0.0} | given | {"max_minutes": _minutes(values)}
     total = chosen.images if values["images"] is None else count(values["images"], "--images")

@@ -217,15 +217,14 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
 
 
 def _options(values: dict[str, Any], typed: set[str], box_size: int | None) -> tuple[Any, Any, str]:
-    """(options of the method, of the training, name of the preset); the box is unknown when a run goes on."""
-
+    """(options of the method, of the training, name of the preset); a run that goes on takes its own from its config."""
     from cryosuite.errors import notice
     from cryosuite.methods.hype_options import preset
     from cryosuite.training.launch import fast_bf16, resolve_accelerator
     from cryosuite.training.options import TrainOptions
 
     gpu = resolve_accelerator(values["accelerator"]) == "cuda"
-    changes = {RENAMED.get(name, name): values[name] for name in METHOD}
+    changes = {} if values["resume"] else {RENAMED.get(name, name): values[name] for name in METHOD}
     name, chosen = preset(values["preset"], gpu, box_size, **changes)
     if values["preset"] == "auto" and not values["resume"]:
         reason = "a GPU is here" if gpu else "no GPU is used"
