@@ -217,7 +217,7 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
 
 
 def _options(values: dict[str, Any], typed: set[str], box_size: int | None) -> tuple[Any, Any, str]:
-    """(options of the method, of the training, name of the preset); a run that goes on takes its own from its config."""
+    """(options of the method, of the training, name of the preset); a run that goes on has its own in its config."""
     from cryosuite.errors import notice
     from cryosuite.methods.hype_options import preset
     from cryosuite.training.launch import fast_bf16, resolve_accelerator
