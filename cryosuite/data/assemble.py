@@ -11,10 +11,12 @@ import numpy as np
 from cryosuite.data.images import StackImages
 from cryosuite.data.locate import open_stacks
 from cryosuite.data.particles import ParticleSet
-from cryosuite.data.rows import Details, Given, Rows
+from cryosuite.data.rows import Details, Given, Rows, pixel_size_in_file
 from cryosuite.errors import InputError, notice
 from cryosuite.formats.checks import name_rows
 from cryosuite.formats.pickles import checked_indices, read_ctf, read_indices, read_poses
+
+RECALIBRATED = 0.1  # relative difference of two measures of one pixel size, at most
 
 
 @dataclass
@@ -62,7 +64,8 @@ def assemble(
     images = StackImages(paths, file_id, rows.slices, cache=cache)
     box = _box(rows, images, boxes, sources)
     pixel_size = _pixel_size(rows, table, box, header_sizes, file_id, sources)
-    found = _details(everything, chosen, box, pixel_size)
+    in_file = pixel_size_in_file(rows, box, pixel_size)
+    found = _details(everything, chosen, box, pixel_size, in_file)
     if poses is not None:
         found.rotation, found.shift = poses[0][chosen], poses[1][chosen]
     if table is not None:
@@ -90,6 +93,7 @@ def assemble(
         noise=noise,
         normalised=bool(sources.dataset.get("normalised", False)),
         box_sizes=None if (boxes == boxes[0]).all() else box,
+        file_pixel_size=None if in_file is None or (in_file == pixel_size).all() else in_file.astype(np.float32),
         path=sources.path,
         source=source or rows.path,
         rows=chosen,
@@ -104,11 +108,17 @@ def assemble(
     )
 
 
-def _details(rows: Rows, chosen: np.ndarray, box: np.ndarray, pixel_size: np.ndarray) -> Details:
-    """Poses and CTF of the chosen rows; the table is read whole, rows left out stand with the first box and size."""
-    full_box, full_size = np.full(rows.n, box[0]), np.full(rows.n, pixel_size[0])
-    full_box[chosen], full_size[chosen] = box, pixel_size
-    found = rows.details(full_box, full_size)
+def _details(rows: Rows, chosen: np.ndarray, *of_images: np.ndarray | None) -> Details:
+    """Poses and CTF of the chosen rows; the table is read whole, rows left out stand with the first box and sizes."""
+
+    def full(values: np.ndarray | None) -> np.ndarray | None:
+        if values is None:
+            return None
+        out = np.full(rows.n, values[0])
+        out[chosen] = values
+        return out
+
+    found = rows.details(*map(full, of_images))
     if len(chosen) == rows.n and (chosen == np.arange(rows.n)).all():
         return found
 
@@ -167,12 +177,13 @@ def _box(rows: Rows, images: StackImages, boxes: np.ndarray, sources: Sources) -
     box = boxes[images.file_id]
     if rows.box is not None:
         bad = np.flatnonzero(rows.box != box)
-        if len(bad):
+        if len(bad) and not _changed_after(rows, box, bad, sources.given.pixel_size):
             row = bad[0]
             raise InputError(
                 f"{rows.path}: says box {rows.box[row]} for {name_rows(bad)} (0-based), but the images in "
                 f"{images.files[images.file_id[row]]} are {box[row]} pixels wide. If the stack was downsampled, "
-                "correct the image size and the pixel size in the table; otherwise give the right stack (--datadir)."
+                "correct the image size and the pixel size in the table, or give its pixel size (--Apix); otherwise "
+                "give the right stack (--datadir)."
             )
     if not sources.mixed_boxes and (boxes != boxes[0]).any():
         other = int(np.flatnonzero(boxes != boxes[0])[0])
@@ -181,6 +192,21 @@ def _box(rows: Rows, images: StackImages, boxes: np.ndarray, sources: Sources) -
             f"{boxes[other]}. Run `cryosuite preprocess` first: it brings all images to one box."
         )
     return box
+
+
+def _changed_after(rows: Rows, box: np.ndarray, bad: np.ndarray, pixel_size: float | None) -> bool:
+    """Does the user's pixel size say that images of another box than the table's were binned or cropped after it?"""
+    if pixel_size is None or rows.own_pixel_size is None:
+        return False
+    own = rows.own_pixel_size[bad]
+    fits = [np.abs(pixel_size / size - 1) < RECALIBRATED for size in (own * rows.box[bad] / box[bad], own)]
+    if not (fits[0] | fits[1]).all():
+        return False
+    notice(
+        f"{rows.path}: says box {rows.box[bad[0]]} for {name_rows(bad)} (0-based), the images have {box[bad[0]]}: "
+        f"taken as made smaller after the table was written, with {pixel_size:g} A per pixel as you say."
+    )
+    return True
 
 
 def _pixel_size(

@@ -34,15 +34,16 @@ def cs_rows(
     rows = Rows(Path(path), len(table), files, file_id.astype(np.int32), slices)
     rows.uid = table["uid"].astype(np.uint64) if "uid" in names else None
     rows.box = cs.box_sizes_from_cs(table, path)
-    rows.pixel_size = chosen_pixel_size(path, cs.pixel_sizes_from_cs(table, path), given, rows.n)
+    rows.own_pixel_size = cs.pixel_sizes_from_cs(table, path)
+    rows.pixel_size = chosen_pixel_size(path, rows.own_pixel_size, given, rows.n)
     rows.signs = cs.sign_from_cs(table, path)
     rows.half = cs.half_from_cs(table, path)
     if rows.half is None:
         rows.half = halves_of_tubes(rows.path, cs.tubes_from_cs(table))
     rows.optics_group = _groups(rows, table)
 
-    def details(box: np.ndarray, pixel_size: np.ndarray) -> Details:
-        return cs_details(table, path, given, box, pixel_size, need_poses, need_ctf)
+    def details(box: np.ndarray, pixel_size: np.ndarray, in_file: np.ndarray | None = None) -> Details:
+        return cs_details(table, path, given, box, pixel_size, need_poses, need_ctf, in_file)
 
     rows.details, rows.tables = details, table
     return rows
@@ -56,11 +57,12 @@ def cs_details(
     pixel_size: np.ndarray | float | None,
     need_poses: bool = True,
     need_ctf: bool = True,
+    in_file: np.ndarray | None = None,
 ) -> Details:
-    """Poses and CTF of a cs table for images of this box and pixel size (A)."""
+    """Poses and CTF of a cs table for images of this box and pixel size (A); ``in_file``: as the table measures it."""
     names, found = table.dtype.names, Details()
     if need_poses or _has_poses(names):
-        vector, shift = cs.poses_from_cs(table, path, box, pixel_size)
+        vector, shift = cs.poses_from_cs(table, path, box, pixel_size if in_file is None else in_file)
         found.rotation, found.shift = from_cryosparc(vector).astype(np.float32), shift.astype(np.float32)
     if need_ctf or "ctf/df1_A" in names:
         found.ctf, found.extras = cs.ctf_from_cs(

@@ -21,7 +21,7 @@ from cryosuite.data.workdir import DATASET, WorkDir
 from cryosuite.errors import InputError, notice
 from cryosuite.formats.cs import read_cs, write_cs
 from cryosuite.formats.pickles import write_pickle
-from cryosuite.formats.star import ParticleTables, particle_tables, write_star
+from cryosuite.formats.star import ParticleTables, particle_tables, pixel_sizes_from_star, write_star
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,10 @@ def export_particles(
     if metadata is None:
         metadata = _rows_of(start.table, start.rows, start.passthrough)
     if poses and metadata is not None:
-        metadata = with_poses(metadata, particles, start.how.get("pixel_size"))
+        width = particles.width_in_file
+        if binned and particles.dataset:  # its own table has its own measure
+            width = particles.box_size * pixel_sizes_from_star(metadata)
+        metadata = with_poses(metadata, particles, width, start.how.get("pixel_size"))
     if out.suffix.lower() == ".cs":
         write_cs(out, metadata)
         return out
@@ -252,7 +255,7 @@ def _tables_of(out: Path, blocks: dict[str, Any]) -> ParticleTables:
 
 def _moved(particles: ParticleSet, onto: ParticleSet) -> dict[str, np.ndarray | None]:
     """Poses of a set for images of another box: shifts, fractions of the box, by way of Angstrom."""
-    factor = particles.box_size * particles.pixel_size / (box_of(onto, np.arange(len(onto))) * onto.pixel_size)
+    factor = particles.width_in_file / onto.width_in_file
     shift = None if particles.shift is None else (particles.shift * factor[:, None]).astype(np.float32)
     return {"rotation": particles.rotation, "shift": shift}
 

@@ -17,12 +17,13 @@ GROUP = "alignments3D"
 
 
 def with_poses(
-    metadata: ParticleTables | np.ndarray, particles: ParticleSet, pixel_size: float | None = None
+    metadata: ParticleTables | np.ndarray, particles: ParticleSet, width: np.ndarray, pixel_size: float | None = None
 ) -> ParticleTables | np.ndarray:
     """The same rows, in the order of ``particles``, with the set's rotations and shifts in place of their own.
 
-    Origins are converted through Angstrom, so the rows may be those of larger, un-binned images. ``pixel_size`` (A) of
-    these: what the user gave in place of what a star file of RELION 3.0 says.
+    Origins are converted through Angstrom, so the rows may be those of larger, un-binned images. ``width`` (N,): of the
+    set's images in the Angstrom of the rows. ``pixel_size`` (A): what the user said where a star file of RELION 3.0
+    says none.
 
     Raises:
         InputError: the set has no poses; a star file of RELION 3.0 or a cs file gives no pixel size.
@@ -30,7 +31,7 @@ def with_poses(
     if particles.rotation is None:
         raise InputError(f"{particles.path}: these particles have no poses to write")
     shift = np.zeros((len(particles), 2)) if particles.shift is None else particles.shift.astype(np.float64)
-    angstrom = shift * (particles.box_size * particles.pixel_size.astype(np.float64))[:, None]
+    angstrom = shift * width[:, None]
     if isinstance(metadata, ParticleTables):
         return _into_star(metadata, particles.rotation, angstrom, pixel_size)
     return _into_cs(metadata, particles.rotation, angstrom, particles)
@@ -49,7 +50,9 @@ def _into_star(
     stale = names if tables.optics is None else in_pixels
     table = table.drop(columns=[name for name in stale if name in table.columns])
     if tables.optics is None:  # RELION 3.0: pixels, and Angstrom would not be read
-        pixel = pixel_sizes_from_star(tables) if pixel_size is None else np.full(len(tables), pixel_size)
+        pixel = pixel_sizes_from_star(tables)
+        if pixel is None and pixel_size is not None:
+            pixel = np.full(len(tables), pixel_size)
         if pixel is None:
             raise InputError(f"{tables.path}: has no pixel size, so origins cannot be written in its pixels")
         angstrom, names = angstrom / np.asarray(pixel)[:, None], in_pixels

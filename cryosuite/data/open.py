@@ -23,6 +23,7 @@ from cryosuite.formats.mrc import read_header
 from cryosuite.formats.pickles import read_array, read_poses, safe_load
 
 KINDS = "a work directory, a .star, .cs, .mrcs, .mrc or .txt file"
+PIXEL_SIZES = ("pixel_size", "file_pixel_size")  # columns of rows.pkl
 LARGEST = {"index": 2**53, "optics_group": 99_999, "half": 1}  # columns of rows.pkl that are whole numbers from 0
 
 
@@ -213,8 +214,12 @@ def _open_work(work: WorkDir, sources: Sources) -> ParticleSet:
     else:
         rows = star_rows(work.star, sources.given, False, False)
         table = {}
-    if rows.pixel_size is None and dataset.get("pixel_size"):
-        rows.pixel_size = np.full(rows.n, _positive(work.dataset, dataset, "pixel_size"))
+    if rows.own_pixel_size is None and dataset.get("pixel_size"):
+        rows.own_pixel_size = np.full(rows.n, _positive(work.dataset, dataset, "pixel_size"))
+    if rows.pixel_size is None:
+        rows.pixel_size = rows.own_pixel_size
+    if "file_pixel_size" in table:
+        rows.own_pixel_size = table["file_pixel_size"]
     if dataset.get("source_particles"):
         _positive(work.dataset, dataset, "source_particles")
     rows.ctf_premultiplied = rows.ctf_premultiplied or bool(dataset.get("ctf_premultiplied"))
@@ -249,11 +254,12 @@ def _apply_table(work: WorkDir, rows: Rows) -> dict[str, np.ndarray]:
             raise InputError(f"{work.rows}: {name} is damaged: whole numbers from 0 are expected; run preprocess again")
     rows.optics_group = table.get("optics_group")
     rows.half = table.get("half")
-    if rows.pixel_size is None and "pixel_size" in table:
-        rows.pixel_size = np.asarray(table["pixel_size"], np.float64)
-        if rows.pixel_size.ndim != 1 or not ((rows.pixel_size > 0) & np.isfinite(rows.pixel_size)).all():
-            raise InputError(f"{work.rows}: pixel_size is damaged: positive numbers (A) are expected")
-    known = {*LARGEST, "pixel_size"}
+    for name in [name for name in PIXEL_SIZES if name in table]:
+        size = table[name] = np.asarray(table[name], np.float64)
+        if size.ndim != 1 or not ((size > 0) & np.isfinite(size)).all():
+            raise InputError(f"{work.rows}: {name} is damaged: positive numbers (A) are expected")
+    rows.own_pixel_size = table.get("pixel_size")
+    known = {*LARGEST, *PIXEL_SIZES}
     rows.extras = {name: np.asarray(value, np.float32) for name, value in table.items() if name not in known}
     return table
 

@@ -25,6 +25,8 @@ class ParticleSet:
         images: the source of the images.
         box_size: D, even; of a set with several boxes the largest (then ``box_sizes`` is given).
         pixel_size: (N,) float32, Angstrom.
+        file_pixel_size: (N,) float32, the same in the Angstrom of the file the rows come from first, where the user
+            said another size than that file does; else None.
         rotation: (N, 3, 3) float32, volume frame -> image frame (CONVENTIONS), or None.
         shift: (N, 2) float32 (tx, ty), fraction of the box, to be ADDED to centre the particle, or None.
         ctf: (N, 9) float32: D, pixel size (A), defocus U and V (A), astigmatism angle (deg), voltage (kV), Cs (mm),
@@ -64,6 +66,7 @@ class ParticleSet:
     noise: np.ndarray | None = None
     normalised: bool = False
     box_sizes: np.ndarray | None = None
+    file_pixel_size: np.ndarray | None = None
     path: Path | None = None
     source: Path | None = None
     rows: np.ndarray | None = None
@@ -108,6 +111,12 @@ class ParticleSet:
         """Number of optics groups."""
         groups = int(self.optics_group.max()) + 1 if len(self) else 1
         return groups if self.noise is None else max(groups, len(self.noise))
+
+    @property
+    def width_in_file(self) -> np.ndarray:
+        """Width (N,) of the images in the Angstrom of the file the rows come from: times ``shift``, its shifts."""
+        box = self.box_size if self.box_sizes is None else self.box_sizes
+        return box * (self.pixel_size if self.file_pixel_size is None else self.file_pixel_size).astype(np.float64)
 
     def read(self, rows: np.ndarray | slice) -> np.ndarray:
         """Images (b, D, D) float32 of the rows, particles white (sign applied)."""

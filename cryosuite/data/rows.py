@@ -38,11 +38,11 @@ class Details:
     extras: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-# (box (N,), pixel size (N,) A) -> poses and CTF
-DetailsOf = Callable[[np.ndarray, np.ndarray], Details]
+# (box (N,), pixel size (N,) A, the same as the file measures it or None where that is no other) -> poses and CTF
+DetailsOf = Callable[..., Details]
 
 
-def no_details(box: np.ndarray, pixel_size: np.ndarray) -> Details:
+def no_details(box: np.ndarray, pixel_size: np.ndarray, in_file: np.ndarray | None = None) -> Details:
     """For bare stacks."""
     return Details()
 
@@ -52,7 +52,8 @@ class Rows:
     """N rows of a particle table.
 
     files, file_id (N,), slices (N,): where the image of each row lies (names as written in the file; slices from 0).
-    box (N,) pixels and pixel_size (N,) A: as the file says, or None. signs (N,): +1 white, -1 dark, or None.
+    box (N,) pixels: as the file says, or None. pixel_size (N,) A: the user's, else own_pixel_size, the file's, or None.
+    signs (N,): +1 white, -1 dark, or None.
     tables: the star tables or cs array as read, in file order.
     """
 
@@ -63,6 +64,7 @@ class Rows:
     slices: np.ndarray
     box: np.ndarray | None = None
     pixel_size: np.ndarray | None = None
+    own_pixel_size: np.ndarray | None = None
     optics_group: np.ndarray | None = None
     uid: np.ndarray | None = None
     half: np.ndarray | None = None
@@ -87,8 +89,24 @@ def chosen_pixel_size(path: Path, found: np.ndarray | None, given: Given, n: int
     if given.pixel_size is None:
         return found
     if found is not None and abs(found / given.pixel_size - 1).max() > 1e-3:
-        notice(f"{path}: says {found[0]:.5g} A per pixel, your --Apix {given.pixel_size:g} is used instead")
+        notice(
+            f"{path}: says {found[0]:.5g} A per pixel, your --Apix {given.pixel_size:g} is used instead; it moves no "
+            "particle"
+        )
     return np.full(n, float(given.pixel_size))
+
+
+def pixel_size_in_file(rows: Rows, box: np.ndarray, pixel_size: np.ndarray) -> np.ndarray | None:
+    """Pixel size (n,) A of the images in the Angstrom of the file, in which its shifts are; None where it says none.
+
+    The user's size is another measure of the same pixels (a recalibrated microscope): it moves no particle. Images of
+    another box than the file says were binned or cropped after it was written; of the two, what the user's size fits.
+    """
+    own = rows.own_pixel_size
+    if own is None or rows.box is None:
+        return own
+    binned = own * rows.box / box
+    return np.where(np.abs(np.log(pixel_size / binned)) < np.abs(np.log(pixel_size / own)), binned, own)
 
 
 def halves_of_tubes(path: Path, tubes: Sequence[np.ndarray] | None) -> np.ndarray | None:

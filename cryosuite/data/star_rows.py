@@ -28,7 +28,8 @@ def star_rows(path: Path, given: Given | None = None, need_poses: bool = True, n
     files, file_id, slices = star.images_from_star(tables)
     rows = Rows(Path(path), len(tables), files, file_id.astype(np.int32), slices)
     rows.box = star.box_sizes_from_star(tables)
-    rows.pixel_size = chosen_pixel_size(path, star.pixel_sizes_from_star(tables), given, rows.n)
+    rows.own_pixel_size = star.pixel_sizes_from_star(tables)
+    rows.pixel_size = chosen_pixel_size(path, rows.own_pixel_size, given, rows.n)
     rows.optics_group = tables.group.astype(np.int32)
     rows.half = star.half_from_star(tables)
     if rows.half is None:
@@ -38,10 +39,10 @@ def star_rows(path: Path, given: Given | None = None, need_poses: bool = True, n
     has_poses = all(tables.has(name) for name in EULER)
     has_ctf = all(tables.has(name) or value is not None for name, value in zip(CTF, from_user, strict=True))
 
-    def details(box: np.ndarray, pixel_size: np.ndarray) -> Details:
+    def details(box: np.ndarray, pixel_size: np.ndarray, in_file: np.ndarray | None = None) -> Details:
         found = Details()
         if need_poses or has_poses:
-            euler, shift = star.poses_from_star(tables, box, pixel_size)
+            euler, shift = star.poses_from_star(tables, box, pixel_size if in_file is None else in_file)
             found.rotation, found.shift = from_euler(euler).astype(np.float32), shift.astype(np.float32)
         if need_ctf or has_ctf:
             found.ctf, found.extras = star.ctf_from_star(

@@ -54,6 +54,8 @@ def write_work_files(
         rows["half"] = particles.half
     if n and (pixel_size != pixel_size[0]).any():  # dataset.yaml has but one
         rows["pixel_size"] = np.asarray(pixel_size, np.float32)
+    if particles.file_pixel_size is not None:
+        rows["file_pixel_size"] = particles.file_pixel_size * (pixel_size / particles.pixel_size).astype(np.float32)
     write_pickle(work.rows, rows)
     if noise is not None:
         write_pickle(work.noise, noise.astype(np.float32))

@@ -231,9 +231,9 @@ def poses_from_cs(
 
     The rotation is R = expmap(vector).T. Shifts in the file are pixels of the alignment; Global CTF Refinement keeps a
     further shift of the image in ctf/shift_A (the first-order term beside beam tilt: phase -2 pi k . shift_A):
-    t = (shift x psize(alignment) - shift_A) / (psize(blob) x D). ``box_sizes`` and ``pixel_sizes`` (A) of the images,
-    one or per row, are taken instead of blob/shape and blob/psize_A when given. Raises InputError naming a missing
-    field or rows with NaN.
+    t = (shift x psize(alignment) - shift_A) / (psize(blob) x D). ``box_sizes`` and ``pixel_sizes`` (A, as
+    the file measures them) of the images, one or per row, are taken instead of blob/shape and blob/psize_A when given.
+    Raises InputError naming a missing field or rows with NaN.
     """
     box, pixel = _box_and_pixel(array, path, box_sizes, pixel_sizes)
     found = _alignment(array, path)

@@ -114,8 +114,9 @@ def poses_from_star(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Euler angles (rot, tilt, psi) float64 (N, 3) in degrees and shifts float64 (N, 2) as a fraction of the box.
 
-    Shifts are rlnOriginX/YAngst / (pixel size x box), else rlnOriginX/Y / box, else zero with a notice. ``box_sizes``
-    (pixels) and ``pixel_sizes`` (A) are those of the images, one or per row. Raises InputError naming a missing column.
+    Shifts are rlnOriginX/YAngst / (pixel size x box), else rlnOriginX/Y in pixels of the file's own size, else zero
+    with a notice. ``box_sizes`` (pixels) and ``pixel_sizes`` (A, as the file measures them) are those of the images,
+    one or per row. Raises InputError naming a missing column.
     """
     missing = [name for name in _EULER if not tables.has(name)]
     if missing:
@@ -134,8 +135,10 @@ def poses_from_star(
                 raise InputError(
                     f"{tables.path}: no pixel size: shifts in Angstrom ({x}) need one; give it as an option"
                 )
-            scale = np.broadcast_to(np.asarray(pixel_sizes, np.float64), len(tables)) * box if angstrom else box
-            shift /= scale[:, None]
+            own = None if angstrom else pixel_sizes_from_star(tables)  # the A of one unit of the columns
+            if angstrom or (own is not None and pixel_sizes is not None):
+                box = box * np.asarray(pixel_sizes, np.float64) / (1.0 if own is None else own)
+            shift /= box[:, None]
             check_shifts(shift, tables.path)
             return euler, shift
     notice(
