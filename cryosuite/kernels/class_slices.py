@@ -26,6 +26,7 @@ from torch import Tensor
 
 from . import class_slices_cpu
 from .fourier import HalfDisc
+from .slices import wide_zeros
 
 __all__ = [
     "ClassTransforms",
@@ -93,7 +94,7 @@ def class_transforms(
     device, size, N = volumes.device, pad * D, pad * r_max + 1
     axis = torch.arange(-N, N + 1, device=device)
     column = torch.arange(N + 1, device=device)
-    data = torch.empty(2 * N + 1, 2 * N + 1, N + 1, 2, len(volumes), device=device)
+    data = wide_zeros((2 * N + 1, 2 * N + 1, N + 1, 2, len(volumes)), device)
     kernel = torch.sinc((torch.arange(D, device=device, dtype=torch.float64) - D // 2) / size).square().float()
     for k, volume in enumerate(volumes):
         values = volume.float() / (kernel[:, None, None] * kernel[None, :, None] * kernel)
@@ -115,7 +116,7 @@ def new_class_accumulator(
 ) -> ClassAccumulator:
     """Empty reconstructions of K classes up to radius r_max."""
     N = pad * r_max + 1
-    return ClassAccumulator(torch.zeros(n_classes, 2 * N + 1, 2 * N + 1, N + 1, 3, device=device), r_max, pad)
+    return ClassAccumulator(wide_zeros((n_classes, 2 * N + 1, 2 * N + 1, N + 1, 3), device), r_max, pad)
 
 
 def class_sums(

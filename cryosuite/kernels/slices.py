@@ -164,11 +164,14 @@ def new_accumulator(
     if box_size % 2:
         raise ValueError(f"the box size must be even, not {box_size}")
     N = pad * box_size // 2 + 1
-    shape = (2 * N + 1, 2 * N + 1, N + 1, 3)
+    return Accumulator(wide_zeros((2 * N + 1, 2 * N + 1, N + 1, 3), device, dtype), box_size, pad)
+
+
+def wide_zeros(shape: tuple[int, ...], device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Zeros for sums that slices touch in no order: numpy asks the system for large pages, torch does not."""
     if torch.device(device).type == "cpu" and dtype == torch.float32:
-        # numpy asks the system for large pages: slices touch all of the memory, in no order
-        return Accumulator(torch.from_numpy(np.zeros(shape, np.float32)), box_size, pad)
-    return Accumulator(torch.zeros(shape, device=device, dtype=dtype), box_size, pad)
+        return torch.from_numpy(np.zeros(shape, np.float32))
+    return torch.zeros(shape, device=device, dtype=dtype)
 
 
 def insert_slices(
