@@ -232,9 +232,12 @@ def test_kept_floor_and_ceiling_are_those_of_the_set_that_lies_there(simulated, 
     monkeypatch.setattr(eval_run, "oracle_scores", lambda *values: made.append(1) or genuine(*values))
     run("eval-fsc", simulated)
     assert not made
-    (simulated / "labels.pkl").touch()  # as a second simulation into the same folder does
-    run("eval-fsc", simulated)
-    assert made
+    truth = find_truth(simulated)
+    for path in (truth.labels, truth.volumes[1], truth.mask):  # as a second simulation into the same folder writes them
+        made.clear()
+        path.touch()
+        run("eval-fsc", simulated)
+        assert made, path
 
 
 @pytest.mark.slow

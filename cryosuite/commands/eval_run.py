@@ -258,7 +258,7 @@ def oracle(particles: ParticleSet, labels: np.ndarray, maps: TruthMaps, options:
         "particles": str(particles.path), "n": len(particles), "index_sum": int(particles.index.sum()),
         "box_size": particles.box_size, "shells": "cryobench" if options.compat else "ours",
         "mask": options.mask or "truth", "estimator": "plain, 0.1 of the shell mean, sphere",
-        "made": [_stamp(maps.truth.labels), *(_stamp(path) for path in maps.truth.volumes[:1]), _stamp(options.mask)],
+        "made": [_stamp(path) for path in (maps.truth.labels, *maps.truth.volumes, options.mask or maps.truth.mask)],
     }  # fmt: skip
     caches = [oracle_cache(maps.truth.path), oracle_cache(run if run.is_dir() else run.parent)]
     for cache in caches:
