@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -39,6 +40,19 @@ def test_stack_round_trip_is_valid_mrc(tmp_path: Path) -> None:
         assert mrc.header.rms == pytest.approx(data.std(), rel=1e-6)
         assert mrc.header.dmean == pytest.approx(data.mean(), abs=1e-7)
         assert mrc.header.dmin == data.min() and mrc.header.dmax == data.max()
+
+
+@pytest.mark.parametrize("name", ["map.mrc", "map.mrc.gz"])
+def test_a_float32_map_is_held_once_while_it_is_read(tmp_path: Path, name: str) -> None:
+    data = images(96, 96)
+    write_map(tmp_path / name, data, 1.5)
+    tracemalloc.start()
+    found = read_map(tmp_path / name).data
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_array_equal(found, data)
+    assert found.dtype == np.float32 and found.flags.c_contiguous and found.flags.writeable
+    assert peak < 1.5 * data.nbytes
 
 
 def test_reader_gives_rows_in_the_order_asked(tmp_path: Path) -> None:

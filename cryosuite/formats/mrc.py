@@ -10,6 +10,7 @@ import warnings
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import mrcfile
 import numpy as np
@@ -57,6 +58,7 @@ class Map:
 def read_map(path: str | os.PathLike, cubic: bool = True) -> Map:
     """Read a map (.mrc, .map, .ccp4, also .gz) as float32 (z, y, x), axes put in order.
 
+    A float32 map in this order is held once, as it is read; others are converted, with both in memory for a moment.
     Pixel size is xlen / mx (mx = nx for all but cropped maps). Notices say when the header has no pixel size or, where
     the caller needs cubic voxels (``cubic``), when they are not. Raises InputError as ``read_header`` does, and for a
     file that holds several volumes.
@@ -74,7 +76,7 @@ def read_map(path: str | os.PathLike, cubic: bool = True) -> Map:
         notice(problem)
     data = np.frombuffer(raw, header.dtype).reshape(header.nz, header.ny, header.nx)
     to_xyz = [header.axes.index(axis) for axis in (1, 2, 3)]  # file axis (0 fastest) that holds x, y, z
-    data = data.transpose([2 - to_xyz[2], 2 - to_xyz[1], 2 - to_xyz[0]]).astype(np.float32, order="C")
+    data = data.transpose([2 - to_xyz[2], 2 - to_xyz[1], 2 - to_xyz[0]]).astype(np.float32, order="C", copy=False)
     if cubic:
         _warn_shape(header)
     return Map(
@@ -90,9 +92,10 @@ def read_map(path: str | os.PathLike, cubic: bool = True) -> Map:
     )
 
 
-def _read_data(path: Path, stream: object, header: MrcHeader) -> tuple[bytes, bytes]:
-    """The extended header and the data block; from a gz file piece by piece, so that a lying header costs no memory."""
-    extended, pieces = [], []
+def _read_data(path: Path, stream: BinaryIO, header: MrcHeader) -> tuple[bytes, bytearray | np.ndarray]:
+    """The extended header and the data block, which may be written to; from a gz file piece by piece, so that a lying
+    header costs no memory."""
+    extended = []
     try:
         left = header.data_offset - 1024
         while left > 0:
@@ -102,12 +105,15 @@ def _read_data(path: Path, stream: object, header: MrcHeader) -> tuple[bytes, by
             extended.append(skipped)
             left -= len(skipped)
         left = header.data_bytes
-        while left > 0:
-            piece = stream.read(left if not header.compressed else min(left, _CHUNK))
-            if not piece:
-                break
-            pieces.append(piece)
-            left -= len(piece)
+        if header.compressed:
+            raw = bytearray()
+            while left and (piece := stream.read(min(left, _CHUNK))):
+                raw += piece
+                left -= len(piece)
+        else:
+            raw = np.empty(left, np.uint8)
+            while left and (count := stream.readinto(memoryview(raw)[len(raw) - left :])):
+                left -= count
         trailing = len(stream.read(_CHUNK)) if header.compressed and not left else 0
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot read this map: {error}") from None
@@ -116,7 +122,7 @@ def _read_data(path: Path, stream: object, header: MrcHeader) -> tuple[bytes, by
         raise InputError(f"{path}: truncated: expected {expected} bytes, found {expected - left}; copy the file again")
     if trailing:
         notice(f"{path}: bytes behind the last section are ignored")
-    return b"".join(extended), pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    return b"".join(extended), raw
 
 
 def _warn_shape(header: MrcHeader) -> None:
