@@ -184,9 +184,11 @@ def test_options_that_change_nothing_are_named(mixture, tmp_path, capsys, monkey
     assert (
         all(f"{name}" in said for name in ("--lr", "--precision", "--width")) and "no effect with --field voxel" in said
     )
-    assert run(monkeypatch, "train-kraqen", mixture / "p.mrcs", "-o", out, "--resume", "-k", 9, "-n", 9) == 0
+    assert (
+        run(monkeypatch, "train-kraqen", mixture / "p.mrcs", "-o", out, "--resume", "-k", 9, "-n", 9, "--Apix", 2) == 0
+    )
     said = " ".join(capsys.readouterr().err.split())
-    assert "--n-codes: not used" in said and "--num-epochs: no effect with --field voxel" in said
+    assert "--Apix, --n-codes: not used" in said and "--num-epochs: no effect with --field voxel" in said
 
 
 @pytest.mark.slow

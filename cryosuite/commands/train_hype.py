@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from cryosuite.commands.options import say_without_effect
+from cryosuite.commands.options import say_not_used, say_without_effect
 from cryosuite.data.typed import typed
 
 INPUT, TRAINING, MODEL, ENCODER, SPEED = (
@@ -168,6 +168,8 @@ def main(
     typed = {name for name, source in sources.items() if not source.startswith("DEFAULT")}
     if values.pop("load"):
         values["resume"] = _as_resume(load)
+    if values["resume"]:
+        say_not_used(context, (*TRAIN, "load"))
     raise typer.Exit(_train(values, typed))
 
 
@@ -198,8 +200,9 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     how = {key: values[key] for key in WAYS_IN} | {"sign": -1 if values["invert_data"] else None}
     particles = None if values["resume"] else open_for(values["particles"], how)
     options, training, name = _options(values, typed, None if particles is None else particles.box_size)
-    _say_what_counts_nothing(values, options, typed)
     if particles is not None:
+        idle = options.without_effect([RENAMED.get(name, name) for name in METHOD if name in typed])
+        say_without_effect(idle, RENAMED)
         Hype(options).check(particles)  # before the folder is touched
     config = make_config("hype", values["particles"], run, options, training, preset=name, **how)
     config = begin_run(run, config, training, resume=values["resume"], overwrite=values["overwrite"])
@@ -237,19 +240,6 @@ def _options(values: dict[str, Any], typed: set[str], box_size: int | None) -> t
     merged = chosen.training | given
     merged.setdefault("save_every", max(1, merged["epochs"] // 4))
     return chosen.options, TrainOptions(**merged), name
-
-
-def _say_what_counts_nothing(values: dict[str, Any], options: Any, typed: set[str]) -> None:
-    """A notice for options that were typed and change nothing."""
-    from cryosuite.errors import notice
-
-    if values["resume"]:
-        kept = sorted(typed & {*METHOD, *WAYS_IN, "preset", "invert_data"})
-        flags = ["--Apix" if name == "pixel_size" else f"--{name.replace('_', '-')}" for name in kept]
-        if kept:
-            notice(f"{', '.join(flags)}: not used, a run goes on with the options it began with")
-        return
-    say_without_effect(options.without_effect([RENAMED.get(name, name) for name in METHOD if name in typed]), RENAMED)
 
 
 def tune_process() -> None:

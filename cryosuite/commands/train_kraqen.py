@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from cryosuite.commands.options import say_without_effect
+from cryosuite.commands.options import say_not_used, say_without_effect
 from cryosuite.data.typed import typed
 
 INPUT, CODES, ASSIGN, VOXEL, NETWORK, TRAINING, MACHINE = (
@@ -163,6 +163,8 @@ def main(
     values = dict(context.params)
     sources = {name: getattr(context.get_parameter_source(name), "name", "DEFAULT") for name in values}
     typed = {name for name, source in sources.items() if not source.startswith("DEFAULT")}
+    if resume:
+        say_not_used(context, (*TRAIN, "threads"))
     raise typer.Exit(_train(values, typed))
 
 
@@ -218,17 +220,12 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
 
 def _say_what_counts_nothing(options: Any, typed: set[str], resume: bool) -> None:
     """A notice for options that were typed and change nothing."""
-    from cryosuite.errors import InputError, notice
+    from cryosuite.errors import InputError
 
     if "n_codes" in typed and options.n_codes < 1:
         raise InputError(f"--n-codes {options.n_codes}: expected at least 1")
     if "n_states" in typed and options.n_states < 1:
         raise InputError(f"--n-states {options.n_states}: expected at least 1")
-
-    kept = sorted(typed & {*METHOD, *WAYS_IN, "preset", "invert_data"})
-    if resume and kept:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in kept)
-        notice(f"{flags}: not used, a run goes on with the options it began with")
     if resume:
         return
     idle = options.without_effect([RENAMED.get(name, name) for name in METHOD if name in typed])
