@@ -156,6 +156,35 @@ def test_atoms_waters_hydrogens_and_alternate_locations(tmp_path: Path) -> None:
         assert atoms.xyz.dtype == np.float64 and len(atoms) == 5
 
 
+@pytest.mark.parametrize(("occupancies", "wanted"), [((0.4, 0.6), "THR"), ((0.6, 0.4), "SER"), ((0.5, 0.5), "SER")])
+@pytest.mark.parametrize("ending", ["cif", "pdb"])
+def test_of_two_residues_at_one_position_one_is_kept(
+    ending: str, occupancies: tuple[float, float], wanted: str, tmp_path: Path
+) -> None:
+    """Microheterogeneity: both would be density and scores at one place twice."""
+    gemmi = pytest.importorskip("gemmi")
+    chain = gemmi.Chain("A")
+    named = [("SER", 7, "A", occupancies[0]), ("THR", 7, "B", occupancies[1]), ("GLY", 8, "\0", 1.0)]
+    for name, number, altloc, occupancy in named:
+        residue = gemmi.Residue()
+        residue.name, residue.seqid = name, gemmi.SeqId(str(number))
+        for x, atom_name in enumerate(("N", "CA", "C", "O")):
+            atom = gemmi.Atom()
+            atom.name, atom.element, atom.altloc, atom.occ = atom_name, gemmi.Element(atom_name[0]), altloc, occupancy
+            atom.pos = gemmi.Position(x, number, 0)
+            residue.add_atom(atom)
+        chain.add_residue(residue)
+    structure, model = gemmi.Structure(), gemmi.Model(1)
+    model.add_chain(chain)
+    structure.add_model(model)
+    structure.setup_entities()
+    path = tmp_path / f"model.{ending}"
+    path.write_text(structure.make_mmcif_document().as_string() if ending == "cif" else structure.make_pdb_string())
+    atoms = read_atoms(path)
+    assert atoms.residue_name.tolist() == [wanted] * 4 + ["GLY"] * 4
+    assert atoms.residue_label.tolist() == ["7"] * 4 + ["8"] * 4
+
+
 def check_atoms(shared: Path, step: int) -> None:
     with open(shared / "data" / "MANIFEST.tsv") as stream:
         rows = [row for row in csv.DictReader(stream, delimiter="\t") if row["kind"] == "A-atomic"]

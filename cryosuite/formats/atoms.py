@@ -48,9 +48,10 @@ class Atoms:
 def read_atoms(path: str | os.PathLike, waters: bool = False) -> Atoms:
     """Read a model (.pdb, .ent, .cif, .mmcif, each also .gz), as deposited: no symmetry is applied, first model only.
 
-    Hydrogens (and deuterium) are dropped, waters too unless asked for; of alternate locations the one of highest
-    occupancy is kept, the first of equal ones. ``residue_index`` is label_seq_id where the file has it, else the
-    author's number. Raises InputError for a missing, unreadable or empty model.
+    Hydrogens (and deuterium) are dropped, waters too unless asked for; of alternate locations of an atom, and of
+    different residues at one position, the one of highest occupancy is kept, the first of equal ones.
+    ``residue_index`` is label_seq_id where the file has it, else the author's number. Raises InputError for a missing,
+    unreadable or empty model.
     """
     path = existing_file(path, "atomic model")
     gz = str(path).lower().endswith(".gz")
@@ -99,9 +100,7 @@ def _collect(structure: gemmi.Structure, waters: bool) -> Atoms:
     """The atoms of the first model as arrays."""
     rows: list[tuple] = []
     for chain in structure[0] if len(structure) else ():
-        for residue in chain:
-            if residue.is_water() and not waters:
-                continue
+        for residue in _one_residue([residue for residue in chain if waters or not residue.is_water()]):
             index = residue.label_seq if residue.label_seq is not None else residue.seqid.num
             kept = [atom for atom in _one_location(residue) if not atom.element.is_hydrogen]
             of_residue = (chain.name, index or 0, residue.name, str(residue.seqid), _kind(residue, len(kept)))
@@ -138,6 +137,16 @@ def _kind(residue: gemmi.Residue, n_atoms: int) -> str:
     if known.is_nucleic_acid():
         return "nucleic"
     return "ion" if n_atoms == 1 else "other"
+
+
+def _one_residue(residues: list[gemmi.Residue]) -> list[gemmi.Residue]:
+    """Residues of a chain with one at each position: of several (microheterogeneity, all their atoms are alternate
+    locations) the most occupied, the first of equals."""
+    places: dict[int | str, list[gemmi.Residue]] = {}
+    for number, residue in enumerate(residues):
+        alone = any(atom.altloc == "\0" for atom in residue)
+        places.setdefault(number if alone else str(residue.seqid), []).append(residue)
+    return [max(rivals, key=lambda residue: max(atom.occ for atom in residue)) for rivals in places.values()]
 
 
 def _one_location(residue: gemmi.Residue) -> list[gemmi.Atom]:
