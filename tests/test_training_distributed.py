@@ -122,8 +122,8 @@ def test_a_killed_process_is_restarted_from_the_checkpoint(rank: int, tmp_path: 
 
 def test_too_little_memory_in_one_process_ends_both_with_one_sentence(tmp_path: Path) -> None:
     code, text = finish(torchrun(tmp_path / "two", "--starved", "1", epochs=4, batch_size=20))
-    assert code != 0 and text.count("the GPU of process 1 has not enough memory for 10 images at a time") == 1
-    assert "start again with half the --batch-size, or go on with --resume and more GPUs" in text
+    assert code != 0 and text.count("the machine of process 1 has not enough memory for 10 images at a time") == 1
+    assert "start again with half the --batch-size, or go on with --resume and more machines" in text
 
 
 def test_devices_start_their_own_processes(tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_out_of_memory_halves_the_batch_once_and_says_so(tmp_path: Path) -> None
         halved = train(tmp_path / "a", method)
     whole = train(tmp_path / "b", Toy(ToyOptions(noise=0.0)))
     assert torch.allclose(weights(halved), weights(whole), atol=1e-5)
-    assert "ran out of memory" in RunDir(tmp_path / "a").log.read_text()
+    assert "the machine ran out of memory" in RunDir(tmp_path / "a").log.read_text()
     Hungry.limit = 2
     with pytest.warns(UserNotice), pytest.raises(InputError, match="--batch-size"):
         train(tmp_path / "c", method)

@@ -138,7 +138,7 @@ class Session:
         return losses, norm
 
     def _gradients_within_memory(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """Gradients of a batch; when the GPU runs out of memory, once, with batches in twice as many pieces."""
+        """Gradients of a batch; when memory runs out, once, with batches in twice as many pieces."""
         while True:
             try:
                 return self._gradients(batch, step)
@@ -148,16 +148,21 @@ class Session:
                 size = -(-len(batch.index) // self.micro_batches)
                 if self.processes > 1:  # one alone cannot go back: the others are on their way to where they meet
                     raise InputError(
-                        f"the GPU of process {self.rank} has not enough memory for {size} images at a time, and with "
-                        "several processes a batch is not halved: start again with half the --batch-size, or go on "
-                        "with --resume and more GPUs, which share the batch"
+                        f"the {self._holder} of process {self.rank} has not enough memory for {size} images at a time, "
+                        "and with several processes a batch is not halved: start again with half the --batch-size, or "
+                        f"go on with --resume and more {self._holder}s, which share the batch"
                     ) from None
                 if self.halved or size < 2:
                     raise InputError(
-                        f"the GPU has not enough memory for {size} images at a time: start again with a smaller "
-                        "--batch-size"
+                        f"the {self._holder} has not enough memory for {size} images at a time: start again with a "
+                        "smaller --batch-size"
                     ) from None
             self._halve(len(batch.index))  # outside the except block, whose traceback holds on to the tensors
+
+    @property
+    def _holder(self) -> str:
+        """What ran out of memory, in words."""
+        return "GPU" if self.device.type == "cuda" else "machine"
 
     def _halve(self, images: int) -> None:
         """From now on cut every batch into twice as many pieces, and say so."""
@@ -165,7 +170,7 @@ class Session:
         compared = getattr(self.method, "compares_images", False)
         result = "images are then compared within a piece only" if compared else "the result is the same"
         message = (
-            f"the GPU ran out of memory: from now on a batch is computed in {self.micro_batches} pieces of "
+            f"the {self._holder} ran out of memory: from now on a batch is computed in {self.micro_batches} pieces of "
             f"{-(-images // self.micro_batches)} images; {result}, a little slower"
         )
         notice(message)
