@@ -65,12 +65,14 @@ def whitened(
 def slice_matrices(batch: Batch, pixel_size: Tensor | float) -> Tensor:  # -> (b, 3, 3)
     """Rotations with the magnification and the pixel size of each row folded in: a point of an image belongs at
     (kx, ky, 0) times its matrix in the transform of a volume of ``pixel_size`` Angstrom. Call it outside autocast."""
-    rotation = batch.rotation
-    if batch.ctf is None:
-        return rotation
-    if batch.ctf.mag_matrix is not None:
-        rotation = magnified_rotation(rotation, batch.ctf.mag_matrix.to(rotation))
-    return rotation * (pixel_size / batch.ctf.pixel_size.to(rotation.dtype))[:, None, None]
+    return batch.rotation if batch.ctf is None else placed(batch.rotation, batch.ctf, pixel_size)
+
+
+def placed(rotation: Tensor, ctf: ctf_kernel.CtfParams, pixel_size: Tensor | float) -> Tensor:  # -> (b, 3, 3)
+    """As ``slice_matrices``, of rotations (b, 3, 3) of images with these optics."""
+    if ctf.mag_matrix is not None:
+        rotation = magnified_rotation(rotation, ctf.mag_matrix.to(rotation))
+    return rotation * (pixel_size / ctf.pixel_size.to(rotation.dtype))[:, None, None]
 
 
 def undo_multiplication(coeffs: Tensor, transfer: Tensor) -> tuple[Tensor, Tensor]:

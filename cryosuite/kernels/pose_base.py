@@ -20,7 +20,7 @@ from . import so3_grid
 from .fourier import HalfDisc, half_disc
 from .pose_options import SearchOptions
 from .pose_scores import correlations, loops, shift_phases
-from .pose_sources import SliceSource, VolumeSource, in_autocast
+from .pose_sources import MagnifiedSource, SliceSource, VolumeSource, in_autocast
 
 __all__ = ["Prepared", "prepare", "base_scores", "best_shifts", "turn_operators"]
 
@@ -174,6 +174,8 @@ def _turned(
     source: SliceSource, index: Tensor, disc: HalfDisc, options: SearchOptions, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Half grid of base slices of every image's own volume, from one slice per direction: parts (b, H, P)."""
+    if isinstance(source, MagnifiedSource):  # anisotropy moves points by less than the grid's step does
+        source = source.round()
     frames = so3_grid.view_frames(options.base_order, dtype, index.device)
     radius = min(disc.r_max + _MARGIN, source.box_size // 2)
     slices = source.slices(frames.expand(len(index), -1, 3, 3), radius, index)  # (b, directions, P')

@@ -21,7 +21,7 @@ from .pose_levels import State, base_level, next_level, select
 from .pose_options import CARRY_LEVEL, Candidates, SearchOptions
 from .pose_refine import gauss_newton
 from .pose_scores import fold_ctf
-from .pose_sources import PointSource, SliceSource, VolumeSource, in_autocast
+from .pose_sources import MagnifiedSource, PointSource, SliceSource, VolumeSource, in_autocast
 
 __all__ = [
     "SearchOptions",
@@ -30,6 +30,7 @@ __all__ = [
     "SliceSource",
     "VolumeSource",
     "PointSource",
+    "MagnifiedSource",
     "prepare",
     "search",
     "score_poses",

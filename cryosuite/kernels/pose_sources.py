@@ -16,7 +16,7 @@ from torch import Tensor
 from .fourier import half_disc
 from .slices import extract_slices, volume_transform
 
-__all__ = ["SliceSource", "VolumeSource", "PointSource", "AutocastSource", "in_autocast"]
+__all__ = ["SliceSource", "VolumeSource", "PointSource", "MagnifiedSource", "AutocastSource", "in_autocast"]
 
 
 @runtime_checkable
@@ -125,6 +125,34 @@ class VolumeSource:
         return None if len(self) == 1 else self.which(index)
 
 
+class MagnifiedSource:
+    """A source for images whose pixels are not those of the volumes, or which are magnified anisotropically.
+
+    Args:
+        source: of slices at the scale of the volumes.
+        place: (N, 2, 2), for every particle what its rows (x and y) of a rotation are multiplied with from the left: the
+            point k of an image belongs at (k @ place, 0) @ R. Poses stay those of the volume's frame, and shifts in
+            pixels of the image.
+    """
+
+    def __init__(self, source: SliceSource, place: Tensor) -> None:
+        self.source, self.place, self.box_size = source, place, source.box_size
+
+    def slices(self, rotation: Tensor, radius: int, index: Tensor) -> Tensor:
+        """(b, q, 3, 3) -> (b, q, P) complex."""
+        rows = self.place[index][:, None].to(rotation.dtype) @ rotation[..., :2, :]
+        return self.source.slices(torch.cat([rows, rotation[..., 2:, :]], -2), radius, index)
+
+    def groups(self, index: Tensor) -> Tensor:
+        """Every particle has slices of its own, whoever shares its volume."""
+        return index
+
+    def round(self) -> MagnifiedSource:
+        """The same without anisotropy: a turn of the image is then a turn of its slice."""
+        scale = torch.linalg.det(self.place).abs().sqrt()
+        return MagnifiedSource(self.source, scale[:, None, None] * torch.eye(2).to(self.place))
+
+
 class AutocastSource:
     """A source that computes its slices in the reduced precision that was on when the search was called.
 
@@ -147,6 +175,8 @@ class AutocastSource:
 
 def in_autocast(source: SliceSource, device_type: str) -> SliceSource:
     """The source to use once autocast is switched off: the same where it is off, or where the source has no network."""
+    if isinstance(source, MagnifiedSource):
+        return MagnifiedSource(in_autocast(source.source, device_type), source.place)
     if not torch.is_autocast_enabled(device_type) or isinstance(source, VolumeSource | AutocastSource):
         return source
     return AutocastSource(source, device_type)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,8 +29,18 @@ from cryosuite.methods.deco_encoder import open_encoder
 from cryosuite.methods.deco_images import encoder_cache
 from cryosuite.methods.deco_model import DecoModel, PoseTable
 from cryosuite.methods.deco_options import RANDOM, DecoOptions
-from cryosuite.methods.deco_search import Searcher, Stage, everywhere, held, rows_of, searched_again, stage_of, worst
-from cryosuite.reconstruct.backproject import common_pixel_size
+from cryosuite.methods.deco_search import (
+    Searcher,
+    Stage,
+    everywhere,
+    held,
+    places,
+    rows_of,
+    searched_again,
+    stage_of,
+    worst,
+)
+from cryosuite.reconstruct.backproject import SAME_PIXEL_SIZE, common_pixel_size
 from cryosuite.training.inference import autocast, evaluating
 from cryosuite.training.launch import world
 from cryosuite.training.method import Step
@@ -42,14 +53,21 @@ FEWEST = 16  # particles worth training on
 class Deco:
     """The method: see training/method.py for its verbs.
 
-    ``cache_path``: where the encoder's images are kept on disk; None: in memory.
+    ``cache_path``: where the encoder's images are kept on disk; None: in memory. ``precision``: of the training, in
+    which all images are encoded too.
     """
 
     name = "deco"
 
-    def __init__(self, options: DecoOptions | None = None, cache_path=None, epochs: int = 1) -> None:
+    def __init__(
+        self,
+        options: DecoOptions | None = None,
+        cache_path: Path | None = None,
+        epochs: int = 1,
+        precision: str = "auto",
+    ) -> None:
         self.options = options or DecoOptions()
-        self.cache_path, self.epochs = cache_path, epochs
+        self.cache_path, self.epochs, self.precision = cache_path, epochs, precision
         self.cache: EncoderCache | None = None
         self.count = 0  # of particles
         self.pixel_size = 1.0  # of the volumes, Angstrom; known once the model is built
@@ -58,8 +76,8 @@ class Deco:
 
     @property
     def unused_parameters(self) -> bool:
-        """True: in the warm-up the encoder, and in a search the pose table, get no gradient."""
-        return self.options.table
+        """True where there is a warm-up: the encoder gets no gradient in it."""
+        return self.options.poses == "none" and self.options.start == "network"
 
     def check(self, particles: ParticleSet) -> None:
         """Raises InputError where known poses are asked for and there are none, and for too few particles."""
@@ -82,10 +100,12 @@ class Deco:
         model = DecoModel(particles.box_size, self.options, spectra, loaded, particles.ctf_premultiplied)
         self.attach(model, particles, loaded.spec.image_size, loaded.prep)
         if self.options.table:
-            model.table = PoseTable(*first_poses(particles))
-            self.searcher = Searcher(model, self.options)
+            model.table = PoseTable(*first_poses(particles), self.options.lr_poses)
+            reach, same = self._scale(particles)
+            self.searcher = Searcher(model, self.options, None if same else self.pixel_size)
             if self.options.search == "cached":
-                model.keep_volumes(self.options.cached_volumes, self.searcher.search_options.r_max)
+                r_max = math.ceil(reach * self.searcher.search_options.r_max)
+                model.keep_volumes(self.options.cached_volumes, r_max)
         return model
 
     def attach(self, model: DecoModel, particles: ParticleSet, size: int, prep: str, trained: bool = True) -> None:
@@ -101,15 +121,12 @@ class Deco:
             self.frozen = self._features(model, len(particles))
 
     def parameter_groups(self, model: DecoModel) -> list[dict]:
-        """Encoder, decoder and head, pose table, each with its own learning rate."""
+        """Decoder and head, and the encoder, each with its own learning rate."""
         encoder = [p for p in model.encoder.parameters() if p.requires_grad]
         rest = [p for module in (model.head, model.field) for p in module.parameters() if p.requires_grad]
         groups = [{"params": rest}]
         if encoder:
             groups.append({"params": encoder, "lr_scale": self.options.lr_encoder, "weight_decay": 0.0})
-        if model.table is not None:
-            table = list(model.table.parameters())
-            groups.append({"params": table, "lr_scale": self.options.lr_poses, "weight_decay": 0.0})
         return groups
 
     def loss(self, model: DecoModel, batch: Batch, step: Step) -> dict[str, Tensor]:
@@ -161,10 +178,19 @@ class Deco:
         elif searched_again(step, self.epochs, self.options):
             rows = worst(model.table.misfit, batch.index, self.options.research_share)
             self.searcher.search(rows_of(batch, rows), z.detach()[rows])
-        rotation, shift = model.table(batch.index)
-        if stage is Stage.SEARCH or held(step, self.options):
-            rotation, shift = rotation.detach(), shift.detach()
+        learn = stage is not Stage.SEARCH and not held(step, self.options)
+        rotation, shift = model.table(batch.index, learn)
         return replace(batch, rotation=rotation, shift=shift)
+
+    def _scale(self, particles: ParticleSet) -> tuple[float, bool]:
+        """How far out in the volumes the images' points lie at most, in radii of the image (1 or more), and whether all
+        images are at the volumes' scale."""
+        ctf = particles.ctf_params()
+        if ctf is None:
+            return 1.0, True
+        place = places(ctf, self.pixel_size)
+        same = bool((place - torch.eye(2)).abs().max() < SAME_PIXEL_SIZE)
+        return (1.0 if same else max(1.0, float(torch.linalg.matrix_norm(place, 2).max()))), same
 
     def _note_misfit(self, table: PoseTable, index: Tensor, error: Tensor) -> None:
         """Remember how badly images fit; those of all processes where that decides what is searched for again."""
@@ -179,7 +205,7 @@ class Deco:
         def one(rows: np.ndarray) -> np.ndarray:
             return model.features(self.cache.batch(rows).to(device)).float().cpu().numpy()
 
-        return torch.from_numpy(_of_all(model, count, one))
+        return torch.from_numpy(_of_all(model, count, one, self.precision))
 
     def embed(self, model: DecoModel, count: int) -> np.ndarray:
         """Latents (N, zdim) float32 of all particles in one clean pass, the same array in every process."""
@@ -192,10 +218,10 @@ class Deco:
                 features = model.features(self.cache.batch(rows).to(device))
             return model.latent(features).float().cpu().numpy()
 
-        return _of_all(model, count, one)
+        return _of_all(model, count, one, self.precision)
 
 
-def _of_all(model: DecoModel, count: int, one: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+def _of_all(model: DecoModel, count: int, one: Callable[[np.ndarray], np.ndarray], precision: str) -> np.ndarray:
     """What ``one`` gives for batches of all rows, below each other; each process does its part of the batches."""
     rank, processes = world()
     device, found, portions = model.envelope.device, [], Portions("images")
@@ -203,7 +229,7 @@ def _of_all(model: DecoModel, count: int, one: Callable[[np.ndarray], np.ndarray
     mine = batches[len(batches) * rank // processes : len(batches) * (rank + 1) // processes]
     with evaluating(model), torch.inference_mode(), Progress(sum(map(len, mine)), "encode") as bar:
         for rows in mine:
-            with autocast(device, "32" if device.type == "cpu" else "auto"):
+            with autocast(device, precision):
                 found += [values for _, values in portions.over(lambda some, rows=rows: one(rows[some]), len(rows))]
             bar.advance(len(rows))
     parts = [found]

@@ -107,7 +107,7 @@ def _trial(particles: ParticleSet, options: DecoOptions, training: TrainOptions,
     epochs = max(2, min(training.epochs, IMAGES_SEEN // len(rows)))
     short = replace(training, epochs=epochs, save_every=epochs, max_minutes=None, requeue=False)
     with tempfile.TemporaryDirectory() as folder:
-        method = Deco(poses, None, epochs)
+        method = Deco(poses, None, epochs, training.precision)
         fitted = fit(method, trained, RunDir(Path(folder)), short)
         if fitted.stopped:
             raise Interrupted(fitted.stopped)
@@ -118,7 +118,7 @@ def _trial(particles: ParticleSet, options: DecoOptions, training: TrainOptions,
 def held_out(method: Deco, model: DecoModel, particles: ParticleSet) -> list[float]:
     """Whitened squared error per coefficient of every image, encoded and decoded."""
     spec = model.encoder.spec
-    images = Deco(method.options)
+    images = Deco(method.options, precision=method.precision)
     images.attach(model, particles, spec.image_size, method.cache.prep, trained=False)
     disc = fourier.half_disc(model.box_size, device=model.envelope.device)
     out: list[float] = []

@@ -16,33 +16,31 @@ from cryosuite.methods.deco_cached import CachedVolumes
 from cryosuite.methods.deco_options import DecoOptions
 from cryosuite.nets.deco_field import DecoField
 from cryosuite.nets.ief_weights import LoadedEncoder
+from cryosuite.training.table import Table
 
 VOLUME_CHUNK = 1 << 25  # values of one activation when a volume is evaluated
 
 
-class PoseTable(nn.Module):
+class PoseTable(Table):
     """A rotation (six numbers: the first two rows before Gram-Schmidt) and a shift per particle, both learnt.
 
     ``margin`` (N,): log-likelihood by which the pose was better than the best one elsewhere when it was last searched
     for; NaN before. ``misfit`` (N,): loss of each image when it was last trained on.
     """
 
-    def __init__(self, rotation: Tensor, shift: Tensor) -> None:  # (N, 3, 3), (N, 2) fraction of the box
-        super().__init__()
-        self.six = nn.Parameter(matrix_to_six_d(rotation).clone())
-        self.shift = nn.Parameter(shift.clone())
+    def __init__(self, rotation: Tensor, shift: Tensor, lr_scale: float = 1.0) -> None:  # (N, 3, 3), (N, 2) of the box
+        super().__init__({"six": matrix_to_six_d(rotation), "shift": shift}, lr_scale)
         self.register_buffer("margin", torch.full((len(rotation),), torch.nan))
         self.register_buffer("misfit", torch.zeros(len(rotation)))
 
-    def forward(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """(b, 3, 3) and (b, 2) of some particles."""
-        return six_d_to_matrix(self.six[index]), self.shift[index]
+    def forward(self, index: Tensor, learn: bool = False) -> tuple[Tensor, Tensor]:
+        """(b, 3, 3) and (b, 2) of some particles, to be learnt in this step or not."""
+        six, shift = self.take(index) if learn else (self.six[index], self.shift[index])
+        return six_d_to_matrix(six), shift
 
-    @torch.no_grad()
     def put(self, index: Tensor, rotation: Tensor, shift: Tensor, margin: Tensor | None = None) -> None:
         """Write poses found by a search."""
-        self.six[index] = matrix_to_six_d(rotation).to(self.six)
-        self.shift[index] = shift.to(self.shift)
+        self.set(index, {"six": matrix_to_six_d(rotation), "shift": shift})
         if margin is not None:
             self.margin[index] = margin.to(self.margin)
 
@@ -87,17 +85,15 @@ class DecoModel(nn.Module):
         self._freeze()
 
     def keep_volumes(self, count: int, r_max: int) -> None:
-        """Search for poses, up to a radius, in ``count`` cached volumes from now on. They are equal in all processes by
-        themselves."""
+        """Search for poses, up to a radius, in ``count`` cached volumes from now on."""
         self.cached = CachedVolumes(count, self.zdim, self.box_size, r_max)
         self.not_in_weights = "cached."
-        # hundreds of megabytes that need not go from process to process in every step
-        self.not_sent_around = [f"cached.{name}" for name, _ in self.cached.named_buffers()]
 
     @property
-    def not_averaged(self) -> set[str]:
-        """Parameters of which no running average is kept: a search may move a pose far at once."""
-        return {"table.six", "table.shift"}
+    def not_sent_around(self) -> list[str]:
+        """Buffers as large as the set or the cached volumes, which are equal in all processes by themselves."""
+        own = {"table": self.table, "cached": self.cached}
+        return [f"{at}.{name}" for at, part in own.items() if part is not None for name, _ in part.named_buffers()]
 
     def _freeze(self) -> None:
         """What is not trained according to ``finetune``; positions and patch projection of the encoder never are."""

@@ -158,7 +158,7 @@ def train(
         except Interrupted as stop:
             return _stopped(str(stop), training)
     training = _left(training, began)
-    method = Deco(options, run.encoder_images, training.epochs)
+    method = Deco(options, run.encoder_images, training.epochs, training.precision)
     fitted = fit(
         method, particles, run, training, resume="auto" if resume else False,
         on_epoch=epoch_writer(method, particles, run, options),

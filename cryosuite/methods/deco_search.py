@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from cryosuite.data.loader import Batch
-from cryosuite.data.spectra import Target
+from cryosuite.data.spectra import Target, placed
 from cryosuite.kernels import pose_search
-from cryosuite.kernels.pose_search import Candidates, PointSource, SearchOptions
+from cryosuite.kernels.ctf import CtfParams
+from cryosuite.kernels.pose_search import Candidates, MagnifiedSource, PointSource, SearchOptions, SliceSource
 from cryosuite.methods.deco_model import DecoModel
 from cryosuite.methods.deco_options import DecoOptions
 from cryosuite.training.launch import world
@@ -69,10 +70,13 @@ def rows_of(batch: Batch, rows: Tensor) -> Batch:
 
 
 class Searcher:
-    """Finds poses of the images of a batch with the current network and writes them into the model's table."""
+    """Finds poses of the images of a batch with the current network and writes them into the model's table.
 
-    def __init__(self, model: DecoModel, options: DecoOptions) -> None:
-        self.model, self.options = model, options
+    ``pixel_size``: of the volumes, Angstrom, where images have others or are magnified; None: all are at their scale.
+    """
+
+    def __init__(self, model: DecoModel, options: DecoOptions, pixel_size: float | None = None) -> None:
+        self.model, self.options, self.pixel_size = model, options, pixel_size
         D = model.box_size
         self.search_options = SearchOptions(
             r_min=min(12, max(4, D // 4)), r_max=min(32, D // 2), shift_extent=options.shift_extent, base="polar",
@@ -91,12 +95,13 @@ class Searcher:
         found = Candidates(z.new_zeros(0, 1, 3, 3), z.new_zeros(0, 1, 2), z.new_zeros(0, 1))
         if len(batch):
             target = model.target(replace(batch, shift=None))
-            source = PointSource(lambda q, index: self._values(q, z[index]), D)
+            place = None if self.pixel_size is None else places(batch.ctf, self.pixel_size)
+            source = at_scale(PointSource(lambda q, index: self._values(q, z[index]), D), place)
             index = torch.arange(len(batch), device=z.device)
             if model.cached is None:
                 found = pose_search.search(source, target.values, target.ctf, index, self.search_options)
             else:
-                found = self._in_cached(source, target, index, z)
+                found = self._in_cached(source, target, index, z, place)
         model.train(training)
         self._keep(batch.index, found)
 
@@ -105,7 +110,9 @@ class Searcher:
         everyone = of_all(index, z)[1]
         self.model.cached.note(everyone, len(self.model.table.margin), self.model.volumes)
 
-    def _in_cached(self, source: PointSource, target: Target, index: Tensor, z: Tensor) -> Candidates:
+    def _in_cached(
+        self, source: SliceSource, target: Target, index: Tensor, z: Tensor, place: Tensor | None = None
+    ) -> Candidates:
         """Search in the volumes of the nearest centres, then score exactly; the exact way for what lies far off."""
         cached, options = self.model.cached, self.search_options
         which, far = cached.nearest(z)
@@ -117,7 +124,7 @@ class Searcher:
             if exact:
                 parts.append((rows, pose_search.search(source, images, transfer, rows, options)))
                 continue
-            volumes = cached.source().of(which)
+            volumes = at_scale(cached.source().of(which), place)
             found = pose_search.search(volumes, images, transfer, rows, options)
             parts.append((rows, pose_search.score_poses(source, images, transfer, rows, found, options, EXACT_STEPS)))
         order = torch.cat([rows for rows, _ in parts]).argsort()
@@ -135,6 +142,18 @@ class Searcher:
         rows = (index, found.rotation[:, 0], found.shift[:, 0] / self.model.box_size, pose_search.margin(found))
         for part in everywhere(rows):
             self.model.table.put(*part)
+
+
+def places(ctf: CtfParams, pixel_size: float) -> Tensor:  # (b, 2, 2)
+    """Where points of images lie in a volume of ``pixel_size`` Angstrom (see MagnifiedSource)."""
+    same = torch.eye(3, device=ctf.pixel_size.device).expand(len(ctf.pixel_size), 3, 3)
+    with torch.autocast(same.device.type, enabled=False):
+        return placed(same, ctf, pixel_size)[:, :2, :2]
+
+
+def at_scale(source: SliceSource, place: Tensor | None) -> SliceSource:
+    """The source for images that lie at these places; None: at the volumes' own scale."""
+    return source if place is None else MagnifiedSource(source, place)
 
 
 def worst(misfit: Tensor, index: Tensor, share: float) -> Tensor:

@@ -13,14 +13,13 @@ class Ema:
     """A running average of all floating-point parameters of a model.
 
     The decay of update t is min(decay, (1 + t) / (10 + t)), so that the first steps do not cling to the random start.
-    Buffers, and parameters named in the model's ``not_averaged``, are taken from the model as they are. ``decay = 0``
-    keeps no copy and every method is free.
+    Buffers (tables among them, see table.py) are taken from the model as they are. ``decay = 0`` keeps no copy and
+    every method is free.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self.updates = decay, 0
-        skipped = getattr(model, "not_averaged", ())
-        named = [(n, p) for n, p in model.named_parameters() if p.is_floating_point() and n not in skipped]
+        named = [(n, p) for n, p in model.named_parameters() if p.is_floating_point()]
         named = named if decay > 0 else []
         self.names = [name for name, _ in named]
         self.live = [parameter for _, parameter in named]

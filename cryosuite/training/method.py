@@ -36,7 +36,8 @@ class Method(Protocol):
     rank, processes, seed=, device=)`` (batches of its own, with the verbs of ``GlobalBatches``), ``lr_factor(step)``
     (factor on the learning rate instead of the usual cosine), ``weight_decay(step)`` (of all groups whose decay is not
     0, instead of a fixed one), ``compares_images`` (True where the loss compares the images of a batch with each other,
-    so that pieces of a batch are not quite the batch).
+    so that pieces of a batch are not quite the batch). Values with a row per particle are a ``Table`` of the model, in
+    no parameter group.
     """
 
     name: str
@@ -44,9 +45,8 @@ class Method(Protocol):
     def build(self, particles: ParticleSet) -> nn.Module:
         """The model, on the CPU; called once, after the seed has been set.
 
-        It may name parameters of which no running average is kept (``not_averaged``), the beginning of names that go
-        into the checkpoint only (``not_in_weights``), and buffers that all processes make alike by themselves
-        (``not_sent_around``).
+        It may name the beginning of names that go into the checkpoint only (``not_in_weights``), and buffers that all
+        processes make alike by themselves (``not_sent_around``).
         """
         ...
 

@@ -28,6 +28,7 @@ from cryosuite.training.method import Method, Step
 from cryosuite.training.options import TrainOptions, plain
 from cryosuite.training.schedule import lr_factor
 from cryosuite.training.shard import GlobalBatches, pieces
+from cryosuite.training.table import Table
 
 if TYPE_CHECKING:
     from cryosuite.data.loader import Batch
@@ -91,6 +92,7 @@ class Session:
         if options.compile and self.device.type == "cuda":
             self.model.compile()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.tables = [module for module in self.model.modules() if isinstance(module, Table)]
         self.optimizer = self._optimizer()
         self.ema = Ema(self.model, options.ema)
         loader = getattr(method, "loader", GlobalBatches)
@@ -132,8 +134,12 @@ class Session:
                 group["weight_decay"] = decay(step)
         losses = self._gradients_within_memory(batch, step)
         clip = self.options.grad_clip or float("inf")
-        norm = nn.utils.clip_grad_norm_(self.parameters, clip)
+        most = -(-self.loader.global_size(self.place.batch) // self.processes)
+        rows = [moving for table in self.tables if (moving := table.gather(most)) is not None]
+        norm = nn.utils.clip_grad_norm_([*self.parameters, *rows], clip)
         self.optimizer.step()
+        for table in self.tables:
+            table.step(self.options.lr * table.lr_scale * factor, self.options.betas)
         self.ema.update()
         return losses, norm
 
@@ -181,6 +187,8 @@ class Session:
     def _gradients(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Backward through all pieces of a batch, weighted so that the sum is the gradient of the global mean."""
         self.optimizer.zero_grad(set_to_none=True)
+        for table in self.tables:
+            table.drop()
         count, total = len(batch.index), self.loader.global_size(self.place.batch)
         share = self.loader.weight(self.place.batch) * self.processes / total
         # as many pieces in every process, so that what they tell each other on the way is told as often
@@ -261,6 +269,7 @@ class Session:
                 "place": plain(self.place),
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
+                "tables": [table.moments() for table in self.tables],
                 "ema": self.ema.state_dict(),
                 "rng": generators,
                 "meter": self.meter.state_dict(),
@@ -302,8 +311,13 @@ class Session:
                 at = f"epoch {done}" if images is None else f"{done} images"
                 raise InputError(f"{flag} {now}: {path} is already at {at}")
             notice(f"{flag} was {before * unit} and is {now} now: the learning rate follows the new length")
+        tables = state.get("tables", [])
+        if len(tables) != len(self.tables):
+            raise InputError(f"{path}: of an earlier cryosuite, which learnt poses in another way: start the run again")
         checkpoint.load_into(self.model, state["model"], path)
         self.optimizer.load_state_dict(state["optimizer"])
+        for table, moments in zip(self.tables, tables, strict=True):
+            table.load_moments(moments)
         self.ema.load_state_dict(state["ema"])
         self.meter.load_state_dict(state["meter"])
         self.watch.load_state_dict(state["watch"])
