@@ -17,6 +17,7 @@ from PIL import Image
 from report_toy import CLUSTERS, EVIL, D, make_analysis, particle_set, write_all
 
 from cryosuite.analysis.particle_table import Column
+from cryosuite.analysis.report import _pack
 from cryosuite.analysis.report_maps import find_maps
 from cryosuite.analysis.report_pack import packed, script_json, thinned
 from cryosuite.analysis.report_page import command, page_file, plotly_script
@@ -126,6 +127,25 @@ def test_packed_numbers_come_back(values: np.ndarray, kind: str) -> None:
     if kind != "f32":
         assert (stored[~known] == np.iinfo(kinds[kind]).max).all() and (stored[known] < np.iinfo(kinds[kind]).max).all()
     json.dumps(head, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.array([2**63 + 1, 2**63 + 3, 2**63 + 1, 7], np.uint64), np.array([-1, 2**33 + 1, 2**33, -1]),
+        np.array([2.0**40, np.nan, 2.0**40 + 1]), np.array([5, 6, 5]),
+    ],
+    ids=["64 bits", "huge", "some unknown", "small"],
+)  # fmt: skip
+def test_ids_of_any_size_are_categories_that_the_page_tells_apart(values: np.ndarray) -> None:
+    (head,), (script,), left = _pack([Column("filament_uid", values)], found=None)
+    assert not left and head["kind"] == "u8"
+    stored = np.frombuffer(base64.b64decode(Page(script).scripts["column-0"]), "u1")
+    known = np.isfinite(values)
+    text = {entry["value"]: entry["text"] for entry in head["categories"]}
+    back = [text[head["low"] + head["step"] * number] for number in stored[known].tolist()]
+    assert back == [str(int(value)) for value in values[known]]
+    assert (stored[~known] == 255).all()
 
 
 def test_page_holds_all_particles_exactly_or_to_a_65534th(made) -> None:

@@ -8,6 +8,7 @@ numbers and are drawn by its own script below plotly's axes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from cryosuite.formats.atomic import atomic_path
 MOST_BYTES = 30e6  # of packed columns in the page; further columns are only in particles.csv
 LABELS = ("cluster", "gmm", "code")
 MANY_LABELS, FEW = 4096, 24  # different values that get a colour each; above that a scale
+ROUNDED = 2**24  # from here on the float32 of the page do not tell whole numbers apart
 RING = ("#440f5f", "#31688e", "#2aa083", "#e0b13a", "#c8553d", "#8a2f6b", "#440f5f")
 FIRST = ("cluster", "confidence", "defocus", "rot", "tilt", "shift", "micrograph")
 TITLES = {
@@ -79,6 +81,7 @@ def _pack(columns: Sequence[Column], found: Found) -> tuple[list[dict[str, Any]]
         whole_set = column.name in places
         if column.constant and not whole_set:
             continue
+        column = column if whole_set else _as_names(column)
         head, text = packed(column)
         if not whole_set and used + len(text) > MOST_BYTES:
             left.append(column.name)
@@ -93,6 +96,23 @@ def _pack(columns: Sequence[Column], found: Found) -> tuple[list[dict[str, Any]]
             scripts.append(data_script(f"column-{head['number']}", text))
     order = {name: i for i, name in enumerate(FIRST)}
     return sorted(heads, key=lambda head: order.get(head["name"], len(order))), scripts, left
+
+
+def _as_names(column: Column) -> Column:
+    """A column of few whole numbers that the page would round (ids of 32 or 64 bits) as names; others as they are."""
+    values = np.asarray(column.values)
+    known = np.isfinite(values)
+    if column.names or not known.any():
+        return column
+    low, high = values[known].min(), values[known].max()
+    if max(-float(low), float(high)) < ROUNDED:
+        return column
+    present, code = np.unique(values[known], return_inverse=True)
+    if len(present) > FEW or not (present == np.rint(present)).all():
+        return column
+    codes = np.full(len(values), -1, np.int32)
+    codes[known] = code
+    return replace(column, values=codes, names=tuple(str(int(value)) for value in present))
 
 
 def _categories(column: Column, found: Found) -> list[dict[str, Any]] | None:
