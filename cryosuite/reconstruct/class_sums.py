@@ -12,8 +12,6 @@ where classes fit the memory or shares are nearly hard.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,10 +25,12 @@ from cryosuite.data.particles import ParticleSet
 from cryosuite.data.processes import ALONE, Processes
 from cryosuite.errors import FileError, InputError
 from cryosuite.formats.atomic import free_space
+from cryosuite.formats.scratch import claim_scratch, drop_scratch, remove_dead_scratch
 from cryosuite.kernels import slices
 from cryosuite.reconstruct.backproject import POINTS_PER_CHUNK, Accumulator
 from cryosuite.reconstruct.weights import ClassWeights
 
+SCRATCH = "cryosuite-sums-"  # starts the name of a scratch folder
 MEMORY_GIB = 4.0  # accumulators held at a time
 STRETCH_BYTES = 1 << 29  # of images within which they are taken in the order of classes
 
@@ -52,6 +52,7 @@ class ClassSums:
     r_max: int
     kept: dict[tuple[int, int], slices.Accumulator] = field(default_factory=dict, repr=False)
     scratch: Path | None = None
+    lock: int | None = None  # held until the scratch folder is deleted
 
     def load(self, k: int, h: int) -> slices.Accumulator:
         """The accumulator of class k and half set h (empty where the class has no particle there)."""
@@ -101,8 +102,9 @@ class ClassSums:
     def close(self) -> None:
         """Forget the sums and delete what lies in the scratch folder."""
         self.kept.clear()
-        if self.scratch is not None:
-            shutil.rmtree(self.scratch, ignore_errors=True)
+        if self.lock is not None:
+            drop_scratch(self.scratch, self.lock)
+            self.lock = None
 
     def __enter__(self) -> ClassSums:
         return self
@@ -164,9 +166,14 @@ def accumulate(
     counts = np.stack([weights.rows(np.nonzero(half == h)[0]).usage() for h in (0, 1)], 1)
     if not counts.sum() > 0:
         raise InputError("no particle has a share in any class: check the labels and --ind")
-    made = processes.first_does(lambda: tempfile.mkdtemp(prefix="cryosuite-sums-", dir=scratch) if spill else "")
-    folder = Path(made) if made and processes.first else None
-    sums = ClassSums(count, size, pixel_size, counts, engine.disc.r_max, scratch=folder)
+    sums = ClassSums(count, size, pixel_size, counts, engine.disc.r_max)
+
+    def make_room() -> None:
+        remove_dead_scratch(SCRATCH, scratch)  # of many GB, which a killed run has left
+        if spill:
+            sums.scratch, sums.lock = claim_scratch(SCRATCH, scratch)
+
+    processes.first_does(make_room)
     parts = [weights.columns(group) for group in groups]
     images = sum(int((np.diff(part.indptr) > 0).sum()) for part in parts) // processes.count
     bar = Progress(images, progress, "images") if progress and processes.first else None
