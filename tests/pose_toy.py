@@ -71,15 +71,20 @@ def ctf_rows(count: int, generator: torch.Generator, astigmatism: float = 4000.0
 
 
 def shoot(
-    thing: Cloud, count: int, snr: float = 0.3, seed: int = 0, shift_sd: float = 0.7, dtype: torch.dtype = torch.float32
-) -> Shots:
-    """Images at random poses; `snr` is the mean power of signal over noise within the half disc."""
+    thing: Cloud, count: int, snr: float = 0.3, seed: int = 0, shift_sd: float = 0.7,
+    dtype: torch.dtype = torch.float32, place: Tensor | None = None,
+) -> Shots:  # fmt: skip
+    """Images at random poses; `snr` is the mean power of signal over noise within the half disc.
+
+    `place`: (count, 2, 2), where points of the images lie, as MagnifiedSource has it.
+    """
     generator = torch.Generator().manual_seed(seed)
     disc = fourier.half_disc(thing.box_size)
     rotation = random_rotations(count, generator, dtype=F64)
     shift = torch.randn(count, 2, generator=generator, dtype=F64) * shift_sd
     transfer = ctf(disc.frequency_as(F64), ctf_rows(count, generator))
-    clean = transfer * thing.values(disc.frequency_as(F64) @ rotation[:, :2])
+    rows = rotation[:, :2] if place is None else place.to(F64) @ rotation[:, :2]
+    clean = transfer * thing.values(disc.frequency_as(F64) @ rows)
     # the particle lies at minus the shift that centres it
     clean = fourier.phase_shift(clean, disc, -shift / thing.box_size)
     scale = 1 / float((clean.abs().square().mean() / snr).sqrt())

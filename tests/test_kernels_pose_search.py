@@ -11,6 +11,7 @@ from pose_toy import F64, Cloud, Shots, cloud, shoot
 from cryosuite.kernels import fourier, pose_base, pose_refine, pose_scores, so3_grid
 from cryosuite.kernels.pose_options import Candidates
 from cryosuite.kernels.pose_search import (
+    MagnifiedSource,
     PointSource,
     SearchOptions,
     VolumeSource,
@@ -378,3 +379,18 @@ def test_empty_and_broken_images_do_no_harm(path: str) -> None:
     assert found.score[0].isfinite().all() and found.score[2].isfinite().all()
     alone = search(VolumeSource(thing.volume()), shots.images[2:], shots.ctf[2:], shots.index[2:] * 0, SMALL)
     torch.testing.assert_close(found.score[2], alone.score[0], rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("base", ["exact", "gemm", "polar"])
+def test_images_at_other_scales(base: str) -> None:
+    """Every image with a magnification of its own: the poses of the volume's frame, in every kind of base level."""
+    thing, generator = cloud(24), torch.Generator().manual_seed(2)
+    place = torch.eye(2) * (0.93 + 0.14 * torch.rand(12, 1, 1, generator=generator))
+    place = place + 0.02 * torch.randn(12, 2, 2, generator=generator)
+    shots = shoot(thing, 12, snr=20.0, place=place)
+    source = MagnifiedSource(thing.source(), place)
+    found = search(source, shots.images, shots.ctf, shots.index, replace(SMALL, base=base))
+    degrees, pixels = pose_errors(found, shots)
+    assert degrees.max() < 3 and degrees.median() < 1 and pixels.max() < 0.2
+    plain = search(thing.source(), shots.images, shots.ctf, shots.index, replace(SMALL, base=base))
+    assert pose_errors(plain, shots)[0].median() > 1.5 * degrees.median()

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hype_toy import blob_particles, blobs
+from pose_toy import Cloud, cloud
 
 from cryosuite.data.loader import BatchLoader
+from cryosuite.data.particles import ParticleSet
+from cryosuite.kernels import ctf as ctf_kernel
+from cryosuite.kernels import fourier
+from cryosuite.kernels.rotations import geodesic_deg, random_rotations
 from cryosuite.methods import deco_search
 from cryosuite.methods.deco import Deco
 from cryosuite.methods.deco_options import DecoOptions
@@ -57,3 +64,65 @@ def test_a_process_without_rows_takes_part_in_a_search() -> None:
     assert torch.equal(model.table.six, before) and torch.isnan(model.table.margin).all()
     method.searcher.search(rows_of(batch, torch.tensor([2, 5])), torch.zeros(2, 4))
     assert torch.nonzero(~torch.isnan(model.table.margin)).flatten().tolist() == [2, 5]
+
+
+def two_groups(thing: Cloud, each: int, place: torch.Tensor, pixel: float, **extras: np.ndarray) -> ParticleSet:
+    """Images of a molecule without poses to start from; those of the second half lie at ``place`` (2, 2)."""
+    generator = torch.Generator().manual_seed(0)
+    D, n = thing.box_size, 2 * each
+    disc = fourier.half_disc(D)
+    table = torch.zeros(n, 9)
+    table[:, 0], table[:each, 1], table[each:, 1] = D, 6.0, pixel
+    table[:, 2] = 9000 + 8000 * torch.rand(n, generator=generator)
+    table[:, 3] = table[:, 2] - 1500
+    table[:, 5], table[:, 6], table[:, 7] = 300, 2.7, 0.1
+    rotation = random_rotations(n, generator, dtype=torch.float32)
+    shift = 0.02 * torch.randn(n, 2, generator=generator)
+    at = torch.stack([torch.eye(2), place]).repeat_interleave(each, 0)
+    slices = thing.values((disc.frequency @ at @ rotation[:, :2]).double()).to(torch.complex64)
+    known = replace(ParticleSet.from_array(np.zeros((n, D, D), np.float32), 6.0), ctf=table.numpy(), extras=extras)
+    slices = slices * ctf_kernel.ctf(disc.frequency, known.ctf_params())
+    images = fourier.from_half_disc(fourier.phase_shift(slices, disc, -shift), disc)
+    noise = 0.15 * float(images.std())
+    images = images + noise * torch.randn(images.shape, generator=generator)
+    spectrum = np.full((1, D // 2 + 1), noise**2 * D * D, np.float32)
+    return replace(
+        ParticleSet.from_array(images.numpy(), table[:, 1].numpy(), rotation=rotation.numpy(), shift=shift.numpy()),
+        ctf=table.numpy(), extras=extras, noise=spectrum,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("search", ["exact", "cached"])
+@pytest.mark.parametrize("magnified", ["pixel size", "anisotropic"])
+def test_poses_of_groups_at_other_scales(search: str, magnified: str) -> None:
+    """One molecule in images of which half have pixels 5 % larger, or are stretched by 4 % along one direction."""
+    each, thing, extras, pixel = 16, cloud(24, seed=1), {}, 6.0
+    if magnified == "pixel size":
+        pixel = 6.3
+        place = torch.eye(2) * 6.0 / 6.3
+    else:
+        matrix = torch.tensor([[1.03, 0.015], [0.015, 0.98]])
+        extras = {"mag_matrix": torch.stack([torch.eye(2), matrix]).repeat_interleave(each, 0).numpy()}
+        place = matrix.T
+    particles = two_groups(thing, each, place, pixel, **extras)
+    torch.manual_seed(0)
+    method = Deco(replace(SEARCHED, window=False, search=search, cached_volumes=1), None, 2)
+    model = method.build(particles)
+    model.volumes = lambda z: thing.volume()[None].expand(len(z), -1, -1, -1)
+    method.searcher._values = lambda q, z: thing.values(q.double()).to(torch.complex64)
+    truth = model.table(torch.arange(2 * each))
+    model.table.put(torch.arange(2 * each), random_rotations(2 * each), torch.zeros(2 * each, 2))
+    batch = BatchLoader(particles, 2 * each, shuffle=False, prefetch=0).batch(np.arange(2 * each))
+
+    def errors() -> list[float]:
+        """Median degrees and pixels of both groups."""
+        method.searcher.search(batch, torch.zeros(2 * each, 4))
+        found = model.table(torch.arange(2 * each))
+        off = geodesic_deg(found[0], truth[0]), 24 * (found[1] - truth[1]).norm(dim=1)
+        return [float(some.median()) for one in off for some in (one[:each], one[each:])]
+
+    degrees, other_degrees, pixels, other_pixels = errors()
+    assert max(degrees, other_degrees) < 0.6 and other_degrees < 1.5 * degrees
+    assert max(pixels, other_pixels) < 0.05 and other_pixels < 1.5 * pixels
+    method.searcher.pixel_size = None  # as if all were at one scale
+    assert errors()[1] > 1.5 * other_degrees
