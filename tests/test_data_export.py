@@ -245,7 +245,10 @@ def test_stacks_of_two_boxes_reach_relion(golden, tmp_path):
     shutil.copy(golden / "adversarial/good.mrcs", tmp_path / "good.mrcs")
     with StackWriter(tmp_path / "b.mrcs", 8, 16, size / 16) as writer:
         writer.write(fourier_crop(whole.read(slice(None)), 16))
-    preprocess(open_particles(tmp_path / "two.cs", mixed_boxes=True), tmp_path / "w", PreprocessOptions(16))
+    mixed = open_particles(tmp_path / "two.cs", mixed_boxes=True)
+    export_particles(mixed, tmp_path / "out.cs", poses=True)
+    assert np.abs(read_cs(tmp_path / "out.cs")["alignments3D/shift"] - table["alignments3D/shift"]).max() < 1e-4
+    preprocess(mixed, tmp_path / "w", PreprocessOptions(16))
     for poses in (False, True):
         export_particles(open_particles(tmp_path / "w"), tmp_path / "out.star", poses=poses)
         again = open_particles(tmp_path / "out.star", mixed_boxes=True)
