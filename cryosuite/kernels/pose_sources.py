@@ -130,7 +130,7 @@ class MagnifiedSource:
 
     Args:
         source: of slices at the scale of the volumes.
-        place: (N, 2, 2), for every particle what its rows (x and y) of a rotation are multiplied with from the left: the
+        place: (N, 2, 2), for every particle what rows x and y of its rotation are multiplied with from the left: the
             point k of an image belongs at (k @ place, 0) @ R. Poses stay those of the volume's frame, and shifts in
             pixels of the image.
     """
