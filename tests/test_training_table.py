@@ -137,6 +137,25 @@ def test_pieces_of_a_batch_are_the_batch(tmp_path: Path) -> None:
         torch.testing.assert_close(pieces.get_parameter(name), value, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::cryosuite.errors.UserNotice")
+def test_memory_that_runs_out_leaves_no_rows_behind(tmp_path: Path) -> None:
+    """The step is taken anew with the batch in two pieces; rows of the first attempt do not count."""
+    method, failed = Offsets(), []
+    inner = method.loss
+
+    def loss(model, batch, step):
+        losses = inner(model, batch, step)
+        if step.index == 7 and not failed:
+            failed.append(step)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return losses
+
+    method.loss = loss
+    whole, halved = train(tmp_path / "whole"), train(tmp_path / "halved", method=method)
+    assert failed and torch.equal(halved.table.steps, whole.table.steps)
+    torch.testing.assert_close(halved.table.a, whole.table.a, rtol=1e-3, atol=1e-5)
+
+
 def test_clipping_counts_the_rows(tmp_path: Path) -> None:
     """All gradients, of parameters and rows, are made smaller by one factor."""
     norms = []
