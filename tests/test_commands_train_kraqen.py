@@ -20,6 +20,7 @@ import reconstruct_toy as toy
 from forked import together
 
 from cryosuite.cli import main
+from cryosuite.data.open import open_run_particles
 from cryosuite.data.workdir import RunDir
 from cryosuite.formats.mrc import read_map
 from cryosuite.formats.pickles import write_pickle
@@ -269,3 +270,25 @@ def test_presets_reach_every_row_of_the_papers_ablation():
     assert KraqenOptions(n_states=16).codes == 24 and KraqenOptions().codes == 32
     assert preset("auto")[0] == "compositional" and preset("auto")[1].options.field == "voxel"
     assert preset("conformational")[1].options.rank == 8
+
+
+def test_a_run_has_the_shifts_it_refined(tmp_path, capsys, monkeypatch):
+    """poses.pkl holds them, the run is opened with them, and `polish --half-sets` goes back to those it was given."""
+    particles = toy.particles(N, D, 0.7, 0, 1.0, centres=SHAPES[0])
+    with StackWriter(tmp_path / "p.mrcs", N, D, toy.PIXEL) as out:
+        out.write(particles.read(np.arange(N)))
+    wrong = particles.shift + np.random.default_rng(0).normal(0, 0.7 / D, (N, 2)).astype(np.float32)
+    write_pickle(tmp_path / "poses.pkl", (particles.rotation, wrong.astype(np.float32)))
+    write_pickle(tmp_path / "ctf.pkl", particles.ctf)
+    made = RunDir(tmp_path / "run")
+    options = ["--n-codes", 2, "-i", 3, "--threads", 1]
+    assert run(monkeypatch, "train-kraqen", *given(tmp_path), "-o", made.path, *options) == 0
+    assert "they were refined" in capsys.readouterr().err
+    shift = pickle.loads(made.poses(3).read_bytes())[1]
+    assert (shift - particles.shift).std() < 0.5 * 0.7 / D
+    assert np.array_equal(load_run(made.path).particles.shift, shift)
+    assert np.array_equal(open_run_particles(made).shift, shift)
+    assert run(monkeypatch, "polish", made.path, "--half-sets", "-o", tmp_path / "apart", "--threads", 1) == 0
+    assert "go back to the shifts they came with" in capsys.readouterr().err
+    assert run(monkeypatch, "train-kraqen", *given(tmp_path), "-o", tmp_path / "b", *options, "--no-refine-shifts") == 0
+    assert np.array_equal(pickle.loads(RunDir(tmp_path / "b").poses(3).read_bytes())[1], wrong)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -154,3 +155,50 @@ def test_pure_noise_tells_nothing_apart(toy):
     noise = np.random.default_rng(0).normal(size=(480, BOX, BOX)).astype(np.float32)
     merged, _ = merge(CrossEM(replace(toy[0], images=ArrayImages(noise)), SMALL).run(progress=False))
     assert len(merged.codes) <= 2
+
+
+@pytest.fixture(scope="module")
+def moved():
+    """Three states of one molecule, shifts wrong by .8 pixel; the particles as they should be, and the labels."""
+    body, part = blobs(24, 1), [blobs(24, seed, 2) for seed in (5, 6, 7)]
+    good, labels = blob_particles([body + one for one in part], 420, noise=2.5, seed=4)
+    error = np.random.default_rng(0).normal(0, 0.8 / 24, (420, 2))
+    return replace(good, shift=(good.shift + error).astype(np.float32)), good, labels
+
+
+def test_wrong_shifts_are_refined_before_states_are_looked_for(moved):
+    bad, good, labels = moved
+    agreement = {}
+    for refine in (True, False):
+        engine = CrossEM(bad, SMALL.changed(n_codes=3, refine_shifts=refine))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserNotice)
+            result, _ = merge(engine.run(progress=False))
+        agreement[refine] = adjusted_rand_score(labels, result.p.labels())
+        off = (result.engine.particles.shift - good.shift).std() * 24
+        assert off < 0.3 if refine else off == pytest.approx(0.8, rel=0.1)
+    assert agreement[True] > 0.7 > 0.3 > agreement[False], "without it codes are shifted copies"
+
+
+def test_refined_shifts_go_into_the_run_and_survive_a_resume(moved, tmp_path: Path):
+    bad = moved[0]
+    options = SMALL.changed(n_codes=3, iterations=4)
+    run, seen = RunDir(tmp_path / "run"), []
+    run.path.mkdir()
+    with pytest.warns(UserNotice, match=r"off by 0\.\d+ pixels .* were refined"):
+        whole = CrossEM(bad, options).run(progress=False)
+    with pytest.warns(UserNotice, match="refined"):
+        CrossEM(bad, options).run(run=run, progress=False, max_minutes=0)
+    engine = CrossEM(bad, options)
+    resumed = engine.run(run=run, resume=True, progress=False, on_iteration=lambda s, _: seen.append(s.shift))
+    assert same(whole, resumed)
+    assert np.array_equal(engine.particles.shift, whole.engine.particles.shift)
+    assert all(np.array_equal(shift, engine.refined_shift) for shift in seen) and len(seen) < len(whole.history)
+
+
+def test_right_shifts_change_nothing(toy, found):
+    plain = CrossEM(toy[0], SMALL.changed(refine_shifts=False)).run(progress=False)
+    assert found.engine.refined_shift is None and same(found, plain)
+    assert all(
+        np.array_equal(a, b) for a, b in zip(merge(found)[0].p.to_arrays(), merge(plain)[0].p.to_arrays(), strict=True)
+    )

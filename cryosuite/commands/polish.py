@@ -150,7 +150,7 @@ def main(
     if half_sets:
         if labels is not None or z is not None:
             raise InputError("--half-sets: is for a run of train-kraqen alone, without --labels or --z")
-        source.weights = _apart(path, source, seed, processes)
+        particles, source.weights = _apart(path, source, datadir, seed, processes)
     weights, more = _classes(source, classes, seed, mode, box)
     origin = "labels" if labels else "latents" if source.weights is None else "shares of the codes"
     say(f"{int((weights.labels() >= 0).sum()):,} particles in {weights.n_classes} classes, from {origin} -> {out.path}")
@@ -259,8 +259,11 @@ def _open_ours(run: Any, epoch: int | None, datadir: Path | None) -> Source:
     return Source(loaded.particles, loaded.z, weights, loaded.epoch, decode)
 
 
-def _apart(path: Path, source: Source, seed: int, processes: Processes) -> ClassWeights:
-    """Shares decided within each half set, where the method allows it."""
+def _apart(
+    path: Path, source: Source, datadir: Path | None, seed: int, processes: Processes
+) -> tuple[ParticleSet, ClassWeights]:
+    """The particles with the shifts that came with them, and shares decided within each half set; where the method
+    allows it."""
     from cryosuite.console import say
     from cryosuite.data.workdir import RunDir
     from cryosuite.errors import InputError
@@ -273,10 +276,17 @@ def _apart(path: Path, source: Source, seed: int, processes: Processes) -> Class
         )
     from cryosuite.methods.kraqen_halves import shares_apart
     from cryosuite.methods.kraqen_options import KraqenOptions
+    from cryosuite.methods.kraqen_run import open_for
+    from cryosuite.training.runs import particles_path
 
+    particles = source.particles
+    if config.get("poses_found"):
+        say("particles go back to the shifts they came with: refined ones know the maps of the other half set")
+        particles = open_for(particles_path(config, RunDir(path)), config | ({"datadir": datadir} if datadir else {}))
     say("particles choose their codes again within each half set")
-    options = KraqenOptions.from_dict(config["options"])
-    return shares_apart(source.particles, source.weights, options, seed, processes)
+    return particles, shares_apart(
+        particles, source.weights, KraqenOptions.from_dict(config["options"]), seed, processes
+    )
 
 
 def _classes(

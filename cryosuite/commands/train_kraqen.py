@@ -19,9 +19,9 @@ INPUT, CODES, ASSIGN, VOXEL, NETWORK, TRAINING, MACHINE = (
 RENAMED = {"march": "march_from"}
 METHOD = (
     "field", "n_codes", "n_states", "assign", "kernel", "t_max", "t_min", "anneal", "balance", "split", "merge",
-    "m_step", "iterations", "prior", "cluster_box", "march", "march_over", "rank", "channels", "plane_size", "levels",
-    "features", "feat_sigma", "width", "layers", "init", "loss", "blend", "em_last", "beta", "margin", "alignment",
-    "jitter", "straight_through", "fast", "em_finish",
+    "m_step", "refine_shifts", "iterations", "prior", "cluster_box", "march", "march_over", "rank", "channels",
+    "plane_size", "levels", "features", "feat_sigma", "width", "layers", "init", "loss", "blend", "em_last", "beta",
+    "margin", "alignment", "jitter", "straight_through", "fast", "em_finish",
 )  # fmt: skip
 TRAIN = {
     "num_epochs": "epochs", "batch_size": "batch_size", "lr": "lr", "seed": "seed", "max_minutes": "max_minutes",
@@ -87,6 +87,12 @@ def main(
         "--m-step",
         help="How maps are made in between. local (usual): two half maps per code, cleaned as polish does; images are "
         "judged by the maps of the other half. wiener: one map of all images; quicker, needs 500 images per state.",
+        panel=VOXEL,
+    ),
+    refine_shifts: bool = _option(
+        None,
+        "--refine-shifts/--no-refine-shifts",
+        help="Where shifts turn out to be wrong by more than a tenth of a pixel, refine them (usual).",
         panel=VOXEL,
     ),
     prior: float = _option(None, help="Strength of the Wiener filter of --m-step wiener.", panel=VOXEL),

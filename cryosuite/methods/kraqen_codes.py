@@ -30,6 +30,7 @@ TWINS = 0.97  # corrected correlation above which codes are one state, with the 
 MERGE_RADIUS = 0.25  # of D: coarser detail decides which codes are twins
 AGREEMENT = 0.3  # correlation of a code's half maps below which nothing can be said about it
 AFTER_MERGE = 3  # iterations on all images once twins are one
+AFTER_SHIFTS = 4  # iterations once shifts were refined against the codes' maps
 FUSE_ROUNDS = 2  # of joining twins
 COMPONENTS = 16  # of the embedding at most
 UNUSED = 0.5  # particles
@@ -61,14 +62,16 @@ def merge(result: VoxelResult, rule: str = "auto") -> tuple[VoxelResult, np.ndar
         rule = "overlap" if engine.options.m_step == "local" else "likelihood"
     if rule != "none" and len(used) > 1:
         part = p.columns(used)
+        if engine.align(part):
+            part = refine(engine, part, AFTER_SHIFTS).p
         with engine.threads_of_torch():
             if rule == "overlap":
                 part, groups[used] = _fused(engine, part)
-                p = replace(part, indices=used.astype(np.int32)[part.indices], n_classes=p.n_classes)
             elif rule == "likelihood":
                 groups[used] = twin_groups(engine, part, engine.seed)
             else:
                 groups[used] = correlation_groups(engine, part, TWINS, MERGE_RADIUS, AGREEMENT)
+        p = replace(part, indices=used.astype(np.int32)[part.indices], n_classes=p.n_classes)
     p = _grouped(p, groups)
     order = np.argsort(-p.usage(), kind="stable")
     order = order[p.usage()[order] > UNUSED]
@@ -79,7 +82,7 @@ def merge(result: VoxelResult, rule: str = "auto") -> tuple[VoxelResult, np.ndar
     coarse = engine.options.m_step == "local" and engine.box < min(engine.particles.box_size, FINE_BOX)
     if coarse or len(order) < len(used):
         options = engine.options.changed(em_finish=AFTER_MERGE)
-        again = finish(engine.particles, p, options, engine.seed, engine.device, engine.processes)
+        again = finish(engine.particles, p, options, engine.seed, engine.device, engine.processes, engine)
         _leave_if_stopped(again)
         return replace(again, history=result.history, stopped=result.stopped), groups
     return replace(result, codes=result.codes[used[order]], p=p, usage=p.usage()), groups
@@ -142,14 +145,21 @@ def finish(
     seed: int = 0,
     device: torch.device | str = "cpu",
     processes: Processes = ALONE,
+    before: VoxelEM | None = None,
 ) -> VoxelResult:
-    """``em_finish`` iterations on all images from given shares in the fine box, or the maps of the shares alone (0)."""
+    """``em_finish`` iterations on all images from given shares in the fine box, or the maps of the shares alone (0).
+
+    ``before``: the engine of the search, whose particles these are; their shifts are refined once more.
+    """
     from cryosuite.methods.kraqen_cross import engine_for
     from cryosuite.methods.kraqen_voxel import VoxelResult
 
     fewer = options.changed(n_codes=min(p.n_classes, len(p)))
     engine = engine_for(particles, fewer, seed, device, FINE_BOX, processes)
     engine.codes = p.n_classes  # a network may have more codes than there are images
+    if before is not None:
+        engine.given_shift, engine.refined_shift = before.given_shift, before.refined_shift
+        engine.align(p)
     if options.em_finish:
         return engine.run(start=p, label="last iterations")
     return VoxelResult(engine.maps(p), p, p.usage(), engine)

@@ -28,7 +28,7 @@ from cryosuite.methods.kraqen_maps import split_dead
 from cryosuite.methods.kraqen_options import KraqenOptions
 from cryosuite.methods.kraqen_state import State
 from cryosuite.methods.kraqen_voxel import VoxelEM
-from cryosuite.reconstruct import half_pairs, held_out
+from cryosuite.reconstruct import half_pairs, held_out, shifts
 from cryosuite.reconstruct.class_images import CACHE_GIB
 from cryosuite.reconstruct.class_work import MEMORY_GIB
 from cryosuite.reconstruct.weights import ClassWeights
@@ -36,6 +36,7 @@ from cryosuite.training.signals import StopSignals
 
 FEWEST = 8  # particles, below which nothing can be held out
 COARSE_BOX = 32  # of the search
+ROUNDS = 3  # of shifts against one map of all particles: the third moves nothing by more than .01 pixel
 FIRST_IMAGES = 100  # per code, in the first iteration: of fewer, half maps show nothing in common
 
 
@@ -124,6 +125,7 @@ class CrossEM(VoxelEM):
         if start is not None:
             self.check(start)
             return self.local_maps(start)
+        self.align()
         generator = np.random.default_rng([self.seed, 0])
         count = max(self.options.start_images, FIRST_IMAGES * self.codes)
         labels = np.full(self.count, -1)
@@ -151,6 +153,32 @@ class CrossEM(VoxelEM):
     def _iterate(self, state: State, total: int, everything: bool, signals: StopSignals, bar: Progress | None):
         self.pair_halves = not everything  # shares that were given have the halves in order
         return super()._iterate(state, total, everything, signals, bar)
+
+    # --- shifts -------------------------------------------------------------------------------------------------------
+
+    def align(self, p: ClassWeights | None = None) -> bool:
+        """Refine the particles' shifts against the half maps of their codes, or of all of them together (None).
+
+        Whether any were moved. Nothing happens without the option, and where `reconstruct.shifts` finds no errors.
+        """
+        if not self.options.refine_shifts:
+            return False
+        one = p is None
+        if one:
+            p = ClassWeights.from_labels(np.where(self.images.bad, -1, 0), 1)
+        before = self.refined_shift
+        with self.threads_of_torch():
+            found = shifts.refine_shifts(self.work, p, self.half, self.given_shift, ROUNDS if one else 1)
+        self.particles, self.refined_shift = self.images.particles, None if found is None else found.shift
+        if found is None:
+            return before is not None
+        size = found.error * float(np.mean(self.particles.pixel_size))
+        if before is None:
+            notice(
+                f"the shifts of the particles were off by {found.error:.2g} pixels ({size:.2g} A) in each direction; "
+                "they were refined, and the run's poses.pkl has them (--no-refine-shifts leaves them as they are)"
+            )
+        return True
 
     # --- maps ---------------------------------------------------------------------------------------------------------
 

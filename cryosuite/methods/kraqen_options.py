@@ -34,7 +34,7 @@ ABOVE_0 = ("anneal_over", "prior", "march_from", "feat_sigma", "fast")
 ONLY_WITH: dict[str, dict[str, tuple[Any, ...]]] = {
     "kernel": {"assign": ("kernel",)},
     "channels": {"field": ("triplane",)}, "plane_size": {"field": ("triplane",)}, "levels": {"field": ("triplane",)},
-    "iterations": {"field": ("voxel",)},
+    "iterations": {"field": ("voxel",)}, "refine_shifts": {"field": ("voxel",), "m_step": ("local",)},
     **{
         name: {"field": ("triplane", "fourier")}
         for name in ("rank", "features", "feat_sigma", "width", "layers", "init", "loss", "blend", "em_last", "beta",
@@ -65,6 +65,7 @@ class KraqenOptions:
     merge: str = "auto"  # what tells twins; "overlap" with m_step "local", else "likelihood"
     m_step: str = "local"  # held-out scores by half maps filtered as in polish; "wiener": maps of all images
     sparse: float = 1e-3  # responsibilities below are dropped
+    refine_shifts: bool = True  # where shifts are measurably wrong; voxel field with m_step "local"
     # voxel field
     iterations: int = 16
     prior: float = 0.15  # f of the pooled Wiener filter

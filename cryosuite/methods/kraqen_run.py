@@ -20,8 +20,9 @@ from cryosuite.data.spectra import Spectra
 from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError, notice
 from cryosuite.formats.atomic import write_text
+from cryosuite.formats.config import read_yaml, write_yaml
 from cryosuite.formats.mrc import read_map, write_map
-from cryosuite.formats.pickles import read_latent, safe_load, write_pickle
+from cryosuite.formats.pickles import read_latent, read_poses, safe_load, write_pickle
 from cryosuite.kernels import shells
 from cryosuite.methods import LoadedRun
 from cryosuite.methods.kraqen import Kraqen, describe
@@ -180,12 +181,14 @@ def _finish(
     except StopNow as stop:  # the training itself is in its checkpoint
         return Trained(epoch, str(stop), exit_code(str(stop)))
     warning = collapsed(merged.usage, merged.p)
+    particles = merged.engine.particles  # with the shifts they were given
     if latents is None:
         z, codes = embed(merged)
     else:
         z, codes = latents[0], _grouped(latents[1], groups, found.usage)
     table = write_maps(particles, merged.p, run, processes)
-    processes.first_does(lambda: _write(particles, run, epoch, merged.p, (z, codes), table))
+    moved = merged.engine.refined_shift is not None
+    processes.first_does(lambda: _write(particles, run, epoch, merged.p, (z, codes), table, moved))
     return Trained(epoch, codes=tuple(table), merged=before - merged.codes.shape[0], warning=warning or "")
 
 
@@ -196,8 +199,9 @@ def _write(
     p: ClassWeights,
     latents: tuple[np.ndarray, np.ndarray],
     table: list[Code],
+    moved: bool,
 ) -> None:
-    """The files of an epoch other than maps."""
+    """The files of an epoch other than maps; ``moved``: the shifts are the run's own."""
     write_text(run.occupancy(epoch), occupancy_csv(table))
     write_pickle(run.shares(epoch), p.to_arrays())
     write_pickle(run.labels(epoch), p.labels())
@@ -205,6 +209,8 @@ def _write(
     shift = np.zeros((len(particles), 2), np.float32) if particles.shift is None else particles.shift
     write_pickle(run.poses(epoch), (particles.rotation, shift))
     write_pickle(run.index, np.asarray(particles.index, np.int64))
+    if moved and run.exists():
+        write_yaml(run.config, read_yaml(run.config) | {"poses_found": True})
     write_pickle(run.z(epoch), latents[0])  # last: its presence says that the epoch is complete
 
 
@@ -284,6 +290,9 @@ def load(run: RunDir, config: dict[str, Any], epoch: int) -> LoadedRun:
     z = read_latent(run.z(epoch), finite=False)[0]
     if len(z) != len(particles):
         raise InputError(f"{run.z(epoch)}: {len(z)} latents for {len(particles)} particles: did the set change?")
+    if config.get("poses_found"):
+        rotation, shift = read_poses(run.poses(epoch), len(particles), checked=False)
+        particles = replace(particles, rotation=rotation, shift=shift, poses_from=run.poses(epoch))
     decode = _from_maps(run, epoch, z) if options.field == "voxel" else _from_network(run, epoch, z, options, particles)
     pixel_size = common_pixel_size(particles.pixel_size)
     return LoadedRun("kraqen", particles, z, epoch, pixel_size, particles.box_size, decode, config)

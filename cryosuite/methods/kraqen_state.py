@@ -1,10 +1,10 @@
-"""Where the voxel field of train-kraqen stands between two iterations, and its checkpoint."""
+"""Where the voxel field of train-kraqen stands between two iterations, its checkpoint, and what it found in the end."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,10 @@ from cryosuite.formats.atomic import remove_leftovers
 from cryosuite.reconstruct.weights import ClassWeights
 from cryosuite.training import checkpoint
 from cryosuite.training.logs import MetricsLog, RunLog
+from cryosuite.training.signals import exit_code
+
+if TYPE_CHECKING:
+    from cryosuite.methods.kraqen_voxel import VoxelEM
 
 
 @dataclass
@@ -30,12 +34,36 @@ class State:
     p: ClassWeights | None = None  # of all images, once an iteration has seen them all
     seconds: float = 0.0
     settled: bool = False  # hardly an image changed its code: more iterations would change nothing
+    shift: np.ndarray | None = None  # (N, 2) of the particles where they were refined, fraction of the box
+
+
+@dataclass
+class VoxelResult:
+    """What the EM found.
+
+    Attributes:
+        codes: (K, d, d, d) maps in the cluster box. p: shares of N particles. usage: (K,) images per code.
+        engine: what made it. history: the lines of metrics.jsonl. stopped: "" or the name of a signal.
+    """
+
+    codes: Tensor
+    p: ClassWeights
+    usage: np.ndarray
+    engine: VoxelEM = field(repr=False)
+    history: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    stopped: str = ""
+
+    @property
+    def exit_code(self) -> int:
+        """0, or the code that asks to be started again."""
+        return exit_code(self.stopped)
 
 
 def save(run: RunDir, state: State, history: list[dict[str, Any]], identity: dict[str, Any]) -> None:
     """Write the checkpoint of an iteration; ``identity``: what only a run of the same kind may go on from."""
     p = None if state.p is None else [torch.from_numpy(part) for part in state.p.to_arrays()]
     values = {"iteration": state.iteration, "volumes": state.volumes, "usage": torch.from_numpy(state.usage)}
+    values |= {"shift": None if state.shift is None else torch.from_numpy(state.shift)}
     values |= {"settled": state.settled, "p": p, "seconds": state.seconds, "history": history, "field": "voxel"}
     checkpoint.save_state(run.checkpoint, {"format": checkpoint.FORMAT, "version": __version__, **values, **identity})
 
@@ -51,6 +79,7 @@ def load(run: RunDir, identity: dict[str, Any]) -> tuple[State, list[dict[str, A
     p = None if stored["p"] is None else ClassWeights.from_arrays([v.numpy() for v in stored["p"]], str(path))
     state = State(stored["iteration"], stored["volumes"], stored["usage"].numpy(), p, stored["seconds"])
     state.settled = stored["settled"]
+    state.shift = None if stored["shift"] is None else stored["shift"].numpy()
     return state, list(stored["history"])
 
 

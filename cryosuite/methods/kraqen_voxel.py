@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,7 +37,7 @@ from cryosuite.methods import kraqen_state
 from cryosuite.methods.kraqen_expectation import Expectation
 from cryosuite.methods.kraqen_maps import Wiener, code_maps, split_dead
 from cryosuite.methods.kraqen_options import KraqenOptions
-from cryosuite.methods.kraqen_state import State
+from cryosuite.methods.kraqen_state import State, VoxelResult
 from cryosuite.reconstruct.class_images import CACHE_GIB, ClusterImages
 from cryosuite.reconstruct.class_work import MEMORY_GIB, ClassWork
 from cryosuite.reconstruct.weights import ClassWeights
@@ -46,35 +45,13 @@ from cryosuite.training import checkpoint
 from cryosuite.training.guard import describe_images
 from cryosuite.training.options import plain
 from cryosuite.training.schedule import march
-from cryosuite.training.signals import StopNow, StopSignals, exit_code
+from cryosuite.training.signals import StopNow, StopSignals
 
 LAST_ON_ALL = 4  # iterations
 GROWTH = 4.0  # of the subset, from the first to the last one that is not the whole set
 DEAD = 0.2  # of 1/K: share of the images below which a code is dead
 NO_SPLIT_LAST = 3  # iterations
 SETTLED = 1e-3  # share of the images whose best code changed, below which the EM ends
-
-
-@dataclass
-class VoxelResult:
-    """What the EM found.
-
-    Attributes:
-        codes: (K, d, d, d) maps in the cluster box. p: shares of N particles. usage: (K,) images per code.
-        engine: what made it. history: the lines of metrics.jsonl. stopped: "" or the name of a signal.
-    """
-
-    codes: Tensor
-    p: ClassWeights
-    usage: np.ndarray
-    engine: VoxelEM = field(repr=False)
-    history: list[dict[str, Any]] = field(default_factory=list, repr=False)
-    stopped: str = ""
-
-    @property
-    def exit_code(self) -> int:
-        """0, or the code that asks to be started again."""
-        return exit_code(self.stopped)
 
 
 class VoxelEM:
@@ -105,6 +82,8 @@ class VoxelEM:
             notice(f"{self.codes} codes for {self.count} images: {self.count} codes are used (see --n-codes)")
             self.codes = self.count
         self._wiener: dict[int, Wiener] = {}
+        # (N, 2) shifts that came with the particles, and those they were moved to
+        self.given_shift, self.refined_shift = particles.shift, None
 
     # --- the run -----------------------------------------------------------------------------------------------------
 
@@ -135,7 +114,10 @@ class VoxelEM:
         stopped, began = "", time.monotonic()
         display = self._display(state, total, start, label) if progress else nullcontext()
         with self.threads_of_torch(), StopSignals() as signals, display as bar:
-            state = state or State(0, self._first(start), np.full(self.codes, 1 / self.codes))
+            if state is None:
+                state = State(0, self._first(start), np.full(self.codes, 1 / self.codes), shift=self.refined_shift)
+            elif state.shift is not None:
+                self.move(state.shift)
             while state.iteration < total and not stopped and not state.settled:
                 try:
                     state, record = self._iterate(state, total, start is not None, signals, bar)
@@ -198,6 +180,15 @@ class VoxelEM:
     def balance(self, fraction: float, everything: bool) -> float:
         """How strongly busy codes are held back (`assignment.balance`) after a fraction of the run."""
         return 0.0 if everything else assignment.balance_strength(fraction, self.options.balance)
+
+    def align(self, p: ClassWeights | None = None) -> bool:
+        """Refine shifts, where maps are held out (`kraqen_cross`); whether any were moved."""
+        return False
+
+    def move(self, shift: np.ndarray) -> None:
+        """Give the particles other shifts (N, 2), fraction of the box."""
+        self.images.move(shift)
+        self.particles, self.refined_shift = self.images.particles, shift
 
     def joint(self, volumes: Tensor) -> Tensor:
         """One map (K, d, d, d) of each code."""
@@ -266,7 +257,8 @@ class VoxelEM:
             and now == self.schedule(total - 1, total, everything)
         ):
             settled = bool((state.p.labels() != whole.labels()).mean() < SETTLED)
-        return State(done + 1, volumes, usage, whole, state.seconds + seconds, settled), record
+        seconds += state.seconds
+        return State(done + 1, volumes, usage, whole, seconds, settled, state.shift), record
 
     def _pass(self, volumes: Tensor, rows: np.ndarray, step: Expectation, signals: StopSignals, bar: Progress | None):
         """E-step and sums of some images; the new maps. Raises StopNow when a signal asked to stop."""

@@ -8,7 +8,9 @@ crop: a prefix of the particles' half disc.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -62,6 +64,7 @@ class ClusterImages:
         self.pixel_size = self._source.pixel_size
         self._source.precision = self._precision()
         self.disc = fourier.half_disc(self.box)
+        self._offset: Tensor | None = None  # (N, 2) from the shifts of the particles as they were read
         self.bad = np.zeros(len(particles), bool)
         points = len(self.disc)
         self.chunk = max(1, CHUNK_VALUES // points)
@@ -91,10 +94,34 @@ class ClusterImages:
         parts = [rows[begin : begin + self.chunk] for begin in range(0, len(rows), self.chunk)]
         if self._values is not None and self._known[rows].all():
             for part in parts:
-                yield self._cached(part, count)
+                chunk = self._cached(part, count)
+                yield chunk._replace(values=self._moved(part, chunk.values))
             return
         for chunk in read_ahead((self._read(part) for part in parts), 2):
-            yield Chunk(chunk.rows, chunk.values[:, :count], chunk.weights[:, :count], chunk.rotation)
+            values = self._moved(chunk.rows, chunk.values[:, :count])
+            yield Chunk(chunk.rows, values, chunk.weights[:, :count], chunk.rotation)
+
+    def move(self, shift: np.ndarray | None) -> None:
+        """Give the particles other shifts (N, 2), fraction of the box. What is kept in memory stays as it was read: so
+        nothing depends on how often they were moved, or on how many images are read at a time."""
+        given = self._source.particles.shift
+        self.particles = replace(self.particles, shift=shift)
+        self._offset = None
+        if shift is not given:
+            self._offset = torch.from_numpy(
+                np.subtract(0 if shift is None else shift, 0 if given is None else given, dtype=np.float32)
+            )
+
+    def _moved(self, rows: np.ndarray, values: Tensor) -> Tensor:  # (b, P) complex
+        """Coefficients of rows at their shifts of now."""
+        if self._offset is None:
+            return values
+        x, y = self.disc.xy[: values.shape[1]].float().unbind(1)
+        by = self._offset[torch.from_numpy(rows)]
+        # nothing whose last digit depends on the number of rows: no product of matrices or of complex numbers
+        angle = (by[:, :1] * x + by[:, 1:] * y) * (-2 * math.pi)
+        cosine, sine, real, imag = angle.cos(), angle.sin(), values.real, values.imag
+        return torch.complex(real * cosine - imag * sine, real * sine + imag * cosine)
 
     def share_bad(self, processes: Processes) -> None:
         """Take in which images the other processes found bad; all of them call it."""

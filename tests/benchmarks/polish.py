@@ -29,6 +29,7 @@ from common import RESULTS, save
 from judge import CURVES, Judge, not_better, without_states
 from sets import FAMILIES, WORK, Recipe, make
 
+from cryosuite.data.particles import ParticleSet
 from cryosuite.reconstruct.class_sums import accumulate
 from cryosuite.reconstruct.polish import polish
 from cryosuite.reconstruct.weights import ClassWeights
@@ -36,10 +37,10 @@ from cryosuite.reconstruct.weights import ClassWeights
 ROWS = ("true", "kraqen", "hype", "cryodrgn")
 
 
-def polished(judge: Judge, weights: ClassWeights) -> dict:
-    """Polish particles shared out among classes, judge the maps by all particles."""
+def polished(judge: Judge, weights: ClassWeights, particles: ParticleSet | None = None) -> dict:
+    """Polish particles (those of the set, or with poses of their own) shared out among classes, judge the maps by all."""
     began = time.process_time()
-    with accumulate(judge.particles, weights) as sums:
+    with accumulate(judge.particles if particles is None else particles, weights) as sums:
         found = polish(sums)
     spent = time.process_time() - began
     scores = judge.score(lambda k: found.maps[k], weights.labels())
@@ -57,12 +58,13 @@ def kraqen_row(judge: Judge, recipe: Recipe, work: Path, threads: int) -> dict:
     states = len(np.unique(judge.labels))
     done = runs.train_kraqen(judge.folder, run, "--n-states", str(states), seed=recipe.seed, threads=threads)
     weights = runs.kraqen_weights(run)
-    labels = weights.labels()
+    labels, particles = weights.labels(), runs.kraqen_particles(run)
     return {
         "training": done.costs(),
         "agreement": judge.agreement(labels),
+        "shift_errors_px": [runs.shift_errors(judge.folder, one) for one in (judge.particles, particles)],
         "before": judge.score(runs.kraqen_map(run), labels),
-        "after": polished(judge, weights),
+        "after": polished(judge, weights, particles),
     }
 
 

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from common import CRYOSUITE, peer, timed
 
+from cryosuite.data.open import open_run_particles
+from cryosuite.data.particles import ParticleSet
 from cryosuite.data.workdir import RunDir
 from cryosuite.formats.mrc import read_map
 from cryosuite.formats.pickles import read_labels, safe_load
@@ -155,6 +157,20 @@ def kraqen_weights(run: Path) -> ClassWeights:
     """The share of every particle in every merged code."""
     folder = RunDir(run)
     return ClassWeights.from_arrays(safe_load(folder.shares(folder.last_epoch()))[0])
+
+
+def kraqen_particles(run: Path) -> ParticleSet:
+    """The particles of a run with the shifts that it refined."""
+    return open_run_particles(RunDir(run))
+
+
+def shift_errors(truth: Path, particles: ParticleSet) -> float | None:
+    """Standard deviation per coordinate, pixels, of the shifts of a simulated set; None where they are the true ones."""
+    path = truth / "truth_poses.pkl"
+    if not path.exists():
+        return None
+    true = safe_load(path)[0][1][particles.index]
+    return round(float((particles.shift - true).std() * particles.box_size), 4)
 
 
 def kraqen_map(run: Path) -> Callable[[int], torch.Tensor]:
