@@ -38,7 +38,7 @@ ROWS = ("true", "kraqen", "hype", "cryodrgn")
 
 
 def polished(judge: Judge, weights: ClassWeights, particles: ParticleSet | None = None) -> dict:
-    """Polish particles (those of the set, or with poses of their own) shared out among classes, judge the maps by all."""
+    """Polish particles (default: those of the set) shared out among classes, judge the maps by all of them."""
     began = time.process_time()
     with accumulate(judge.particles if particles is None else particles, weights) as sums:
         found = polish(sums)

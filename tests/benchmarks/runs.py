@@ -165,7 +165,7 @@ def kraqen_particles(run: Path) -> ParticleSet:
 
 
 def shift_errors(truth: Path, particles: ParticleSet) -> float | None:
-    """Standard deviation per coordinate, pixels, of the shifts of a simulated set; None where they are the true ones."""
+    """Errors of shifts of a simulated set, standard deviation per coordinate in pixels; None where they are true."""
     path = truth / "truth_poses.pkl"
     if not path.exists():
         return None
