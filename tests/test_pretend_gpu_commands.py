@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from hype_toy import blob_particles, blobs
-from pretend_gpu import _ANSWERS, GpuTensor, pretend_gpu
+from pretend_gpu import GpuTensor, pretend_gpu
 from sharpen_toy import toy_map
 from test_commands_deco_classify import few_rounds, given, written  # noqa: F401 -- a fixture
 from test_commands_fastar_infer import folder as views  # noqa: F401 -- a fixture
@@ -108,8 +108,6 @@ def learning(name: str, mixture: Path) -> list[Any]:
 @pytest.mark.filterwarnings("ignore::cryosuite.errors.UserNotice")
 def test_trainings(name: str, mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All losses and scores, latents and, opened on the GPU again, volumes."""
-    if not name.startswith("deco"):  # else some latents are made in it whatever --precision
-        monkeypatch.setitem(_ANSWERS, "is_bf16_supported", False)
     precision = [] if name == "train-kraqen" else ["--precision", "32"]
     here, there = (RunDir(path) for path in both(tmp_path, *learning(name, mixture), *precision))
     assert "device cuda:0" in there.log.read_text() or name == "train-kraqen"

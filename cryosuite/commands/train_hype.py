@@ -208,10 +208,11 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     config = begin_run(run, config, training, resume=values["resume"], overwrite=values["overwrite"])
     if particles is None:
         particles = open_for(particles_path(config, run), config)
-    method = Hype(HypeOptions.from_dict(config["options"]))
     again = {to: values[key] for key, to in TRAIN.items() if key in typed} if values["resume"] else {}
+    training = train_options(config, **again)
+    method = Hype(HypeOptions.from_dict(config["options"]), training.precision)
     result = fit(
-        method, particles, run, train_options(config, **again),
+        method, particles, run, training,
         resume=values["resume"], on_epoch=epoch_writer(method, particles, run),
     )  # fmt: skip
     if process_rank() == 0:

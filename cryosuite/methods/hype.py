@@ -38,8 +38,8 @@ class Hype:
 
     name = "hype"
 
-    def __init__(self, options: HypeOptions | None = None) -> None:
-        self.options = options or HypeOptions()
+    def __init__(self, options: HypeOptions | None = None, precision: str = "auto") -> None:
+        self.options, self.precision = options or HypeOptions(), precision
         self.space: LatentSpace | None = None
         self.tokens_at: TokensFromImages | None = None
         self.pixel_size = 1.0  # of the volumes, Angstrom; known once the model is built
@@ -113,7 +113,8 @@ class Hype:
 
     def embed(self, model: HypeModel, particles: ParticleSet, progress: bool = True, bank: bool = True) -> np.ndarray:
         """Encode all particles, find the principal axes and fill the bank; the latents (N, zdim) of all of them."""
-        how = {"precision": "32" if next(model.parameters()).device.type == "cpu" else "auto", "progress": progress}
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        how = {"precision": "32" if on_cpu else self.precision, "progress": progress}
         self.space, self.tokens_at = None, None
         if self.options.latent == "tokens":
             return encode_all(self, model, particles, **how).astype(np.float16)

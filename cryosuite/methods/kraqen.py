@@ -223,18 +223,18 @@ class _Describer:
 
 
 def describe(
-    model: KraqenModel, particles: ParticleSet, progress: bool = True, batch_size: int = 256
+    model: KraqenModel, particles: ParticleSet, progress: bool = True, batch_size: int = 256, precision: str = "auto"
 ) -> tuple[ClassWeights, np.ndarray]:
     """Shares of all particles in the codes (sparse) and their own codes (N, M) float32, every image read once.
 
-    Call it in every process: each does its part and all get the whole.
+    Call it in every process: each does its part and all get the whole. ``precision``: of a GPU; the processor works in
+    float32.
     """
     method = Kraqen(model.options)
     K = len(model.codes)
-    on_cpu = model.codes.device.type == "cpu"
-    found = encode_batches(
-        _Describer(method), model, particles, batch_size, precision="32" if on_cpu else "auto", progress=progress
-    )
+    if model.codes.device.type == "cpu":
+        precision = "32"
+    found = encode_batches(_Describer(method), model, particles, batch_size, precision=precision, progress=progress)
     parts = [(ClassWeights.from_dense(both[:, :K], model.options.sparse), both[:, K:]) for _, both in found]
     if world()[1] > 1:
         gathered: list = [None] * world()[1]

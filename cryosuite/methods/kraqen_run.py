@@ -157,7 +157,7 @@ def _train_network(
     fitted = fit(Kraqen(options), particles, run, replace(training, requeue=False), resume=resume)
     if fitted.stopped:
         return Trained(fitted.epochs_done, fitted.stopped, fitted.exit_code)
-    p, z = describe(fitted.model, particles)
+    p, z = describe(fitted.model, particles, precision=training.precision)
     device = resolve_accelerator(training.accelerator)
     found = finish(particles, p, options, training.seed, device, training_processes())
     if found.stopped:
