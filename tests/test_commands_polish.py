@@ -245,3 +245,26 @@ def test_sharpened_maps_lie_beside_the_others(stack, tmp_path, capsys, monkeypat
         assert b"not a measurement" in found.header and not np.array_equal(found.data, read_map(out.map(k)).data)
     assert run(monkeypatch, "polish", *how, out.path, "--overwrite") == 0
     assert not out.sharp(0).exists()  # of the maps before
+
+
+def test_wrong_shifts_are_refined(stack, tmp_path, capsys, monkeypatch):
+    """The maps are closer to the truth, the shifts lie beside them; --no-refine-shifts leaves everything alone."""
+    true, rotation = toy.particles(N, D, noise=1.0).shift, pickle.loads((stack / "poses.pkl").read_bytes())[0]
+    wrong = true + np.random.default_rng(0).normal(0, 0.8 / D, (N, 2)).astype(np.float32)
+    write_pickle(tmp_path / "poses.pkl", (rotation, wrong))
+    command = ["polish", stack / "p.mrcs", "--poses", tmp_path / "poses.pkl", "--ctf", stack / "ctf.pkl"]
+    command += ["--labels", stack / "labels.pkl", "--passes", 0, "--threads", 1]
+    truth = toy.volume(D).numpy().ravel()
+    found = {}
+    for name, more in (("refined", []), ("given", ["--no-refine-shifts"])):
+        out = PolishDir(tmp_path / name)
+        assert run(monkeypatch, *command, *more, "-o", out.path) == 0
+        assert ("they were refined for these maps" in capsys.readouterr().err) == (name == "refined")
+        assert ("shift_error_px" in out.summary.read_text()) == out.poses.exists() == (name == "refined")
+        found[name] = np.corrcoef(read_map(out.map(0)).data.ravel(), truth)[0, 1]
+    shift = pickle.loads((tmp_path / "refined" / "poses.pkl").read_bytes())[1]
+    assert (shift - true).std() < 0.3 * (wrong - true).std()
+    assert found["refined"] > 0.99 > 0.98 > found["given"]
+    refined = tmp_path / "refined"
+    assert run(monkeypatch, *command, "--no-refine-shifts", "-o", refined, "--overwrite") == 0
+    assert not (refined / "poses.pkl").exists(), "those of before would be taken for these maps'"

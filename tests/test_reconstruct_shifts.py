@@ -150,3 +150,13 @@ def test_two_processes_find_what_one_finds(toy, tmp_path: Path):
         assert found.error == pytest.approx(alone.error, rel=1e-3)
 
     each(tmp_path, work, 2)
+
+
+def test_half_sets_measured_each_by_itself_find_the_same(toy):
+    bad = wrong(toy, ERROR)
+    particles, found = shifts.refined_within_classes(bad, shifts_alone(COUNT))
+    assert np.array_equal(particles.shift, found.shift)
+    other = refined(bad, rounds=2)[0].shift
+    assert off(toy, found.shift) < 0.35 * ERROR and float((found.shift - other).std() * BOX) < 0.1
+    particles, found = shifts.refined_within_classes(toy, shifts_alone(COUNT))
+    assert found is None and particles.shift is toy.shift

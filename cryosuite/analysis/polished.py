@@ -16,7 +16,7 @@ from cryosuite.console import track
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.processes import ALONE, Processes
 from cryosuite.data.results import PolishDir
-from cryosuite.errors import InputError
+from cryosuite.errors import InputError, notice
 from cryosuite.formats.atomic import atomic_path, write_text
 from cryosuite.formats.config import write_yaml
 from cryosuite.formats.mrc import write_map
@@ -29,6 +29,7 @@ from cryosuite.reconstruct.masks import auto_mask, soft_sphere
 from cryosuite.reconstruct.polish import Polished, PolishOptions, polish, raw_fsc, raw_maps
 from cryosuite.reconstruct.polish_kernel import kernel_maps
 from cryosuite.reconstruct.polish_prior import prior_mean
+from cryosuite.reconstruct.shifts import refined_within_classes
 from cryosuite.reconstruct.weights import ClassWeights
 
 MODES = ("modal", "kernel", "prior")
@@ -62,6 +63,7 @@ def polish_to(
     latents: tuple[np.ndarray, np.ndarray] | None = None,
     prior: torch.Tensor | None = None,
     processes: Processes = ALONE,
+    refine_shifts: bool = True,
     **notes: Any,
 ) -> list[PolishedClass]:
     """Polish the classes of a particle set and write everything into a folder; returns the table.
@@ -71,6 +73,7 @@ def polish_to(
         mode: "modal" (`polish`), "kernel" (`polish_kernel`; needs ``latents``), "prior" (`polish_prior`; ``prior``).
         latents: (N, d) latents and (K, d) the points of the classes. prior: (K, D, D, D) maps of a network.
         processes: that share the images in the modes modal and prior; all but the first return an empty table.
+        refine_shifts: where they are measurably wrong; each half set against its own maps.
         notes: whatever else polish.yaml is to say.
 
     Raises:
@@ -79,12 +82,15 @@ def polish_to(
     check_classes(particles, weights)
     if mode == "kernel":  # its sums are made in several passes, by the first process alone
         processes = Processes(processes.rank)
+    if refine_shifts and (processes.first or processes.count > 1):
+        particles = _with_refined_shifts(particles, weights, processes, notes)
     if not processes.first:
         if processes.count > 1:
             accumulate(particles, weights, box=box, memory_gib=memory_gib, processes=processes).close()
         return []
     new = not folder.path.exists()
     folder.path.mkdir(parents=True, exist_ok=True)
+    folder.poses.unlink(missing_ok=True)
     folder.summary.unlink(missing_ok=True)  # until the end this folder is not complete
     try:
         how = {"box": box, "memory_gib": memory_gib, "scratch": folder.path, "processes": processes}
@@ -93,6 +99,21 @@ def polish_to(
         if new:
             shutil.rmtree(folder.path, ignore_errors=True)
         raise
+
+
+def _with_refined_shifts(
+    particles: ParticleSet, weights: ClassWeights, processes: Processes, notes: dict[str, Any]
+) -> ParticleSet:
+    """The particles with the shifts that their classes' maps ask for; how wrong they were goes into the notes."""
+    particles, found = refined_within_classes(particles, weights, processes)
+    if found is not None:
+        size = found.error * float(np.mean(particles.pixel_size))
+        notes["shift_error_px"] = round(found.error, 4)
+        notice(
+            f"the shifts of the particles were off by {found.error:.2g} pixels ({size:.2g} A) in each direction; they "
+            "were refined for these maps, each half set by itself (--no-refine-shifts leaves them as they are)"
+        )
+    return particles
 
 
 def check_classes(particles: ParticleSet, weights: ClassWeights) -> None:
@@ -140,6 +161,8 @@ def _polish_into(
     write_pickle(folder.labels, weights.labels())
     write_pickle(folder.shares, weights.to_arrays())
     write_pickle(folder.index, np.asarray(particles.index, np.int64))
+    if "shift_error_px" in notes:
+        write_pickle(folder.poses, (particles.rotation, particles.shift))
     write_text(folder.fsc, _fsc_csv(curves, found.maps.shape[-1], found.pixel_size))
     write_text(folder.classes, _classes_csv(rows))
     _plot(folder, curves, found)

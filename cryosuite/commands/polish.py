@@ -53,6 +53,13 @@ def main(
         help="For runs of train-kraqen: particles choose their codes again, each by maps of its own half set alone, so "
         "that the plain half maps are independent.",
     ),
+    refine_shifts: bool = _option(
+        True,
+        "--refine-shifts/--no-refine-shifts",
+        help="Where shifts turn out to be wrong by more than a tenth of a pixel, refine them against the maps of the "
+        "classes, each half set by itself; poses.pkl has them.",
+        panel=MAPS,
+    ),
     seed: int = _option(0, "--seed", help="Random seed of the grouping.", panel=CLASSES, callback=check_seed),
     poses: Path = _option(None, "--poses", help="Poses as cryoDRGN writes them (poses.pkl).", panel=INPUT),
     ctf: Path = _option(None, "--ctf", help="CTF parameters as cryoDRGN writes them (ctf.pkl).", panel=INPUT),
@@ -156,7 +163,8 @@ def main(
     say(f"{int((weights.labels() >= 0).sum()):,} particles in {weights.n_classes} classes, from {origin} -> {out.path}")
     rows = polish_to(
         out, particles, weights, options, box=box if box != particles.box_size else None, memory_gib=memory, mode=mode,
-        **more, processes=processes, source=str(path.absolute()), classes_from=origin, half_sets_apart=half_sets,
+        **more, processes=processes, refine_shifts=refine_shifts, source=str(path.absolute()), classes_from=origin,
+        half_sets_apart=half_sets,
     )  # fmt: skip
     if not processes.first:
         return

@@ -138,6 +138,11 @@ class PolishDir:
         return self.path / "labels.pkl"
 
     @property
+    def poses(self) -> Path:
+        """Rotations and refined shifts of each row, where shifts were refined."""
+        return self.path / "poses.pkl"
+
+    @property
     def index(self) -> Path:
         """Original index of each particle, i.e. of each row of the shares and labels."""
         return self.path / "index.pkl"

@@ -168,7 +168,9 @@ class CrossEM(VoxelEM):
             p = ClassWeights.from_labels(np.where(self.images.bad, -1, 0), 1)
         before = self.refined_shift
         with self.threads_of_torch():
-            found = shifts.refine_shifts(self.work, p, self.half, self.given_shift, ROUNDS if one else 1)
+            found = shifts.refine_shifts(
+                self.work, p, self.half, self.given_shift, ROUNDS if one else 1, progress="shifts"
+            )
         self.particles, self.refined_shift = self.images.particles, None if found is None else found.shift
         if found is None:
             return before is not None

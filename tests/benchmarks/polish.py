@@ -32,6 +32,7 @@ from sets import FAMILIES, WORK, Recipe, make
 from cryosuite.data.particles import ParticleSet
 from cryosuite.reconstruct.class_sums import accumulate
 from cryosuite.reconstruct.polish import polish
+from cryosuite.reconstruct.shifts import refined_within_classes
 from cryosuite.reconstruct.weights import ClassWeights
 
 ROWS = ("true", "kraqen", "hype", "cryodrgn")
@@ -40,11 +41,16 @@ ROWS = ("true", "kraqen", "hype", "cryodrgn")
 def polished(judge: Judge, weights: ClassWeights, particles: ParticleSet | None = None) -> dict:
     """Polish particles (default: those of the set) shared out among classes, judge the maps by all of them."""
     began = time.process_time()
-    with accumulate(judge.particles if particles is None else particles, weights) as sums:
+    particles, moved = refined_within_classes(judge.particles if particles is None else particles, weights)
+    with accumulate(particles, weights) as sums:
         found = polish(sums)
     spent = time.process_time() - began
     scores = judge.score(lambda k: found.maps[k], weights.labels())
-    return {"scores": scores, "cpu_s": round(spent, 1), "basis": found.basis, "classes": weights.n_classes}
+    made = {"scores": scores, "cpu_s": round(spent, 1), "basis": found.basis, "classes": weights.n_classes}
+    if moved is not None:
+        off = runs.shift_errors(judge.folder, judge.particles), runs.shift_errors(judge.folder, particles)
+        made["shift_errors_px"] = {"given": off[0], "refined": off[1], "measured": round(moved.error, 4)}
+    return made
 
 
 def true_row(judge: Judge, recipe: Recipe, work: Path, threads: int) -> dict:
@@ -62,7 +68,10 @@ def kraqen_row(judge: Judge, recipe: Recipe, work: Path, threads: int) -> dict:
     return {
         "training": done.costs(),
         "agreement": judge.agreement(labels),
-        "shift_errors_px": [runs.shift_errors(judge.folder, one) for one in (judge.particles, particles)],
+        "shift_errors_px": {
+            name: runs.shift_errors(judge.folder, one)
+            for name, one in (("given", judge.particles), ("refined", particles))
+        },
         "before": judge.score(runs.kraqen_map(run), labels),
         "after": polished(judge, weights, particles),
     }
