@@ -50,6 +50,15 @@ def test_mistakes_give_exit_code_1_and_advice(simulated, tmp_path):
     assert "poses" in run("check", stack, *pickles, *FAST, code=1)
 
 
+def test_errors_of_shifts_are_told(simulated, tmp_path):
+    rotation, shift = read_poses(simulated / "poses.pkl")
+    wrong = shift + np.random.default_rng(0).normal(0, 0.5 / 32, shift.shape).astype(np.float32)
+    write_pickle(tmp_path / "wrong.pkl", (rotation, wrong))
+    given = (simulated / "particles.mrcs", "--ctf", simulated / "ctf.pkl", "--no-probe", "--sample", 600)
+    assert "not measurably wrong" in run("check", *given, "--poses", simulated / "poses.pkl")
+    assert "off by 0.5" in run("check", *given, "--poses", tmp_path / "wrong.pkl")
+
+
 def test_hand_against_a_reference(golden, tmp_path):
     star, truth = golden / "relion" / "particles.star", golden / "relion" / "volume.mrc"
     run("check", star, "--reference", truth, *FAST)

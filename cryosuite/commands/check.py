@@ -115,6 +115,8 @@ def _collect(particles: ParticleSet, sample: int, reference: Path | None) -> lis
         say("quick maps under different readings of the poses")
         trials = try_alternatives(particles, sample)
         findings += inspect.inspect_conventions(particles, trials, sample)
+        if not any(one.status == inspect.FAIL for one in findings):
+            findings.append(inspect.inspect_shifts(particles, sample))
     if particles.ctf is None:
         findings.append(
             inspect.Finding(inspect.WARN, "CTF", "none", "Right only for images without or with corrected CTF.")

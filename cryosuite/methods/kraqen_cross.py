@@ -36,7 +36,6 @@ from cryosuite.training.signals import StopSignals
 
 FEWEST = 8  # particles, below which nothing can be held out
 COARSE_BOX = 32  # of the search
-ROUNDS = 3  # of shifts against one map of all particles: the third moves nothing by more than .01 pixel
 FIRST_IMAGES = 100  # per code, in the first iteration: of fewer, half maps show nothing in common
 
 
@@ -169,7 +168,7 @@ class CrossEM(VoxelEM):
         before = self.refined_shift
         with self.threads_of_torch():
             found = shifts.refine_shifts(
-                self.work, p, self.half, self.given_shift, ROUNDS if one else 1, progress="shifts"
+                self.work, p, self.half, self.given_shift, shifts.ROUNDS if one else 1, progress="shifts"
             )
         self.particles, self.refined_shift = self.images.particles, None if found is None else found.shift
         if found is None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from cryosuite.data.contrast import SURE, contrast_score
 from cryosuite.data.particles import ParticleSet
+from cryosuite.errors import InputError
 from cryosuite.reconstruct.diagnose import (
     CONTROL,
     MARGIN,
@@ -16,6 +17,7 @@ from cryosuite.reconstruct.diagnose import (
     map_skewness,
     view_coverage,
 )
+from cryosuite.reconstruct.shifts import errors_of_shifts
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 SAMPLE_IMAGES = 1000
@@ -184,6 +186,24 @@ def inspect_conventions(particles: ParticleSet, trials: list[Trial], sample: int
     poor = given.resolution > 0.25 * float(np.median(particles.pixel_size)) * particles.box_size
     out.append(Finding(WARN if poor else OK, "quick map", text, "Hardly any signal: look at the map." if poor else ""))
     return out
+
+
+def inspect_shifts(particles: ParticleSet, sample: int) -> Finding:
+    """How wrong the shifts are, as one map of a sample of the particles tells it."""
+    rows = np.unique(np.linspace(0, len(particles) - 1, min(sample, len(particles))).astype(np.int64))
+    try:
+        found = errors_of_shifts(particles.subset(rows))
+    except InputError as error:
+        return Finding(WARN, "errors of shifts", "cannot be told", str(error))
+    if found is None:
+        return Finding(OK, "errors of shifts", "not measurably wrong (of a mixture one map cannot tell)")
+    size = found.error * float(np.median(particles.pixel_size))
+    return Finding(
+        WARN,
+        "errors of shifts",
+        f"off by {found.error:.2g} pixels ({size:.2g} A) in each direction",
+        "train-kraqen and polish refine them by themselves; their poses.pkl can be given to the others (--poses).",
+    )
 
 
 def inspect_contrast(particles: ParticleSet, trials: list[Trial] | None) -> Finding:

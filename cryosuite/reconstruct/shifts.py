@@ -34,6 +34,7 @@ from cryosuite.reconstruct.class_images import ClusterImages
 from cryosuite.reconstruct.class_work import ClassWork
 from cryosuite.reconstruct.weights import ClassWeights
 
+ROUNDS = 3  # against one map of all particles: the third moves nothing by more than .01 pixel
 FEW, FEW_BOX, MANY_BOX = 40, 64, 32  # classes, and the box in which so many, or more, are looked at
 CACHE_GIB, MEMORY_GIB = 1.0, 2.0  # of images and of maps held at a time for `refined_within_classes`
 START = 1.0  # pixel: s at the beginning
@@ -113,6 +114,14 @@ def refined_within_classes(
     with work.threads_of_torch():
         found = refine_shifts(work, p, particles.half_sets(), particles.shift, 2, True, "shifts")
     return images.particles, found
+
+
+def errors_of_shifts(particles: ParticleSet) -> ShiftFit | None:
+    """What one map of all particles tells of their shifts; None where they are right or it tells nothing."""
+    work = ClassWork(ClusterImages(particles, MANY_BOX, CACHE_GIB), memory_gib=MEMORY_GIB)
+    one = ClassWeights.from_labels(np.zeros(len(particles), np.int64), 1)
+    with work.threads_of_torch():
+        return refine_shifts(work, one, particles.half_sets(), particles.shift, ROUNDS)
 
 
 def measure(
