@@ -38,7 +38,9 @@ ROUNDS = 3  # against one map of all particles: the third moves nothing by more 
 FEW, FEW_BOX, MANY_BOX = 40, 64, 32  # classes, and the box in which so many, or more, are looked at
 CACHE_GIB, MEMORY_GIB = 1.0, 2.0  # of images and of maps held at a time for `refined_within_classes`
 START = 1.0  # pixel: s at the beginning
-LEAST = 0.1  # pixel: an s below which shifts stay as they are (it takes 5 % of the amplitude at Nyquist)
+# pixel: an s below which shifts stay as they are. The first takes 5 % of the amplitude at Nyquist; one map of all
+# particles must show more, as states that differ from it look like shifts (.2 for a loop in 128 pixels).
+LEAST, LEAST_OF_ONE = 0.1, 0.25
 # One map of all particles says where they lie if it explains that share of the signal once they are moved (.78 to .92
 # for assemblies and molecules that bend, .6 for two unlike molecules, .2 for 16), and if the errors do not seem to grow
 # by that factor from round to round: unlike molecules are pulled farther off their centres each time (1.04 to 1.4; else
@@ -86,18 +88,19 @@ def refine_shifts(
     Returns:
         What was found; None where nothing is to be gained: then the particles lie where they were given.
     """
-    errors, first = [], work.processes.first
+    errors, first, one = [], work.processes.first, p.n_classes == 1
+    least = LEAST_OF_ONE if one else LEAST
     images = len(work.processes.mine(np.flatnonzero(p.labels() >= 0)))
     with Progress(rounds * images, progress, "images") if progress and first else nullcontext() as bar:
         for _ in range(rounds):
             maps = held_out.half_maps(work, p, half)
             found = measure(work, maps.flip(0) if own else maps, p.labels(), half, given, bar)
             errors.append(found.error)
-            if found.error < LEAST or found.seen < SEEN:
+            if found.error < least or found.seen < SEEN:
                 break
             work.images.move(found.shift)
-    unlike = p.n_classes == 1 and (found.explained < EXPLAINED or errors[-1] > GROWTH * errors[0])
-    if found.error < LEAST or found.seen < SEEN or unlike:
+    unlike = one and (found.explained < EXPLAINED or errors[-1] > GROWTH * errors[0])
+    if found.error < least or found.seen < SEEN or unlike:
         work.images.move(given)
         return None
     return found
