@@ -8,7 +8,7 @@ A particle's log-likelihood under the map of its class, as a function of a furth
 the score g and the Fisher information H = 2 sum |S|^2 w f f^T, f = -2 pi (kx, ky). With the prior N(0, s^2) on the
 error of each coordinate the most probable shift is (H + 1/s^2)^-1 (g + H d0) from where it was measured, d0; s is what
 makes the images most probable (EM for a variance component). Where shifts are right s falls to some hundredths of a
-pixel and nothing moves: no threshold has to be known beforehand.
+pixel, also if a third of the particles are in wrong classes, and nothing moves.
 
 A search takes the map of the other half set, which the particle is not part of. Half maps that are to be compared
 afterwards must stay apart: there each half set is measured against its own (to which a particle adds a little of
@@ -32,10 +32,11 @@ from cryosuite.kernels import slices
 from cryosuite.reconstruct import held_out
 from cryosuite.reconstruct.class_images import ClusterImages
 from cryosuite.reconstruct.class_work import ClassWork
+from cryosuite.reconstruct.held_out import COARSE_BOX, FINE_BOX
 from cryosuite.reconstruct.weights import ClassWeights
 
 ROUNDS = 3  # against one map of all particles: the third moves nothing by more than .01 pixel
-FEW, FEW_BOX, MANY_BOX = 40, 64, 32  # classes, and the box in which so many, or more, are looked at
+FEW = 40  # classes: so many are looked at in the fine box too, where shifts are wrong
 CACHE_GIB, MEMORY_GIB = 1.0, 2.0  # of images and of maps held at a time for `refined_within_classes`
 START = 1.0  # pixel: s at the beginning
 # pixel: an s below which shifts stay as they are. The first takes 5 % of the amplitude at Nyquist; one map of all
@@ -111,17 +112,22 @@ def refined_within_classes(
 ) -> tuple[ParticleSet, ShiftFit | None]:
     """The particles with shifts refined against the maps of their classes, each half set by itself; and what was found,
     None where the shifts are right or cannot be told."""
-    box = FEW_BOX if p.n_classes <= FEW else MANY_BOX
-    images = processes.each(lambda: ClusterImages(particles, box, CACHE_GIB))
-    work = ClassWork(images, memory_gib=MEMORY_GIB, processes=processes)
-    with work.threads_of_torch():
-        found = refine_shifts(work, p, particles.half_sets(), particles.shift, 2, True, "shifts")
-    return images.particles, found
+    given, half, found = particles.shift, particles.half_sets(), None
+    fine = p.n_classes <= FEW and particles.box_size > COARSE_BOX
+    for box, rounds in ((COARSE_BOX, 1), (FINE_BOX, 1)) if fine else ((COARSE_BOX, 2),):
+        images = processes.each(lambda box=box, now=particles: ClusterImages(now, box, CACHE_GIB))
+        work = ClassWork(images, memory_gib=MEMORY_GIB, processes=processes)
+        with work.threads_of_torch():
+            better = refine_shifts(work, p, half, given, rounds, True, "shifts")
+        if better is None:
+            break
+        particles, found = images.particles, better
+    return particles, found
 
 
 def errors_of_shifts(particles: ParticleSet) -> ShiftFit | None:
     """What one map of all particles tells of their shifts; None where they are right or it tells nothing."""
-    work = ClassWork(ClusterImages(particles, MANY_BOX, CACHE_GIB), memory_gib=MEMORY_GIB)
+    work = ClassWork(ClusterImages(particles, COARSE_BOX, CACHE_GIB), memory_gib=MEMORY_GIB)
     one = ClassWeights.from_labels(np.zeros(len(particles), np.int64), 1)
     with work.threads_of_torch():
         return refine_shifts(work, one, particles.half_sets(), particles.shift, ROUNDS)
