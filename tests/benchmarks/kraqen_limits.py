@@ -3,9 +3,9 @@
     CRYOSUITE_SHARED=../shared python tests/benchmarks/kraqen_limits.py [--family polish rough] [--snr 0.01]
         [--seeds 0 1 2] [--work DIR]
 
-"bayes" knows the true maps and shares, poses and noise as they are told to every program: no method can do better.
-"from the truth" is train-kraqen's own expectation maximisation in its box of 32 pixels, begun with the true labels,
-after ten iterations: what is lost there is lost because maps are made of so few particles, not by the search. What
+"bayes" knows the true maps and shares, poses and noise as they are told to every program: only a method that mends the
+poses can do better. "from the truth" is train-kraqen's own expectation maximisation in its box of 32 pixels, begun with
+the true labels (and shifts refined by them where they are wrong), after ten iterations: what is lost there is lost because maps are made of so few particles, not by the search. What
 train-kraqen itself found is in the results of polish.py. One JSON per set.
 """
 
@@ -36,6 +36,7 @@ def from_the_truth(judge: Judge, seed: int) -> list[float]:
     options = preset("compositional", judge.particles.box_size, False, n_codes=len(states))[1].options
     engine = engine_for(judge.particles, options, seed)
     p, found = ClassWeights.from_labels(labels, len(states)), []
+    engine.align(p)
     with engine.threads_of_torch():
         for _ in range(ITERATIONS):
             p = refine(engine, p, 1, 1.0).p

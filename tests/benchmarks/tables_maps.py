@@ -8,7 +8,12 @@ from pathlib import Path
 from statistics import mean, stdev
 
 KIND = {"ribo16": "assembly of 16", "igg24": "loop of 24", "mix16": "mix of 16", "phantom4": "four phantoms"}
-FLAW = {"": "", "coloured": "coloured noise", "poses1": "angles off by 1 degree", "poses3": "angles off by 3 degrees"}
+FLAW = {
+    "": "",
+    "coloured": "coloured noise",
+    "poses1": "shifts off by .5 pixel, angles by 1 degree",
+    "poses3": "shifts off by .5 pixel, angles by 3 degrees",
+}
 # AUC of IgG-1D in the paper (single seeds); rows as ablation.py names them
 PAPER = {
     "full": 0.375,
