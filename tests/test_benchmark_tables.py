@@ -46,7 +46,7 @@ def test_polish_tables_average_seeds_and_count_losing_states(tables):
     lines = tables.polish_table(found).splitlines()
     assert len(lines) == 4
     assert "mix of 16, SNR 0.01 |" in lines[2] and "**0.400 / 0.390**" in lines[2] and "1 / 0 of 32" in lines[2]
-    assert "D = 128, angles off by 3 degrees" in lines[3] and "0 / 0 of 16" in lines[3]
+    assert "D = 128, shifts off by .5 pixel, angles by 3 degrees" in lines[3] and "0 / 0 of 16" in lines[3]
     methods = tables.methods_table(found[:2]).splitlines()
     assert len(methods) == 3 and "train-kraqen" in methods[2] and "2.0 min" in methods[2]
 

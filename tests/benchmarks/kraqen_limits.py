@@ -5,8 +5,9 @@
 
 "bayes" knows the true maps and shares, poses and noise as they are told to every program: only a method that mends the
 poses can do better. "from the truth" is train-kraqen's own expectation maximisation in its box of 32 pixels, begun with
-the true labels (and shifts refined by them where they are wrong), after ten iterations: what is lost there is lost because maps are made of so few particles, not by the search. What
-train-kraqen itself found is in the results of polish.py. One JSON per set.
+the true labels (and shifts refined by them where they are wrong), after ten iterations: what is lost there is lost
+because maps are made of so few particles, not by the search. What train-kraqen itself found is in the results of
+polish.py. One JSON per set.
 """
 
 from __future__ import annotations
