@@ -259,7 +259,7 @@ def test_wrong_shifts_are_refined(stack, tmp_path, capsys, monkeypatch):
     for name, more in (("refined", []), ("given", ["--no-refine-shifts"])):
         out = PolishDir(tmp_path / name)
         assert run(monkeypatch, *command, *more, "-o", out.path) == 0
-        assert ("they were refined for these maps" in capsys.readouterr().err) == (name == "refined")
+        assert ("they were refined: for these maps" in capsys.readouterr().err) == (name == "refined")
         assert ("shift_error_px" in out.summary.read_text()) == out.poses.exists() == (name == "refined")
         found[name] = np.corrcoef(read_map(out.map(0)).data.ravel(), truth)[0, 1]
     shift = pickle.loads((tmp_path / "refined" / "poses.pkl").read_bytes())[1]

@@ -132,3 +132,27 @@ def test_missing_and_foreign_runs_are_refused(tmp_path):
     (tmp_path / "config.yaml").write_text("method: other\nparticles: x\noptions: {}\ntraining: {}\n")
     with pytest.raises(InputError, match="method 'other' is not known"):
         load_run(tmp_path)
+
+
+def test_wrong_shifts_are_refined_first_and_kept_over_a_resume(tmp_path):
+    """A single molecule, shifts off by .8 pixel: the run trains with better ones, from its first step to its last."""
+    particles, _ = blob_particles([blobs(24, 1)], 200, noise=2.0, seed=4)
+    with StackWriter(tmp_path / "particles.mrcs", 200, 24, 6.0) as out:
+        out.write(particles.read(np.arange(200)))
+    wrong = particles.shift + np.random.default_rng(0).normal(0, 0.8 / 24, (200, 2)).astype(np.float32)
+    write_pickle(tmp_path / "poses.pkl", (particles.rotation, wrong.astype(np.float32)))
+    write_pickle(tmp_path / "ctf.pkl", particles.ctf)
+    given = [tmp_path / "particles.mrcs", "--poses", tmp_path / "poses.pkl", "--ctf", tmp_path / "ctf.pkl"]
+    small = ["--dim", 32, "--depth", 1, "--inr-dim", 16, "--inr-layers", 1, "--checkpoint", 1]
+    run = RunDir(tmp_path / "run")
+    done = cryosuite("train-hype", *given, "-o", run.path, "-n", 1, *small)
+    assert done.returncode == 0 and "they were refined" in done.stderr, done.stderr
+    first = read_poses(run.poses(0))[1]
+    assert (first - particles.shift).std() < 0.4 * 0.8 / 24
+    done = cryosuite("train-hype", given[0], "-o", run.path, "--resume", "-n", 2)
+    assert done.returncode == 0 and "they were refined" not in done.stderr, done.stderr
+    assert np.array_equal(read_poses(run.poses(2))[1], first)
+    assert np.array_equal(load_run(run.path).particles.shift, first)
+    done = cryosuite("train-hype", *given, "-o", run.path, "-n", 1, *small, "--no-refine-shifts", "--overwrite")
+    assert done.returncode == 0 and np.array_equal(read_poses(run.poses(1))[1], wrong.astype(np.float32))
+    assert not run.poses(0).exists()

@@ -107,12 +107,9 @@ def _with_refined_shifts(
     """The particles with the shifts that their classes' maps ask for; how wrong they were goes into the notes."""
     particles, found = refined_within_classes(particles, weights, processes)
     if found is not None:
-        size = found.error * float(np.mean(particles.pixel_size))
         notes["shift_error_px"] = round(found.error, 4)
-        notice(
-            f"the shifts of the particles were off by {found.error:.2g} pixels ({size:.2g} A) in each direction; they "
-            "were refined for these maps, each half set by itself (--no-refine-shifts leaves them as they are)"
-        )
+        done = "for these maps, each half set by itself; poses.pkl beside them has them"
+        notice(found.said(float(np.mean(particles.pixel_size)), done))
     return particles
 
 

@@ -56,6 +56,13 @@ def main(
     datadir: Path = _option(None, help="Folder in which the image stacks lie.", panel=INPUT),
     pixel_size: float = _option(None, "--Apix", help="Pixel size in Angstrom, where no file says it.", panel=INPUT),
     invert_data: bool = _option(False, "--invert-data", help="Particles are dark in the images.", panel=INPUT),
+    refine_shifts: bool = _option(
+        None,
+        "--refine-shifts/--no-refine-shifts",
+        help="Before training, refine shifts where one map of all particles shows them wrong by a quarter of a pixel "
+        "or more (usual; not with --preset paper).",
+        panel=INPUT,
+    ),
     num_epochs: int = _option(
         None, "-n", "--num-epochs", help="Epochs: how often all images are seen.", panel=TRAINING
     ),
@@ -191,8 +198,9 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     from cryosuite.methods.hype import Hype
     from cryosuite.methods.hype_options import HypeOptions
     from cryosuite.methods.hype_run import epoch_writer, open_for
-    from cryosuite.training.launch import process_rank
+    from cryosuite.training.launch import meet, process_rank
     from cryosuite.training.loop import fit
+    from cryosuite.training.poses import begin_with_refined_shifts
     from cryosuite.training.runs import begin_run, make_config, particles_path, train_options
 
     run = RunDir(values["outdir"])
@@ -204,12 +212,14 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
         idle = options.without_effect([RENAMED.get(name, name) for name in METHOD if name in typed])
         say_without_effect(idle, RENAMED)
         Hype(options).check(particles)  # before the folder is touched
-    config = make_config("hype", values["particles"], run, options, training, preset=name, **how)
+    wanted = name != "paper" if values["refine_shifts"] is None else values["refine_shifts"]
+    config = make_config("hype", values["particles"], run, options, training, preset=name, refine_shifts=wanted, **how)
     config = begin_run(run, config, training, resume=values["resume"], overwrite=values["overwrite"])
     if particles is None:
         particles = open_for(particles_path(config, run), config)
     again = {to: values[key] for key, to in TRAIN.items() if key in typed} if values["resume"] else {}
     training = train_options(config, **again)
+    particles = begin_with_refined_shifts(particles, run, config, meet(training))
     method = Hype(HypeOptions.from_dict(config["options"]), training.precision)
     result = fit(
         method, particles, run, training,

@@ -18,7 +18,7 @@ from cryosuite.data.spectra import Spectra, measure_spectra
 from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError, notice
 from cryosuite.formats.atomic import atomic_path
-from cryosuite.formats.pickles import read_latent, read_poses, write_pickle
+from cryosuite.formats.pickles import read_latent, write_pickle
 from cryosuite.kernels.rotations import six_d_to_matrix
 from cryosuite.methods import LoadedRun
 from cryosuite.methods.deco import Deco
@@ -34,6 +34,7 @@ from cryosuite.training.checkpoint import load_into, load_state
 from cryosuite.training.launch import meet, process_rank, resolve_accelerator, training_processes
 from cryosuite.training.loop import fit
 from cryosuite.training.options import TrainOptions, plain
+from cryosuite.training.poses import with_poses
 from cryosuite.training.runs import particles_path, read_run_config
 from cryosuite.training.signals import exit_code, requeue_job
 
@@ -259,12 +260,6 @@ def poses_of(
 
 
 # --- opening a run again ---------------------------------------------------------------------------------------------
-
-
-def with_poses(particles: ParticleSet, run: RunDir, epoch: int) -> ParticleSet:
-    """The particles with the poses of an epoch of the run."""
-    rotation, shift = read_poses(run.poses(epoch), len(particles), checked=False)
-    return replace(particles, rotation=rotation, shift=shift, poses_from=run.poses(epoch))
 
 
 def load(run: RunDir, config: dict[str, Any], epoch: int) -> LoadedRun:

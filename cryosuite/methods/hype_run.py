@@ -24,6 +24,7 @@ from cryosuite.methods.hype_options import HypeOptions
 from cryosuite.reconstruct.backproject import common_pixel_size
 from cryosuite.training.checkpoint import load_into, load_state
 from cryosuite.training.launch import process_rank
+from cryosuite.training.poses import with_poses
 from cryosuite.training.runs import particles_path
 
 # how the particles were opened: keys of config.yaml that are arguments of open_particles
@@ -65,6 +66,8 @@ def load(run: RunDir, config: dict[str, Any], epoch: int, volume_from: str | Non
     if volume_from not in (None, "bank"):
         options = replace(options, volume_from=volume_from)
     particles = open_for(particles_path(config, run), config)
+    if config.get("poses_found"):
+        particles = with_poses(particles, run, epoch)
     state = load_state(run.weights(epoch), "weights")["model_state_dict"]
     noise = state.get("noise_amplitude")
     if noise is None or noise.shape[1] != particles.box_size // 2 + 1:

@@ -173,12 +173,8 @@ class CrossEM(VoxelEM):
         self.particles, self.refined_shift = self.images.particles, None if found is None else found.shift
         if found is None:
             return before is not None
-        size = found.error * float(np.mean(self.particles.pixel_size))
         if before is None:
-            notice(
-                f"the shifts of the particles were off by {found.error:.2g} pixels ({size:.2g} A) in each direction; "
-                "they were refined, and the run's poses.pkl has them (--no-refine-shifts leaves them as they are)"
-            )
+            notice(found.said(float(np.mean(self.particles.pixel_size)), "the run's poses.pkl has them"))
         return True
 
     # --- maps ---------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from cryosuite.errors import InputError, notice
 from cryosuite.formats.atomic import write_text
 from cryosuite.formats.config import read_yaml, write_yaml
 from cryosuite.formats.mrc import read_map, write_map
-from cryosuite.formats.pickles import read_latent, read_poses, safe_load, write_pickle
+from cryosuite.formats.pickles import read_latent, safe_load, write_pickle
 from cryosuite.kernels import shells
 from cryosuite.methods import LoadedRun
 from cryosuite.methods.kraqen import Kraqen, describe
@@ -46,6 +46,7 @@ from cryosuite.training.launch import (
 )
 from cryosuite.training.loop import fit
 from cryosuite.training.options import TrainOptions
+from cryosuite.training.poses import with_poses
 from cryosuite.training.runs import particles_path
 from cryosuite.training.signals import StopNow, exit_code, requeue_job
 
@@ -291,8 +292,7 @@ def load(run: RunDir, config: dict[str, Any], epoch: int) -> LoadedRun:
     if len(z) != len(particles):
         raise InputError(f"{run.z(epoch)}: {len(z)} latents for {len(particles)} particles: did the set change?")
     if config.get("poses_found"):
-        rotation, shift = read_poses(run.poses(epoch), len(particles), checked=False)
-        particles = replace(particles, rotation=rotation, shift=shift, poses_from=run.poses(epoch))
+        particles = with_poses(particles, run, epoch)
     decode = _from_maps(run, epoch, z) if options.field == "voxel" else _from_network(run, epoch, z, options, particles)
     pixel_size = common_pixel_size(particles.pixel_size)
     return LoadedRun("kraqen", particles, z, epoch, pixel_size, particles.box_size, decode, config)

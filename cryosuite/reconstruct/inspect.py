@@ -202,7 +202,7 @@ def inspect_shifts(particles: ParticleSet, sample: int) -> Finding:
         WARN,
         "errors of shifts",
         f"off by {found.error:.2g} pixels ({size:.2g} A) in each direction",
-        "train-kraqen and polish refine them by themselves; their poses.pkl can be given to the others (--poses).",
+        "train-hype, train-kraqen and polish refine them by themselves; others take their poses.pkl (--poses).",
     )
 
 

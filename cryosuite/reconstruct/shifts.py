@@ -68,6 +68,14 @@ class ShiftFit:
     explained: float
     seen: float
 
+    def said(self, pixel_size: float, what: str) -> str:
+        """A sentence for the user: how wrong the shifts were (``pixel_size`` in A), and ``what`` came of it."""
+        size = f"{self.error:.2g} pixels ({self.error * pixel_size:.2g} A)"
+        return (
+            f"the shifts of the particles were off by {size} in each direction; they were refined: {what} "
+            "(--no-refine-shifts leaves them as they are)"
+        )
+
 
 def refine_shifts(
     work: ClassWork,
@@ -125,12 +133,13 @@ def refined_within_classes(
     return particles, found
 
 
-def errors_of_shifts(particles: ParticleSet) -> ShiftFit | None:
+def errors_of_shifts(particles: ParticleSet, processes: Processes = ALONE) -> ShiftFit | None:
     """What one map of all particles tells of their shifts; None where they are right or it tells nothing."""
-    work = ClassWork(ClusterImages(particles, COARSE_BOX, CACHE_GIB), memory_gib=MEMORY_GIB)
+    images = processes.each(lambda: ClusterImages(particles, COARSE_BOX, CACHE_GIB))
+    work = ClassWork(images, memory_gib=MEMORY_GIB, processes=processes)
     one = ClassWeights.from_labels(np.zeros(len(particles), np.int64), 1)
     with work.threads_of_torch():
-        return refine_shifts(work, one, particles.half_sets(), particles.shift, ROUNDS)
+        return refine_shifts(work, one, particles.half_sets(), particles.shift, ROUNDS, progress="shifts")
 
 
 def measure(
