@@ -175,6 +175,19 @@ def test_modes_stand_beside_what_has_no_latent(tables):
     assert lines[-1].endswith("seeds 0, 1.")
 
 
+def test_shifts_before_and_after_and_the_honesty_of_half_maps(tables):
+    def row(error, half_maps):
+        return {"error_px": error, "fsc": {"half_maps": half_maps, "by_the_truth": half_maps + 0.01}}
+
+    rows = {"true": row(0.0, 0.4), "given": row(0.5, 0.3), "refined": row(0.13, 0.39)}
+    facts = {"kind": "ribo16", "snr": 0.01, "box": 64, "flaw": "poses1", "measured_px": 0.52, "cpu_s": 11, "rows": rows}
+    lines = tables.shifts_table([facts | {"seed": seed} for seed in (0, 1)]).splitlines()
+    assert lines[2].startswith(
+        "| assembly of 16, SNR 0.01, shifts off by .5 pixel, angles by 1 degree | 2 | 0.50 ± 0.00 "
+    )
+    assert "| **0.13 ± 0.00** | 11 s |" in lines[2] and "**0.390 ± 0.000 / 0.400 ± 0.000**" in lines[2]
+
+
 def test_limits_stand_beside_what_was_found(tables):
     found = [polish_result(seed, 0.4) for seed in (0, 1)]
     facts = {"kind": "mix16", "snr": 0.01, "box": 64, "flaw": "", "bayes": {"ari": 0.95}, "from_the_truth": [0.8, 0.6]}

@@ -1,11 +1,12 @@
 """What refining wrong shifts gives back, and whether half maps stay honest: true labels, shifts off by half a pixel.
 
-    CRYOSUITE_SHARED=../shared python tests/benchmarks/shifts.py [--kinds ribo16 igg24 mix16] [--seeds 0 1 2] [--work DIR]
+    CRYOSUITE_SHARED=../shared python tests/benchmarks/shifts.py [--kinds ribo16 igg24 mix16] [--seeds 0 1 2]
+        [--work DIR]
 
 For the true shifts, those given, and those refined as `polish` does (each half set against its own maps): errors in
-pixels, and the mean over states and shells of the FSC of the plain half maps within the true mask, beside the product of
-the half maps' own FSCs with the truth. Without noise in common the two are the same; half maps that were aligned on each
-other's noise agree better than they should. One JSON per set.
+pixels, and the mean over states and shells of the FSC of the plain half maps within the true mask, beside the product
+of the half maps' own FSCs with the truth. Without noise in common the two are the same; half maps that were aligned on
+each other's noise agree better than they should. One JSON per set.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from tables_maps import (
     modes_table,
     polish_table,
     results,
+    shifts_table,
     spread,
 )
 from tables_poses import deco_table, search_table
@@ -154,6 +155,7 @@ def latest() -> dict[str, str]:
         ("polish", [one for one in polished if "true" in one["rows"]], polish_table),
         ("methods", [one for one in polished if set(one["rows"]) - {"true"}], methods_table),
         ("modes", results(RESULTS, "modes_*.json"), modes_table),
+        ("shifts", results(RESULTS, "shifts_*.json"), shifts_table),
         ("deco", results(RESULTS, "deco_[ak]*_s*.json"), deco_table),
         ("fastar-quality", results(RESULTS, "fastar_quality_*.json"), quality_table),
         ("fastar-race", results(RESULTS, "fastar_race_*.json"), race_table),

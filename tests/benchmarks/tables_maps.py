@@ -194,6 +194,24 @@ def limits_table(limits: list[dict], polished: list[dict]) -> str:
     return markdown(columns, rows)
 
 
+def shifts_table(found: list[dict]) -> str:
+    """Errors of shifts before and after, and the half maps' FSC beside what the true maps say it must be."""
+    rows = []
+    for seeds in grouped(found, set_title):
+
+        def of(name: str, seeds: list[dict] = seeds) -> str:
+            said = [[one["rows"][name]["fsc"][which] for one in seeds] for which in ("half_maps", "by_the_truth")]
+            return " / ".join(spread(values) for values in said)
+
+        errors = [spread([one["rows"][name]["error_px"] for one in seeds], 2) for name in ("given", "refined")]
+        measured = spread([one["measured_px"] for one in seeds], 2)
+        cost = f"{mean(one['cpu_s'] for one in seeds):.0f} s"
+        rows.append([set_title(seeds[0]), str(len(seeds)), errors[0], measured, f"**{errors[1]}**", cost,
+                     of("given"), f"**{of('refined')}**", of("true")])  # fmt: skip
+    columns = ["", "seeds", "error, px", "as measured", "refined", "CPU time", "FSC as given", "refined", "true shifts"]
+    return markdown(columns, rows)
+
+
 def verdict(values: list[float], full: list[float], paper: float) -> str:
     """Whether a row's distance from the full method is that of the paper: same sign and beyond the seeds' spread."""
     if len(values) < 2 or len(full) < 2:
