@@ -97,10 +97,12 @@ def refine_shifts(
     Returns:
         What was found; None where nothing is to be gained: then the particles lie where they were given.
     """
-    errors, first, one = [], work.processes.first, p.n_classes == 1
+    errors, one, rows = [], p.n_classes == 1, np.flatnonzero(p.labels() >= 0)
     least = LEAST_OF_ONE if one else LEAST
-    images = len(work.processes.mine(np.flatnonzero(p.labels() >= 0)))
-    with Progress(rounds * images, progress, "images") if progress and first else nullcontext() as bar:
+    if not len(rows):
+        return None
+    shown = progress and work.processes.first
+    with Progress(rounds * len(work.processes.mine(rows)), progress, "images") if shown else nullcontext() as bar:
         for _ in range(rounds):
             maps = held_out.half_maps(work, p, half)
             found = measure(work, maps.flip(0) if own else maps, p.labels(), half, given, bar)

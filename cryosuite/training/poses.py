@@ -10,7 +10,7 @@ import numpy as np
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.processes import ALONE, Processes
 from cryosuite.data.workdir import RunDir
-from cryosuite.errors import notice
+from cryosuite.errors import InputError, notice
 from cryosuite.formats.config import read_yaml, write_yaml
 from cryosuite.formats.pickles import read_poses, write_pickle
 from cryosuite.reconstruct.shifts import errors_of_shifts
@@ -35,7 +35,10 @@ def begin_with_refined_shifts(
     begun = run.poses(BEGUN_WITH)
     if run.checkpoint.exists():
         return with_poses(particles, run, BEGUN_WITH) if begun.exists() else particles
-    found = errors_of_shifts(particles, processes) if config.get("refine_shifts") else None
+    try:
+        found = errors_of_shifts(particles, processes) if config.get("refine_shifts") else None
+    except InputError:  # images that say nothing of shifts: what is wrong with them the training tells
+        found = None
     if found is None:
         return particles
 
