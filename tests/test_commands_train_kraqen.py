@@ -290,5 +290,11 @@ def test_a_run_has_the_shifts_it_refined(tmp_path, capsys, monkeypatch):
     assert np.array_equal(open_run_particles(made).shift, shift)
     assert run(monkeypatch, "polish", made.path, "--half-sets", "-o", tmp_path / "apart", "--threads", 1) == 0
     assert "go back to the shifts they came with" in capsys.readouterr().err
+    net = RunDir(tmp_path / "net")
+    small = ["--field", "triplane", "--channels", 4, "--features", 8, "--width", 8, "--layers", 1, "-n", 1]
+    assert run(monkeypatch, "train-kraqen", *given(tmp_path), "-o", net.path, *options[:2], *small) == 0
+    begun, ended = (pickle.loads(net.poses(epoch).read_bytes())[1] for epoch in (0, 1))
+    assert np.array_equal(begun, ended) and (ended - particles.shift).std() < 0.5 * 0.7 / D
+    assert np.array_equal(load_run(net.path).particles.shift, ended)
     assert run(monkeypatch, "train-kraqen", *given(tmp_path), "-o", tmp_path / "b", *options, "--no-refine-shifts") == 0
     assert np.array_equal(pickle.loads(RunDir(tmp_path / "b").poses(3).read_bytes())[1], wrong)

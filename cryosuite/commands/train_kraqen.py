@@ -59,6 +59,13 @@ def main(
     n_states: int = _option(None, help="How many different molecules you expect; 1.5 x as many codes.", panel=CODES),
     n_codes: int = _option(None, "-k", "--n-codes", help="Number of codes; nothing: 32.", panel=CODES),
     split: bool = _option(None, "--split/--no-split", help="Split the busiest code into unused ones.", panel=CODES),
+    refine_shifts: bool = _option(
+        None,
+        "--refine-shifts/--no-refine-shifts",
+        help="Refine shifts that turn out to be wrong by more than a tenth of a pixel (usual, not with --preset paper; "
+        "network fields ask one map of all particles only, which must show a quarter).",
+        panel=CODES,
+    ),
     merge: str = _option(
         None,
         help="Joining of codes that show one state. overlap (usual): codes that share their images when all choose "
@@ -87,12 +94,6 @@ def main(
         "--m-step",
         help="How maps are made in between. local (usual): two half maps per code, cleaned as polish does; images are "
         "judged by the maps of the other half. wiener: one map of all images; quicker, needs 500 images per state.",
-        panel=VOXEL,
-    ),
-    refine_shifts: bool = _option(
-        None,
-        "--refine-shifts/--no-refine-shifts",
-        help="Where shifts turn out to be wrong by more than a tenth of a pixel, refine them (usual).",
         panel=VOXEL,
     ),
     prior: float = _option(None, help="Strength of the Wiener filter of --m-step wiener.", panel=VOXEL),

@@ -34,7 +34,7 @@ ABOVE_0 = ("anneal_over", "prior", "march_from", "feat_sigma", "fast")
 ONLY_WITH: dict[str, dict[str, tuple[Any, ...]]] = {
     "kernel": {"assign": ("kernel",)},
     "channels": {"field": ("triplane",)}, "plane_size": {"field": ("triplane",)}, "levels": {"field": ("triplane",)},
-    "iterations": {"field": ("voxel",)}, "refine_shifts": {"field": ("voxel",), "m_step": ("local",)},
+    "iterations": {"field": ("voxel",)},
     **{
         name: {"field": ("triplane", "fourier")}
         for name in ("rank", "features", "feat_sigma", "width", "layers", "init", "loss", "blend", "em_last", "beta",
@@ -65,7 +65,7 @@ class KraqenOptions:
     merge: str = "auto"  # what tells twins; "overlap" with m_step "local", else "likelihood"
     m_step: str = "local"  # held-out scores by half maps filtered as in polish; "wiener": maps of all images
     sparse: float = 1e-3  # responsibilities below are dropped
-    refine_shifts: bool = True  # where shifts are measurably wrong; voxel field with m_step "local"
+    refine_shifts: bool = True  # where shifts are measurably wrong
     # voxel field
     iterations: int = 16
     prior: float = 0.15  # f of the pooled Wiener filter
@@ -129,6 +129,8 @@ class KraqenOptions:
             for other, values in ONLY_WITH.get(name, {}).items():
                 if getattr(self, other) not in values:
                     out[name] = f"with --{other} {getattr(self, other)}"
+        if self.m_step == "wiener" and self.field == "voxel" and "refine_shifts" in names:
+            out["refine_shifts"] = "with --m-step wiener"
         if self.m_step == "local":
             idle = ("prior", "march_from", "march_over", "balance") if self.field == "voxel" else ("prior",)
             out |= {name: "with --m-step local" for name in idle if name in names}
@@ -174,7 +176,7 @@ PRESETS = {
             field="triplane", n_codes=100, rank=50, channels=64, levels=1, features=0, width=1024, layers=3,
             assign="kernel", kernel="epanechnikov", t_max=13.0, t_min=1.3, anneal="paper", anneal_over=1.0,
             balance=0.0, split=False, beta=0.05, margin=0.1, loss="l1", em_last=0.0, jitter=0.0, em_finish=0,
-            march_from=1.0, merge="none", fast=1.0,
+            march_from=1.0, merge="none", fast=1.0, refine_shifts=False,
         ),
         {"lr": 1e-4, "epochs": 50, "batch_size": 32, "warmup": 0.0, "lr_final": 1.0, "grad_clip": 0.0, "ema": 0.0,
          "precision": "32"},

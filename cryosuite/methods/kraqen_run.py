@@ -39,6 +39,7 @@ from cryosuite.reconstruct.weights import ClassWeights
 from cryosuite.training.checkpoint import load_into, load_state
 from cryosuite.training.launch import (
     join_processes,
+    meet,
     process_rank,
     resolve_accelerator,
     training_processes,
@@ -46,7 +47,7 @@ from cryosuite.training.launch import (
 )
 from cryosuite.training.loop import fit
 from cryosuite.training.options import TrainOptions
-from cryosuite.training.poses import with_poses
+from cryosuite.training.poses import begin_with_refined_shifts, with_poses
 from cryosuite.training.runs import particles_path
 from cryosuite.training.signals import StopNow, exit_code, requeue_job
 
@@ -155,6 +156,8 @@ def _train_network(
     particles: ParticleSet, run: RunDir, options: KraqenOptions, training: TrainOptions, resume: bool | str
 ) -> Trained:
     resume = run.checkpoint.exists() and (bool(resume) or was_restarted())
+    wanted = {"refine_shifts": options.refine_shifts}
+    particles = begin_with_refined_shifts(particles, run, wanted, meet(training))
     fitted = fit(Kraqen(options), particles, run, replace(training, requeue=False), resume=resume)
     if fitted.stopped:
         return Trained(fitted.epochs_done, fitted.stopped, fitted.exit_code)
