@@ -22,6 +22,8 @@ from cryosuite.methods.kraqen_voxel import VoxelEM, VoxelResult
 from cryosuite.reconstruct.class_sums import accumulate
 from cryosuite.reconstruct.polish import polish
 from cryosuite.reconstruct.weights import ClassWeights
+from cryosuite.training import checkpoint
+from cryosuite.training.options import plain
 
 BOX = 16
 SMALL = KraqenOptions(n_codes=5, iterations=10)
@@ -194,6 +196,21 @@ def test_refined_shifts_go_into_the_run_and_survive_a_resume(moved, tmp_path: Pa
     assert same(whole, resumed)
     assert np.array_equal(engine.particles.shift, whole.engine.particles.shift)
     assert all(np.array_equal(shift, engine.refined_shift) for shift in seen) and len(seen) < len(whole.history)
+
+
+def test_a_run_begun_before_shifts_were_refined_goes_on(toy, tmp_path: Path):
+    options = KraqenOptions.from_dict(plain(SMALL) | {"refine_shifts": False})
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    whole = CrossEM(toy[0], options).run(progress=False)
+    CrossEM(toy[0], options).run(run=run, progress=False, max_minutes=0)
+    stored = checkpoint.load_state(run.checkpoint, "a checkpoint")
+    stored.pop("shift")
+    del stored["method"]["options"]["refine_shifts"]
+    checkpoint.save_state(run.checkpoint, stored)
+    kept = {name: value for name, value in plain(options).items() if name != "refine_shifts"}  # of its config.yaml
+    resumed = CrossEM(toy[0], KraqenOptions.from_dict(kept)).run(run=run, resume=True, progress=False)
+    assert same(whole, resumed)
 
 
 def test_right_shifts_change_nothing(toy, found):

@@ -148,8 +148,10 @@ class KraqenOptions:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> KraqenOptions:
-        """From the mapping of a config.yaml; names that are not options are left out."""
+        """From the mapping of a config.yaml; names that are not options are left out. Runs that say nothing of shifts
+        were begun before these could be refined."""
         known = {field.name for field in fields(KraqenOptions)}
+        values = {"refine_shifts": False} | values
         return KraqenOptions(**{name: value for name, value in values.items() if name in known})
 
     def changed(self, **changes: Any) -> KraqenOptions:

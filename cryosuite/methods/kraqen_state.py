@@ -79,7 +79,8 @@ def load(run: RunDir, identity: dict[str, Any]) -> tuple[State, list[dict[str, A
     p = None if stored["p"] is None else ClassWeights.from_arrays([v.numpy() for v in stored["p"]], str(path))
     state = State(stored["iteration"], stored["volumes"], stored["usage"].numpy(), p, stored["seconds"])
     state.settled = stored["settled"]
-    state.shift = None if stored["shift"] is None else stored["shift"].numpy()
+    shift = stored.get("shift")  # runs of version 0.1.0 have none
+    state.shift = None if shift is None else shift.numpy()
     return state, list(stored["history"])
 
 

@@ -116,7 +116,7 @@ def refuse_differences(path: Path, then: dict[str, Any], now: dict[str, Any]) ->
             (then["method"]["options"], now["method"]["options"]),
         )
         for name in sorted(before.keys() | after.keys())
-        if name not in FREE_ON_RESUME and before.get(name) != after.get(name)
+        if name not in FREE_ON_RESUME and not _same(before, after, name)
     ]
     before, after = then["particles"], now["particles"]
     sets = [
@@ -130,6 +130,11 @@ def refuse_differences(path: Path, then: dict[str, Any], now: dict[str, Any]) ->
             f"{path}: cannot be continued: {'; '.join(options + sets)}. Resume with the options and particles it was "
             "started with, or start a new run in another folder."
         )
+
+
+def _same(before: dict[str, Any], after: dict[str, Any], name: str) -> bool:
+    """Whether an option is what it was; one that came with a later version and is off now was off before."""
+    return before.get(name) == after.get(name) or (name not in before and not after[name])
 
 
 def _shown(value: object) -> str:
