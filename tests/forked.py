@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import socket
@@ -41,7 +42,7 @@ def together(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     text = [str(word) for word in words]
-    running = {_start(folder, text, rank, count, port, before): rank for rank in range(count)}
+    running = {_start(folder, text, rank, count, port, before, seconds): rank for rank in range(count)}
     codes: dict[int, int] = {}
     deadline = time.monotonic() + seconds
     while running:
@@ -72,7 +73,9 @@ def one_and_two(folder: Path, words: list[object]) -> tuple[Path, Path]:
     return folder / "one", folder / "two"
 
 
-def _start(folder: Path, words: list[str], rank: int, count: int, port: int, before: Callable[[], None] | None) -> int:
+def _start(
+    folder: Path, words: list[str], rank: int, count: int, port: int, before: Callable[[], None] | None, seconds: float
+) -> int:
     """Fork one process; its number."""
     sys.stdout.flush()
     sys.stderr.flush()
@@ -84,6 +87,7 @@ def _start(folder: Path, words: list[str], rank: int, count: int, port: int, bef
         for number, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(folder / f"{name}{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+        faulthandler.dump_traceback_later(0.9 * seconds, file=sys.stderr)  # where it hangs, if it does
         if count > 1:
             os.environ.update(
                 {"TORCHELASTIC_RUN_ID": "toy", "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0",
