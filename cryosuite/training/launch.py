@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import random
@@ -98,7 +99,14 @@ def join_processes(devices: int = 1, num_nodes: int = 1, accelerator: str = "cpu
     fabric = start_fabric(options)
     if torch.cuda.is_available():
         torch.cuda.set_device(fabric.local_rank % torch.cuda.device_count())
+    atexit.register(_leave)
     return training_processes()
+
+
+def _leave() -> None:
+    """End gloo's threads: one that still runs when a process ends aborts it, though all its work is done."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def meet(options: TrainOptions) -> Processes:
