@@ -1,4 +1,4 @@
-"""Commands in several processes as torchrun starts them, forked from the test so that nothing is imported again."""
+"""Processes forked from a test so that nothing is imported again; none outlives its time, and what hangs says where."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cryosuite.cli import main
+from cryosuite.data.processes import Processes
 
 
 @dataclass
@@ -42,22 +44,8 @@ def together(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     text = [str(word) for word in words]
-    running = {_start(folder, text, rank, count, port, before, seconds): rank for rank in range(count)}
-    codes: dict[int, int] = {}
-    deadline = time.monotonic() + seconds
-    while running:
-        for pid in list(running):
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                codes[running.pop(pid)] = os.waitstatus_to_exitcode(status)
-                if status and ended:
-                    for other in running:
-                        os.kill(other, signal.SIGTERM)
-        if time.monotonic() > deadline:
-            for pid in running:
-                os.kill(pid, signal.SIGKILL)
-            raise AssertionError(f"{words[0]} in {count} processes hangs: {(folder / 'err0').read_text()[-2000:]}")
-        time.sleep(0.05)
+    pids = [_start(folder, text, rank, count, port, before) for rank in range(count)]
+    codes = wait(pids, seconds, ended, lambda: (folder / "err0").read_text())
     return [
         Ended(codes[rank], (folder / f"out{rank}").read_text(), (folder / f"err{rank}").read_text())
         for rank in range(count)
@@ -73,10 +61,24 @@ def one_and_two(folder: Path, words: list[object]) -> tuple[Path, Path]:
     return folder / "one", folder / "two"
 
 
-def _start(
-    folder: Path, words: list[str], rank: int, count: int, port: int, before: Callable[[], None] | None, seconds: float
-) -> int:
-    """Fork one process; its number."""
+def each(folder: Path, work: Callable[[Processes], None], count: int = 3, seconds: float = 240.0) -> None:
+    """``work`` in so many processes that speak by gloo; all of them end well.
+
+    folder: where they meet.
+    """
+
+    def meet(rank: int) -> None:
+        import torch
+
+        where = f"file://{folder}/meet"
+        torch.distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=count)
+        work(Processes(rank, count))
+
+    assert wait([fork(partial(meet, rank)) for rank in range(count)], seconds) == [0] * count
+
+
+def fork(work: Callable[[], None]) -> int:
+    """A process that does ``work`` and ends with the code of its SystemExit, 1 after another error; its number."""
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -84,10 +86,54 @@ def _start(
         return pid
     code = 1
     try:
+        work()
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def wait(pids: list[int], seconds: float, ended: bool = True, said: Callable[[], str] = lambda: "") -> list[int]:
+    """Exit codes (negative: the signal) of processes; AssertionError, with what they ``said``, after so many seconds.
+
+    ended: end all others when one fails. Processes that hang print where to their standard error.
+    """
+    running, codes = set(pids), {}
+    deadline = time.monotonic() + seconds
+    while running:
+        for pid in list(running):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                running.remove(pid)
+                codes[pid] = os.waitstatus_to_exitcode(status)
+                if codes[pid] and ended:
+                    for other in running:
+                        os.kill(other, signal.SIGTERM)
+        if time.monotonic() > deadline:
+            for number in (signal.SIGABRT, signal.SIGKILL):  # faulthandler prints where an aborted process was
+                for pid in running:
+                    os.kill(pid, number)
+                time.sleep(1)
+            for pid in running:
+                os.waitpid(pid, 0)
+            raise AssertionError(f"{len(running)} of {len(pids)} processes hang: {said()[-4000:]}")
+        time.sleep(0.02)
+    return [codes[pid] for pid in pids]
+
+
+def _start(folder: Path, words: list[str], rank: int, count: int, port: int, before: Callable[[], None] | None) -> int:
+    """Fork a process that does a command; its number."""
+
+    def work() -> None:
         for number, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(folder / f"{name}{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
-        faulthandler.dump_traceback_later(0.9 * seconds, file=sys.stderr)  # where it hangs, if it does
+        faulthandler.enable(file=sys.stderr)
         if count > 1:
             os.environ.update(
                 {"TORCHELASTIC_RUN_ID": "toy", "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0",
@@ -98,12 +144,5 @@ def _start(
         if before is not None:
             before()
         main()
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+
+    return fork(work)

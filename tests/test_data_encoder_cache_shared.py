@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import each
 from test_data_encoder_images import toy_images, toy_set
-from test_data_processes import each
 
 from cryosuite.data import encoder_cache
 from cryosuite.data.encoder_cache import EncoderCache

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import each
 
 from cryosuite.cli import _take_part
 from cryosuite.data.broken import Broken
@@ -19,29 +16,6 @@ from cryosuite.errors import FileError, InputError
 from cryosuite.formats.stacks import StackPart, StackReader, StackWriter
 from cryosuite.ranks import process_count, process_rank
 from cryosuite.training.guard import TrainingDiverged
-
-
-def each(folder: Path, work: Callable[[Processes], None], count: int = 3) -> None:
-    """``work`` in so many forked processes that speak by gloo."""
-    import torch
-
-    children = []
-    for rank in range(count):
-        pid = os.fork()
-        if not pid:
-            code = 1
-            try:
-                meet = f"file://{folder}/meet"
-                torch.distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=count)
-                work(Processes(rank, count))
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        children.append(pid)
-    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0] * count
 
 
 def _diverge() -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked import each
 from hype_toy import blob_particles, blobs
-from test_data_processes import each
 
 from cryosuite.data.images import ArrayImages
 from cryosuite.data.particles import ParticleSet

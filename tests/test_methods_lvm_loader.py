@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_data_processes import each
+from forked import each
 
 from cryosuite.data.processes import Processes
 from cryosuite.errors import FileError

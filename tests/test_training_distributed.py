@@ -11,12 +11,14 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import training_toy
+from forked import fork, wait
 from training_toy import Toy, ToyOptions, toy_particles, train
 
 from cryosuite.data.workdir import RunDir
@@ -141,31 +143,23 @@ def test_restarted_processes_do_not_call_the_dead() -> None:
     """With a fixed --master-port the agent's store outlives a restart and holds the addresses of the killed."""
     server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
-    def start(rank: int, attempt: int) -> int:
-        pid = os.fork()
-        if pid:
-            return pid
-        code = 1
-        try:
-            given = {"RUN_ID": "x", "USE_AGENT_STORE": "True", "RESTART_COUNT": attempt}
-            given = {f"TORCHELASTIC_{name}": value for name, value in given.items()}
-            given |= {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-            given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": server.port, "CUDA_VISIBLE_DEVICES": ""}
-            os.environ.update({name: str(value) for name, value in given.items()})
-            time.sleep(0.3 * (1 - rank))  # the first rank comes later, and the second finds the old keys
-            launch.TIMEOUT = timedelta(seconds=30)
-            launch.start_fabric(TrainOptions(accelerator="cpu"))
-            torch.distributed.all_reduce(torch.ones(1))
-            if attempt == 0:
-                signal.pause()
-            code = 0
-        finally:
-            os._exit(code)
+    def process(rank: int, attempt: int) -> None:
+        given = {"RUN_ID": "x", "USE_AGENT_STORE": "True", "RESTART_COUNT": attempt}
+        given = {f"TORCHELASTIC_{name}": value for name, value in given.items()}
+        given |= {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+        given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": server.port, "CUDA_VISIBLE_DEVICES": ""}
+        os.environ.update({name: str(value) for name, value in given.items()})
+        time.sleep(0.3 * (1 - rank))  # the first rank comes later, and the second finds the old keys
+        launch.TIMEOUT = timedelta(seconds=30)
+        launch.start_fabric(TrainOptions(accelerator="cpu"))
+        torch.distributed.all_reduce(torch.ones(1))
+        if attempt == 0:
+            signal.pause()
 
-    first = [start(rank, 0) for rank in (0, 1)]
+    first = [fork(partial(process, rank, 0)) for rank in (0, 1)]
     time.sleep(5)
     for pid in first:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    second = [start(rank, 1) for rank in (0, 1)]
-    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in second] == [0, 0]
+    second = [fork(partial(process, rank, 1)) for rank in (0, 1)]
+    assert wait(second, 120) == [0, 0]

@@ -7,10 +7,12 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from forked import fork, wait
 
 from cryosuite.errors import InputError
 from cryosuite.training import lookout
@@ -23,31 +25,22 @@ def ended(folder: Path, work: Callable[[int], None], count: int = 3) -> list[tup
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    children = []
-    for rank in range(count):
-        pid = os.fork()
-        if not pid:
-            code = 1
-            try:
-                os.dup2(os.open(folder / f"err{rank}", os.O_CREAT | os.O_WRONLY), 2)
-                sys.stderr = os.fdopen(2, "w", buffering=1)
-                where = f"tcp://127.0.0.1:{port}"
-                torch.distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=count)
-                with Lookout(rank, count):
-                    work(rank)
-                    torch.distributed.barrier()
-                time.sleep(0.5)
-                code = 0
-            except SystemExit as stop:
-                code = int(stop.code)
-            except InputError as error:
-                print(f"raised: {error}", file=sys.stderr)
-                code = 2
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        children.append(pid)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+
+    def process(rank: int) -> None:
+        os.dup2(os.open(folder / f"err{rank}", os.O_CREAT | os.O_WRONLY), 2)
+        sys.stderr = os.fdopen(2, "w", buffering=1)
+        where = f"tcp://127.0.0.1:{port}"
+        torch.distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=count)
+        try:
+            with Lookout(rank, count):
+                work(rank)
+                torch.distributed.barrier()
+        except InputError as error:
+            print(f"raised: {error}", file=sys.stderr)
+            sys.exit(2)
+        time.sleep(0.5)
+
+    codes = wait([fork(partial(process, rank)) for rank in range(count)], 120, ended=False)
     return [(code, (folder / f"err{rank}").read_text()) for rank, code in enumerate(codes)]
 
 
