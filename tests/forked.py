@@ -121,7 +121,7 @@ def wait(pids: list[int], seconds: float, ended: bool = True, said: Callable[[],
                 time.sleep(1)
             for pid in running:
                 os.waitpid(pid, 0)
-            raise AssertionError(f"{len(running)} of {len(pids)} processes hang: {said()[-4000:]}")
+            raise AssertionError(f"{len(running)} of {len(pids)} processes hang: {said()[-8000:]}")
         time.sleep(0.02)
     return [codes[pid] for pid in pids]
 
