@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -72,13 +73,18 @@ def each(folder: Path, work: Callable[[Processes], None], count: int = 3, second
 
         where = f"file://{folder}/meet"
         torch.distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=count)
+        torch.distributed.barrier()  # one that ended before the others are connected would leave them calling it
         work(Processes(rank, count))
 
     assert wait([fork(partial(meet, rank)) for rank in range(count)], seconds) == [0] * count
 
 
+_LASTING: set[str] = set()  # native threads of libraries
+
+
 def fork(work: Callable[[], None]) -> int:
     """A process that does ``work`` and ends with the code of its SystemExit, 1 after another error; its number."""
+    _let_threads_go()
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -96,6 +102,23 @@ def fork(work: Callable[[], None]) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _let_threads_go(seconds: float = 2.0) -> None:
+    """Wait for threads that are joined and not yet gone.
+
+    Python joins a thread before its native end, in which MKL holds a lock on the memory of all threads. A process
+    forked in that moment finds it held for ever: of 1,500 forks right after a thread that did an FFT 7 hung.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        known = {str(thread.native_id) for thread in threading.enumerate()} | _LASTING
+        going = set(os.listdir("/proc/self/task")) - known
+        if not going:
+            return
+        if time.monotonic() > deadline:
+            _LASTING.update(going)
+        time.sleep(0.001)
 
 
 def wait(pids: list[int], seconds: float, ended: bool = True, said: Callable[[], str] = lambda: "") -> list[int]:

@@ -31,6 +31,7 @@ def ended(folder: Path, work: Callable[[int], None], count: int = 3) -> list[tup
         sys.stderr = os.fdopen(2, "w", buffering=1)
         where = f"tcp://127.0.0.1:{port}"
         torch.distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=count)
+        torch.distributed.barrier()  # all are connected
         try:
             with Lookout(rank, count):
                 work(rank)

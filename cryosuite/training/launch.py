@@ -9,6 +9,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,7 +122,16 @@ def training_processes() -> Processes:
     rank, count = world()
     if count == 1:
         return ALONE
-    return Processes(rank, count, torch.distributed.new_group(backend="gloo", timeout=PATIENCE))
+    return Processes(rank, count, _all_connected(torch.distributed.new_group(backend="gloo", timeout=PATIENCE)))
+
+
+def _all_connected(group: Any = None) -> Any:
+    """The group (None: of all processes) once every process has its connections.
+
+    One that ended before, by a mistake in its input say, would leave the others calling it until their time is over.
+    """
+    torch.distributed.barrier(group)
+    return group
 
 
 def resolve_accelerator(name: str) -> str:
@@ -169,6 +179,8 @@ def start_fabric(options: TrainOptions, unused_parameters: bool = False) -> Fabr
     if shape.launcher == "torchrun" and world()[1] < shape.world_size and was_restarted():
         _join_anew(accelerator)
     fabric.launch()
+    if world()[1] > 1 and torch.distributed.get_backend() == "gloo":
+        _all_connected()
     return fabric
 
 
