@@ -20,6 +20,7 @@ from common import CRYOSUITE, timed
 
 WORK = Path(tempfile.gettempdir()) / "cryosuite-issue3"
 TOO_LARGE = ("4v60",)  # 500 A long: wraps around a box of 320 A
+FOUR = ("1xnr", "5gjv", "1e4m", "3d2f")
 FIELD_OF_VIEW = 320.0  # A, of every set here
 POLISH_KINDS = ("ribo16", "igg24", "mix16")
 SEEDS = (0, 1, 2)
@@ -70,6 +71,11 @@ def hundred() -> list[str]:
     return ["--structures", ",".join([*map(str, files[:100]), *more])]
 
 
+def four() -> list[str]:
+    """Four unlike molecules for trainings without poses."""
+    return ["--structures", ",".join(str(structures() / "bench" / f"{name}.cif.gz") for name in FOUR)]
+
+
 KINDS: dict[str, Callable[[], list[str]]] = {
     "mix16": lambda: ["--preset", "mini-mix16"],
     "ribo16": lambda: ["--preset", "mini-ribo16"],
@@ -77,6 +83,7 @@ KINDS: dict[str, Callable[[], list[str]]] = {
     "igg50": lambda: ["--preset", "mini-igg50"],
     "phantom4": lambda: ["--structures", "phantom:4"],  # needs no structures: to try the scripts
     "mix100": hundred,
+    "mix4": four,
     "phantom-mix16": lambda: ["--structures", "phantom:16"],
     "phantom-mix100": lambda: ["--structures", "phantom:100"],
     "phantom-ribo16": lambda: ["--structures", "phantom:1", *ASSEMBLY],
@@ -110,6 +117,7 @@ FAMILIES: dict[str, list[Recipe]] = {
         for snr in (0.1, 0.01)
         for kind, images in (("mix16", 8000), ("ribo16", 8000), ("igg50", 10000), ("mix100", 10000))
     ],
+    "abinitio": [Recipe("mix4", 4000, 32, 0.1, seed) for seed in SEEDS],
     "quick": [Recipe("phantom4", 600, 32, 0.1, seed) for seed in SEEDS],
 }
 
