@@ -28,7 +28,7 @@ from cryosuite.methods.deco_auto import decide
 from cryosuite.methods.deco_encoder import encoder_of_state
 from cryosuite.methods.deco_hand import mirrored, settle_hands
 from cryosuite.methods.deco_images import encoder_cache
-from cryosuite.methods.deco_model import PoseTable
+from cryosuite.methods.deco_model import DecoModel, PoseTable
 from cryosuite.methods.deco_options import DecoOptions, preset
 from cryosuite.methods.deco_run import can_resume, check, warn_of_noise
 from cryosuite.methods.deco_search import Stage, stage_of
@@ -519,6 +519,29 @@ def test_all_images_are_encoded_in_the_precision_asked_for(two, precision: str, 
         found = method.embed(method.build(particles).to(gpu), 40)
     apart = np.abs(found - expected).max() / np.abs(expected).max()
     assert apart < 1e-5 if exact else 1e-4 < apart < 0.1
+
+
+def test_features_of_an_encoder_that_stays_are_made_where_the_training_will_be(two, monkeypatch) -> None:
+    """Not on the processor, where the model is built."""
+    particles, places = two[0].subset(np.arange(40)), []
+    whole = DecoModel.features
+
+    def features(model: DecoModel, images: torch.Tensor) -> torch.Tensor:
+        places.append(images.device.type)
+        return whole(model, images)
+
+    monkeypatch.setattr(DecoModel, "features", features)
+    found = []
+    for accelerator in ("cpu", "cuda"):
+        with pretend_gpu():
+            torch.manual_seed(0)
+            method = Deco(replace(TINY, finetune="head"), None, 1, "32", accelerator)
+            model = method.build(particles)
+        assert model.envelope.device.type == method.frozen.device.type == "cpu"
+        found.append(method.frozen.clone())
+    half = len(places) // 2
+    assert half and set(places[:half]) == {"cpu"} and set(places[half:]) == {"cuda"}
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 def test_held_out_images_are_seen_as_the_trained_ones_were(two) -> None:

@@ -54,7 +54,8 @@ class Deco:
     """The method: see training/method.py for its verbs.
 
     ``cache_path``: where the encoder's images are kept on disk; None: in memory. ``precision``: of the training, in
-    which all images are encoded too.
+    which all images are encoded too. ``accelerator``: "cpu" or "cuda", where the features of an encoder that is not
+    trained are made; that is before a training moves the model there.
     """
 
     name = "deco"
@@ -65,9 +66,10 @@ class Deco:
         cache_path: Path | None = None,
         epochs: int = 1,
         precision: str = "auto",
+        accelerator: str = "cpu",
     ) -> None:
         self.options = options or DecoOptions()
-        self.cache_path, self.epochs, self.precision = cache_path, epochs, precision
+        self.cache_path, self.epochs, self.precision, self.accelerator = cache_path, epochs, precision, accelerator
         self.cache: EncoderCache | None = None
         self.count = 0  # of particles
         self.pixel_size = 1.0  # of the volumes, Angstrom; known once the model is built
@@ -200,12 +202,16 @@ class Deco:
 
     def _features(self, model: DecoModel, count: int) -> Tensor:
         """Features of all particles (N, C) float32, in eval mode, the same in every process."""
-        device = model.envelope.device
+        before = model.envelope.device
+        device = torch.device(self.accelerator) if before.type == "cpu" else before
 
         def one(rows: np.ndarray) -> np.ndarray:
             return model.features(self.cache.batch(rows).to(device)).float().cpu().numpy()
 
-        return torch.from_numpy(_of_all(model, count, one, self.precision))
+        try:
+            return torch.from_numpy(_of_all(model.to(device), count, one, self.precision))
+        finally:
+            model.to(before)
 
     def embed(self, model: DecoModel, count: int) -> np.ndarray:
         """Latents (N, zdim) float32 of all particles in one clean pass, the same array in every process."""

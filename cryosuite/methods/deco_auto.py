@@ -23,7 +23,7 @@ from cryosuite.kernels import fourier
 from cryosuite.methods.deco import FEWEST, Deco
 from cryosuite.methods.deco_model import DecoModel
 from cryosuite.methods.deco_options import ZDIMS, DecoOptions
-from cryosuite.training.launch import meet
+from cryosuite.training.launch import meet, resolve_accelerator
 from cryosuite.training.loop import fit
 from cryosuite.training.options import TrainOptions
 
@@ -107,7 +107,7 @@ def _trial(particles: ParticleSet, options: DecoOptions, training: TrainOptions,
     epochs = max(2, min(training.epochs, IMAGES_SEEN // len(rows)))
     short = replace(training, epochs=epochs, save_every=epochs, max_minutes=None, requeue=False)
     with tempfile.TemporaryDirectory() as folder:
-        method = Deco(poses, None, epochs, training.precision)
+        method = Deco(poses, None, epochs, training.precision, resolve_accelerator(training.accelerator))
         fitted = fit(method, trained, RunDir(Path(folder)), short)
         if fitted.stopped:
             raise Interrupted(fitted.stopped)

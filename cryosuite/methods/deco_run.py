@@ -159,7 +159,8 @@ def train(
         except Interrupted as stop:
             return _stopped(str(stop), training)
     training = _left(training, began)
-    method = Deco(options, run.encoder_images, training.epochs, training.precision)
+    accelerator = resolve_accelerator(training.accelerator)
+    method = Deco(options, run.encoder_images, training.epochs, training.precision, accelerator)
     fitted = fit(
         method, particles, run, training, resume="auto" if resume else False,
         on_epoch=epoch_writer(method, particles, run, options),
@@ -170,8 +171,7 @@ def train(
     epoch = processes.first_does(run.last_epoch)
     now = {"training": plain(training)}  # --accelerator may be another one than the run began with
     loaded = processes.each(lambda: load(run, read_run_config(run) | now, epoch))
-    device = resolve_accelerator(training.accelerator)
-    classes = finish(run, loaded, options, training.seed, files, processes, device)
+    classes = finish(run, loaded, options, training.seed, files, processes, accelerator)
     for path in (run.encoder_images, run.encoder_images.with_name(run.encoder_images.name + ".json")):
         if processes.first:
             path.unlink(missing_ok=True)

@@ -122,10 +122,10 @@ def training_processes() -> Processes:
     rank, count = world()
     if count == 1:
         return ALONE
-    return Processes(rank, count, _all_connected(torch.distributed.new_group(backend="gloo", timeout=PATIENCE)))
+    return Processes(rank, count, all_connected(torch.distributed.new_group(backend="gloo", timeout=PATIENCE)))
 
 
-def _all_connected(group: Any = None) -> Any:
+def all_connected(group: Any = None) -> Any:
     """The group (None: of all processes) once every process has its connections.
 
     One that ended before, by a mistake in its input say, would leave the others calling it until their time is over.
@@ -180,7 +180,7 @@ def start_fabric(options: TrainOptions, unused_parameters: bool = False) -> Fabr
         _join_anew(accelerator)
     fabric.launch()
     if world()[1] > 1 and torch.distributed.get_backend() == "gloo":
-        _all_connected()
+        all_connected()
     return fabric
 
 

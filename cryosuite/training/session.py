@@ -22,7 +22,7 @@ from cryosuite.kernels.memory import out_of_memory
 from cryosuite.training import checkpoint
 from cryosuite.training.ema import Ema
 from cryosuite.training.guard import Meter, Watch, describe_images
-from cryosuite.training.launch import PATIENCE, rng_state, seed_all, set_rng_state, start_fabric, world
+from cryosuite.training.launch import PATIENCE, all_connected, rng_state, seed_all, set_rng_state, start_fabric, world
 from cryosuite.training.logs import MetricsLog, RunLog, write_header
 from cryosuite.training.method import Method, Step
 from cryosuite.training.options import TrainOptions, plain
@@ -85,7 +85,7 @@ class Session:
         self.main, self.device = self.rank == 0, self.fabric.device
         self.control = None  # a group of CPU messages, so that asking for a stop does not wait for the GPU
         if self.processes > 1:
-            self.control = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+            self.control = all_connected(torch.distributed.new_group(backend="gloo", timeout=PATIENCE))
         seed_all(options.seed)
         self.model = method.build(particles)
         self.objective = self.fabric.setup_module(Objective(method, self.model))
