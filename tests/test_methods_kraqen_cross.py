@@ -138,14 +138,6 @@ def test_the_last_iterations_take_a_finer_box():
     assert engine_for(particles, SMALL.changed(n_codes=2, cluster_box=40)).box == 40
 
 
-def test_where_noise_falls_with_frequency_the_search_takes_a_finer_box():
-    particles, _ = blob_particles([blobs(64, 0), blobs(64, 1)], 20, noise=1.0)
-    falls = replace(particles, noise=particles.noise * (0.1 + 0.9 / (1 + (np.arange(33) / 8) ** 2)))
-    few = SMALL.changed(n_codes=2)
-    assert engine_for(falls, few).box == 48 and engine_for(falls, few.changed(cluster_box=32)).box == 32
-    assert engine_for(falls, few, least_box=64).box == 64
-
-
 def test_too_few_images_are_all_put_into_the_maps(toy):
     engine = engine_for(toy[0].subset(np.arange(5)), SMALL.changed(n_codes=2))
     assert not isinstance(engine, CrossEM)

@@ -99,8 +99,7 @@ def main(
     prior: float = _option(None, help="Strength of the Wiener filter of --m-step wiener.", panel=VOXEL),
     cluster_box: int = _option(
         None,
-        help="Box in pixels in which codes are told apart; nothing: 32, or more where noise falls with frequency, then "
-        "64. Maps have the full box.",
+        help="Box in pixels in which codes are told apart; nothing: at most 32, then 64. Maps have the full box.",
         panel=VOXEL,
     ),  # fmt: skip
     march: float = _option(

@@ -16,8 +16,8 @@ from cryosuite.kernels import assignment
 from cryosuite.kernels import class_slices as kernel
 from cryosuite.methods.kraqen_twins import correlation_groups, twin_groups
 from cryosuite.reconstruct import joining
-from cryosuite.reconstruct.class_images import FINE_BOX
 from cryosuite.reconstruct.class_work import ClassWork
+from cryosuite.reconstruct.held_out import FINE_BOX
 from cryosuite.reconstruct.weights import ClassWeights
 from cryosuite.training.signals import StopNow
 

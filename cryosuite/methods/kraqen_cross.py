@@ -29,12 +29,13 @@ from cryosuite.methods.kraqen_options import KraqenOptions
 from cryosuite.methods.kraqen_state import State
 from cryosuite.methods.kraqen_voxel import VoxelEM
 from cryosuite.reconstruct import half_pairs, held_out, shifts
-from cryosuite.reconstruct.class_images import CACHE_GIB, COARSE_BOX, FINE_BOX, search_box
+from cryosuite.reconstruct.class_images import CACHE_GIB
 from cryosuite.reconstruct.class_work import MEMORY_GIB
 from cryosuite.reconstruct.weights import ClassWeights
 from cryosuite.training.signals import StopSignals
 
 FEWEST = 8  # particles, below which nothing can be held out
+COARSE_BOX = 32  # of the search
 FIRST_IMAGES = 100  # per code, in the first iteration: of fewer, half maps show nothing in common
 
 
@@ -54,10 +55,8 @@ def engine_for(
     """
     if options.m_step == "wiener" or len(particles) < FEWEST:
         return VoxelEM(particles, options.changed(m_step="wiener"), seed, device, processes=processes)
-    box = options.cluster_box or COARSE_BOX
-    if not options.cluster_box and least_box < FINE_BOX:
-        box = processes.first_does(lambda: search_box(particles))
-    options = options.changed(cluster_box=min(particles.box_size, max(box, least_box)))
+    box = max(options.cluster_box or COARSE_BOX, least_box)
+    options = options.changed(cluster_box=min(particles.box_size, box))
     return CrossEM(particles, options, seed, device, processes=processes)
 
 

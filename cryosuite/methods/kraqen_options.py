@@ -69,7 +69,7 @@ class KraqenOptions:
     # voxel field
     iterations: int = 16
     prior: float = 0.15  # f of the pooled Wiener filter
-    cluster_box: int = 0  # box in which codes are told apart; 0: `search_box`, the last iterations min(D, 64)
+    cluster_box: int = 0  # box in which codes are told apart; 0: min(D, 32), the last iterations min(D, 64)
     start_images: int = 1200
     images_per_code: int = 50  # of the first subset
     march_from: float = 0.5  # first r_max, in units of D/2

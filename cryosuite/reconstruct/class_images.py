@@ -30,10 +30,6 @@ CACHE_GIB = 4.0  # coefficients kept in memory; beyond it they are read again in
 CHUNK_VALUES = 1 << 20  # coefficients handled at once
 SPECTRUM_IMAGES = 2000
 POWER_FLOOR = 1e-3  # of the strongest shell: the least signal power a shell is credited with
-COARSE_BOX, FINE_BOX = 32, 64  # pixels: where classes are told apart first where noise is white, and where they settle
-FALL = 3.0  # power of a protein's slice ~ frequency^-FALL: -3.6 up to 1/20 A, -1.6 beyond (16 PDB entries, box 320 A)
-LEAST_SHELL = 3  # what lies below says how large a particle is, not which
-ENOUGH = 0.88  # of what images say in the fine box; white noise: .91 in the coarse one
 
 
 class Chunk(NamedTuple):
@@ -186,24 +182,3 @@ class ClusterImages:
 def _sample(count: int) -> np.ndarray:
     """Up to 2,000 rows, the same every time."""
     return np.sort(np.random.default_rng(0).choice(count, min(count, SPECTRUM_IMAGES), replace=False))
-
-
-def search_box(particles: ParticleSet) -> int:
-    """The smallest box, pixels, that holds nearly all of what the images say about classes, given their noise.
-
-    A shell says as much as it has coefficients times signal over noise. With white noise that is a box of
-    ``COARSE_BOX``; where the noise falls with frequency fine shells say more, and it takes up to ``FINE_BOX``.
-    """
-    most = min(FINE_BOX, particles.box_size)
-    if most <= COARSE_BOX:
-        return most
-    noise = np.asarray(noise_spectrum(particles, _sample(len(particles))), np.float64)[:, LEAST_SHELL : most // 2]
-    shell = np.arange(LEAST_SHELL, most // 2)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        told = shell ** (1 - FALL) / noise
-    told = told[(np.isfinite(told) & (told > 0)).all(1)]
-    if not len(told):
-        return COARSE_BOX
-    share = np.cumsum(told.mean(0)) / told.mean(0).sum()
-    boxes = [*range(COARSE_BOX, most, 8), most]
-    return next(box for box in boxes if share[box // 2 - 1 - LEAST_SHELL] > ENOUGH)

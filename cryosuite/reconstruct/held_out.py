@@ -25,7 +25,7 @@ from cryosuite.data.processes import ALONE, Processes
 from cryosuite.errors import InputError
 from cryosuite.kernels import class_slices as kernel
 from cryosuite.kernels import slices
-from cryosuite.reconstruct.class_images import FINE_BOX, ClusterImages, search_box
+from cryosuite.reconstruct.class_images import ClusterImages
 from cryosuite.reconstruct.class_sums import ClassSums, accumulate
 from cryosuite.reconstruct.class_work import ClassWork
 from cryosuite.reconstruct.half_pairs import pairing
@@ -33,6 +33,7 @@ from cryosuite.reconstruct.joining import JOIN_AT, JOIN_ITERATIONS, joined_group
 from cryosuite.reconstruct.polish import polish
 from cryosuite.reconstruct.weights import ClassWeights
 
+COARSE_BOX, FINE_BOX = 32, 64  # pixels: where the classes are sorted first, and where they are settled
 COARSE_ITERATIONS, AGAIN, FINE_ITERATIONS = 12, 4, 3  # at most: before twins are joined, after it, in the fine box
 SETTLED = 2e-3  # share of the images that change their class, below which an iteration is the last
 FEWEST = 4.0  # particles in a half set, below which a class says nothing and is given up
@@ -80,8 +81,7 @@ def settle(
     if len(start) != len(particles):
         raise InputError(f"{len(start)} rows of class shares for {len(particles)} particles: one each is needed")
     half = np.asarray(particles.half_sets() if half is None else half)
-    fine = min(FINE_BOX, box, particles.box_size)
-    coarse = min(fine, processes.first_does(lambda: search_box(particles)))
+    coarse, fine = (min(size, box, particles.box_size) for size in (COARSE_BOX, FINE_BOX))
     twice = 1 if count else 2  # temperatures at which twins are looked for
     total = COARSE_ITERATIONS + (twice * JOIN_ITERATIONS + AGAIN if join else 0)
     total += FINE_ITERATIONS if fine > coarse else 0

@@ -30,8 +30,9 @@ from cryosuite.data.particles import ParticleSet
 from cryosuite.data.processes import ALONE, Processes
 from cryosuite.kernels import slices
 from cryosuite.reconstruct import held_out
-from cryosuite.reconstruct.class_images import COARSE_BOX, FINE_BOX, ClusterImages
+from cryosuite.reconstruct.class_images import ClusterImages
 from cryosuite.reconstruct.class_work import ClassWork
+from cryosuite.reconstruct.held_out import COARSE_BOX, FINE_BOX
 from cryosuite.reconstruct.weights import ClassWeights
 
 ROUNDS = 3  # against one map of all particles: the third moves nothing by more than .01 pixel

@@ -4,7 +4,7 @@
         [--seeds 0 1 2] [--work DIR]
 
 "bayes" knows the true maps and shares, poses and noise as they are told to every program: only a method that mends the
-poses can do better. "from the truth" is train-kraqen's own expectation maximisation in the box of its search, begun with
+poses can do better. "from the truth" is train-kraqen's own expectation maximisation in its box of 32 pixels, begun with
 the true labels (and shifts refined by them where they are wrong), after ten iterations: what is lost there is lost
 because maps are made of so few particles, not by the search. What train-kraqen itself found is in the results of
 polish.py. One JSON per set.
