@@ -239,6 +239,20 @@ def test_killed_and_resumed_gives_the_same(toy, found, tmp_path: Path, name: str
     assert same(VoxelEM(toy[0], SMALL).run(run=RunDir(tmp_path), resume=True, progress=False), found)
 
 
+def test_a_signal_after_the_last_look_is_not_lost(toy, found, tmp_path: Path):
+    """It came while the last maps were made, and minutes of joining codes followed."""
+    last = len(found.history)
+
+    def ask(state, record):
+        if state.iteration == last:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stopped = VoxelEM(toy[0], SMALL).run(run=RunDir(tmp_path), progress=False, on_iteration=ask)
+    assert (stopped.stopped, stopped.exit_code, len(stopped.history)) == ("SIGTERM", 85, last)
+    whole = VoxelEM(toy[0], SMALL).run(run=RunDir(tmp_path), resume=True, progress=False)
+    assert whole.stopped == "" and same(whole, found)
+
+
 # --- bad days
 
 

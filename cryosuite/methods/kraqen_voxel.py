@@ -131,6 +131,8 @@ class VoxelEM:
                 minutes = self.processes.first_does(lambda: (time.monotonic() - began) / 60)
                 if max_minutes is not None and minutes > max_minutes and state.iteration < total and not state.settled:
                     stopped = "max_minutes"
+            if not stopped:  # while the maps of the last iteration were made; much may come after it
+                stopped = next(filter(None, self.processes.everyone(lambda: signals.received)), "")
         if self.images.bad.any():
             rows = np.flatnonzero(self.images.bad)
             notice(f"{len(rows)} of {self.count} images were left out. {describe_images(self.particles, rows[:100])}")
