@@ -14,16 +14,21 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+import torch
 from common import save, without_paths
 from runs import Done, deco_classify
 
 from cryosuite.data.open import open_particles
-from cryosuite.data.workdir import RunDir
+from cryosuite.data.workdir import RunDir, WorkDir
+from cryosuite.formats.mrc import read_map
 from cryosuite.formats.pickles import read_labels, read_latent, safe_load
+from cryosuite.kernels.rotations import geodesic_deg
 from cryosuite.metrics.clustering import agreement, kmeans_labels, knn_accuracy
 from cryosuite.metrics.poses import pose_errors
+from cryosuite.reconstruct.refine import search_everywhere
 
 ABLATION = ("all", "last-3", "head", "none")
+LIMIT_PARTICLES = 300  # of each molecule, searched for in its true map
 LENGTHS = (4, 8, 16, 32, 64, 128)
 
 
@@ -93,7 +98,16 @@ def pose_row(source: Path, folder: RunDir, epoch: int, truth: np.ndarray, state:
     errors = pose_errors(
         rotation[rows], particles.rotation[rows], shift[rows] * box, particles.shift[rows] * box
     ).summary()  # fmt: skip
-    return {"state": int(state), "class": int(class_), "particles": len(rows), **errors}
+    limit = searched_in_the_truth(source, own[:LIMIT_PARTICLES], state)
+    return {"state": int(state), "class": int(class_), "particles": len(rows), **errors, "true_map": limit}
+
+
+def searched_in_the_truth(source: Path, rows: np.ndarray, state: int) -> dict:
+    """Errors that remain when particles are searched for over all orientations in the true map of their molecule."""
+    particles, truth = open_particles(source), torch.from_numpy(read_map(WorkDir(source).volume(state)).data.copy())
+    rotation = torch.from_numpy(search_everywhere(particles, rows, truth)[0][:, 0])
+    errors = geodesic_deg(rotation, torch.from_numpy(particles.rotation[rows]))
+    return {"rotation_median_deg": float(errors.median()), "rotation_under_20_deg": float((errors < 20).float().mean())}
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from statistics import mean, median
+from statistics import mean
 
 from tables_maps import markdown, spread
 
@@ -16,17 +16,23 @@ def deco_table(found: list[dict]) -> str:
         by.setdefault((result["family"], name, result.get("variant", "")), []).append(result)
     rows = []
     for (family, name, variant), runs in sorted(by.items(), reverse=True):
-        poses = [row["rotation_median_deg"] for run in runs for row in run.get("poses", [])]
+        poses = [row for run in runs for row in run.get("poses", [])]
         rows.append([
             "known poses" if family != "abinitio" else "ab initio", " ".join(filter(None, [name, variant])),
             ", ".join(str(run["seed"]) for run in runs), f"{mean(run['cpu_s'] for run in runs) / 60:.1f} min",
             spread([run["ari"] for run in runs]), spread([run["ami"] for run in runs]),
             ", ".join(str(run["classes"]) for run in runs), spread([run["knn"] for run in runs]),
-            f"{median(poses):.1f} deg" if poses else "",
+            _per_state(poses), _per_state([row["true_map"] | {"state": row["state"]} for row in poses]),
         ])  # fmt: skip
     columns = ["poses", "set", "seeds", "CPU time", "ARI", "AMI", "classes found", "10-NN accuracy"]
-    columns += ["pose error, median of the states"]
+    columns += ["median pose error of each molecule, deg", "searched for in the true maps"]
     return markdown(columns, rows)
+
+
+def _per_state(poses: list[dict]) -> str:
+    """Median errors of each molecule, mean of the runs."""
+    states = sorted({row["state"] for row in poses})
+    return ", ".join(f"{mean(row['rotation_median_deg'] for row in poses if row['state'] == s):.1f}" for s in states)
 
 
 def search_table(result: dict) -> str:
