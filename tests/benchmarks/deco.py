@@ -20,12 +20,14 @@ from runs import Done, deco_classify
 
 from cryosuite.data.open import open_particles
 from cryosuite.data.workdir import RunDir, WorkDir
+from cryosuite.formats.config import read_yaml
 from cryosuite.formats.mrc import read_map
 from cryosuite.formats.pickles import read_labels, read_latent, safe_load
-from cryosuite.kernels.rotations import geodesic_deg
 from cryosuite.metrics.clustering import agreement, kmeans_labels, knn_accuracy
-from cryosuite.metrics.poses import pose_errors
+from cryosuite.metrics.poses import angles, nearest_mates, pose_report
 from cryosuite.reconstruct.refine import search_everywhere
+from cryosuite.simulate.beads import symmetry_mates
+from cryosuite.simulate.sources import find_files, read_structure
 
 ABLATION = ("all", "last-3", "head", "none")
 LIMIT_PARTICLES = 300  # of each molecule, searched for in its true map
@@ -94,20 +96,31 @@ def pose_row(source: Path, folder: RunDir, epoch: int, truth: np.ndarray, state:
     rotation, shift = safe_load(folder.poses(epoch))[0]
     own = np.flatnonzero(truth == state)
     class_ = np.bincount(found[own]).argmax()
-    rows, box = own[found[own] == class_], particles.box_size
-    errors = pose_errors(
-        rotation[rows], particles.rotation[rows], shift[rows] * box, particles.shift[rows] * box
-    ).summary()  # fmt: skip
-    limit = searched_in_the_truth(source, own[:LIMIT_PARTICLES], state)
-    return {"state": int(state), "class": int(class_), "particles": len(rows), **errors, "true_map": limit}
+    rows, mates = own[found[own] == class_], symmetry(source, state)
+    true = particles.rotation[rows], particles.shift[rows]
+    report = pose_report(rotation[rows], true[0], shift[rows], true[1], particles.box_size, mates=mates)
+    return {
+        "state": int(state), "class": int(class_), "particles": len(rows), "mates": len(mates),
+        "rotation_median_deg": report.aligned["median_deg"], "chance_deg": report.chance_aligned["median_deg"],
+        "rotation_under_20_deg": report.aligned["under_20_deg"], "shift_median_px": report.aligned["shift_median_px"],
+        "mirrored": report.mirrored, "true_map": searched_in_the_truth(source, own[:LIMIT_PARTICLES], state, mates),
+    }  # fmt: skip
 
 
-def searched_in_the_truth(source: Path, rows: np.ndarray, state: int) -> dict:
+def searched_in_the_truth(source: Path, rows: np.ndarray, state: int, mates: np.ndarray) -> dict:
     """Errors that remain when particles are searched for over all orientations in the true map of their molecule."""
-    particles, truth = open_particles(source), torch.from_numpy(read_map(WorkDir(source).volume(state)).data.copy())
-    rotation = torch.from_numpy(search_everywhere(particles, rows, truth)[0][:, 0])
-    errors = geodesic_deg(rotation, torch.from_numpy(particles.rotation[rows]))
-    return {"rotation_median_deg": float(errors.median()), "rotation_under_20_deg": float((errors < 20).float().mean())}
+    particles, volume = open_particles(source), torch.from_numpy(read_map(WorkDir(source).volume(state)).data.copy())
+    true = particles.rotation[rows].astype(np.float64)
+    found = nearest_mates(search_everywhere(particles, rows, volume)[0][:, 0].astype(np.float64), true, mates)
+    errors = angles(found, true)
+    return {"rotation_median_deg": float(np.median(errors)), "rotation_under_20_deg": float((errors < 20).mean())}
+
+
+def symmetry(source: Path, state: int) -> np.ndarray:
+    """Rotations (G, 3, 3) that leave a molecule as it is; the identity alone for one that is not of a file."""
+    states = read_yaml(source / "dataset.yaml")["states"]
+    files = find_files(states["source"])
+    return symmetry_mates(read_structure(files[state])) if len(files) == len(states["structures"]) else np.eye(3)[None]
 
 
 if __name__ == "__main__":

@@ -22,10 +22,11 @@ def deco_table(found: list[dict]) -> str:
             ", ".join(str(run["seed"]) for run in runs), f"{mean(run['cpu_s'] for run in runs) / 60:.1f} min",
             spread([run["ari"] for run in runs]), spread([run["ami"] for run in runs]),
             ", ".join(str(run["classes"]) for run in runs), spread([run["knn"] for run in runs]),
-            _per_state(poses), _per_state([row["true_map"] | {"state": row["state"]} for row in poses]),
+            _per_state(poses), _per_state([row | {"rotation_median_deg": row["chance_deg"]} for row in poses]),
+            _per_state([row["true_map"] | {"state": row["state"]} for row in poses]),
         ])  # fmt: skip
     columns = ["poses", "set", "seeds", "CPU time", "ARI", "AMI", "classes found", "10-NN accuracy"]
-    columns += ["median pose error of each molecule, deg", "searched for in the true maps"]
+    columns += ["median pose error of each molecule, deg", "by chance", "searched for in the true maps"]
     return markdown(columns, rows)
 
 
