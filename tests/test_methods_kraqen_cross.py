@@ -14,7 +14,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from cryosuite.data.images import ArrayImages
 from cryosuite.data.workdir import RunDir
-from cryosuite.errors import UserNotice
+from cryosuite.errors import InputError, UserNotice
 from cryosuite.methods.kraqen_codes import finish, merge
 from cryosuite.methods.kraqen_cross import CrossEM, engine_for
 from cryosuite.methods.kraqen_options import KraqenOptions
@@ -82,6 +82,18 @@ def test_states_are_found_and_twins_joined(toy, found):
     assert len(merged.codes) == 3 and set(groups[groups >= 0]) == {0, 1, 2}
     assert adjusted_rand_score(labels, merged.p.labels()) > 0.95
     assert list(merged.usage) == sorted(merged.usage, reverse=True)
+
+
+def test_never_fewer_codes_are_left_than_there_are_states(toy, found):
+    """Asked for more than there are, twins are kept apart; asked for as many or fewer, all twins are joined."""
+    used = int((found.p.usage() > 0.5).sum())
+    for states, left in ((4, 4), (3, 3), (2, 3)):
+        found.engine.options = SMALL.changed(merge="states", n_states=states)
+        merged, groups = merge(found, "states")
+        assert merged.p.n_classes == left == len(np.unique(groups[groups >= 0])) and used > 4
+    found.engine.options = SMALL
+    with pytest.raises(InputError, match="--n-states"):
+        SMALL.changed(merge="states")
 
 
 def test_maps_are_those_of_polish(toy):

@@ -69,7 +69,8 @@ def main(
     merge: str = _option(
         None,
         help="Joining of codes that show one state. overlap (usual): codes that share their images when all choose "
-        "less sharply. likelihood: asked of images that had no part in the maps. correlation: half-map corrected, "
+        "less sharply. states: the same, but never fewer codes than --n-states, for molecules that noise hardly tells "
+        "apart. likelihood: asked of images that had no part in the maps. correlation: half-map corrected, "
         "above .97. none: never.",
         panel=CODES,
     ),

@@ -41,7 +41,8 @@ def merge(result: VoxelResult, rule: str = "auto") -> tuple[VoxelResult, np.ndar
 
     Args:
         rule: "overlap" lets the codes compete at 2.5 times the Bayes temperature, where codes that tell few images
-            apart become equal, and joins those that share their images (`joining.joined_groups`); "likelihood" merges
+            apart become equal, and joins those that share their images (`joining.joined_groups`); "states" does so in
+            the order of what they share, until as many are left as the options expect states; "likelihood" merges
             where images of the other half set prefer the joint map (`kraqen_twins`); "correlation" codes whose half
             maps correlate above .97 once corrected for noise, within D/4 (KRAQEN.md, section 5; measured: it leaves
             twins apart and joins similar states); "none" nothing. "auto": the first with held-out scores, else the
@@ -67,6 +68,9 @@ def merge(result: VoxelResult, rule: str = "auto") -> tuple[VoxelResult, np.ndar
         with engine.threads_of_torch():
             if rule == "overlap":
                 part, groups[used] = _fused(engine, part)
+            elif rule == "states":
+                warm = refine(engine, part, joining.JOIN_ITERATIONS, joining.JOIN_AT).p
+                groups[used] = joining.overlap_groups(warm, least=engine.options.n_states)
             elif rule == "likelihood":
                 groups[used] = twin_groups(engine, part, engine.seed)
             else:

@@ -50,19 +50,20 @@ def joined_groups(
     return groups
 
 
-def overlap_groups(p: ClassWeights, count: int = 0) -> np.ndarray:
+def overlap_groups(p: ClassWeights, count: int = 0, least: int = 0) -> np.ndarray:
     """(K,) group of each class: classes that share more than .7 of their images (`overlaps`) are one.
 
     Shares at a raised temperature: what two classes tell apart by fewer log units than that is gone. With ``count``
-    the pairs that overlap most are joined until so many classes are left.
+    the pairs that overlap most are joined until so many classes are left, with ``least`` those of them that share
+    more than .7.
     """
     overlap = overlaps(p)
-    if not count:
+    if not count and not least:
         return assignment.merge_groups(torch.from_numpy(overlap), OVERLAP).numpy()
     groups = np.arange(p.n_classes)
     above, right = np.triu_indices(len(overlap), 1)
     for pair in np.argsort(-overlap[above, right], kind="stable"):
-        if len(np.unique(groups)) <= count:
+        if len(np.unique(groups)) <= max(count, least) or (least and overlap[above[pair], right[pair]] <= OVERLAP):
             break
         groups[groups == groups[right[pair]]] = groups[above[pair]]
     return np.unique(groups, return_inverse=True)[1]
