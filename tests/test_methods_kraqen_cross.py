@@ -92,6 +92,8 @@ def test_never_fewer_codes_are_left_than_there_are_states(toy, found):
         merged, groups = merge(found, "states")
         assert merged.p.n_classes == left == len(np.unique(groups[groups >= 0])) and used > 4
     found.engine.options = SMALL
+    given = SMALL.changed(n_states=4)  # beside --n-codes
+    assert given.without_effect(["n_states"]) and not given.changed(merge="states").without_effect(["n_states"])
     with pytest.raises(InputError, match="--n-states"):
         SMALL.changed(merge="states")
 
