@@ -1,8 +1,9 @@
-"""What all tests share: the folder of real data and golden outputs, one torch thread, no stray warnings."""
+"""What all tests share: the folder of real data and golden outputs, one torch thread, the same random numbers."""
 
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +38,17 @@ def shared() -> Path:
 def golden(shared: Path) -> Path:
     """The outputs of RELION, cryoDRGN and others."""
     return shared / "golden"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What a test or a fixture draws without a seed of its own is the same in every run, whatever ran before it."""
+    import numpy as np
+    import torch
+
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

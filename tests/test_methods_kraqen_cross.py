@@ -85,17 +85,20 @@ def test_states_are_found_and_twins_joined(toy, found):
 
 
 def test_never_fewer_codes_are_left_than_there_are_states(toy, found):
-    """Asked for more than there are, twins are kept apart; asked for as many or fewer, all twins are joined."""
+    """Asked for more than there are, those that share most are joined, and it is said; else all twins are."""
     used = int((found.p.usage() > 0.5).sum())
+    plain = merge(found)[0].p.labels()
     for states, left in ((4, 4), (3, 3), (2, 3)):
-        found.engine.options = SMALL.changed(merge="states", n_states=states)
-        merged, groups = merge(found, "states")
+        found.engine.options = SMALL.changed(n_states=states)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            merged, groups = merge(found)
         assert merged.p.n_classes == left == len(np.unique(groups[groups >= 0])) and used > 4
+        assert any(f"--n-states {states}" in str(one.message) for one in said) == (left > 3)
+        assert np.array_equal(merged.p.labels(), plain) == (left == 3)
     found.engine.options = SMALL
-    given = SMALL.changed(n_states=4)  # beside --n-codes
-    assert given.without_effect(["n_states"]) and not given.changed(merge="states").without_effect(["n_states"])
-    with pytest.raises(InputError, match="--n-states"):
-        SMALL.changed(merge="states")
+    assert not SMALL.changed(n_states=4).without_effect(["n_states"])  # beside --n-codes: what is left at least
+    assert SMALL.changed(n_states=4, merge="none").without_effect(["n_states"])
 
 
 def test_maps_are_those_of_polish(toy):

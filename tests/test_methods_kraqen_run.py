@@ -193,7 +193,7 @@ def test_options_out_of_range_are_named_as_they_are_typed(changes, message):
 
 
 def test_options_without_effect_are_told():
-    voxel = KraqenOptions(n_codes=4)
+    voxel = KraqenOptions(n_codes=4, merge="none")
     assert voxel.without_effect(["kernel", "width", "iterations", "n_states"]) == {
         "kernel": "with --assign likelihood", "width": "with --field voxel", "n_states": "with --n-codes 4",
     }  # fmt: skip

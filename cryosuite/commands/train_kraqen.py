@@ -56,7 +56,12 @@ def main(
     datadir: Path = _option(None, help="Folder in which the image stacks lie.", panel=INPUT),
     pixel_size: float = _option(None, "--Apix", help="Pixel size in Angstrom, where no file says it.", panel=INPUT),
     invert_data: bool = _option(False, "--invert-data", help="Particles are dark in the images.", panel=INPUT),
-    n_states: int = _option(None, help="How many different molecules you expect; 1.5 x as many codes.", panel=CODES),
+    n_states: int = _option(
+        None,
+        help="How many different molecules you expect: the search begins with 1.5 x as many codes, and joining them "
+        "stops at this number.",
+        panel=CODES,
+    ),
     n_codes: int = _option(None, "-k", "--n-codes", help="Number of codes; nothing: 32.", panel=CODES),
     split: bool = _option(None, "--split/--no-split", help="Split the busiest code into unused ones.", panel=CODES),
     refine_shifts: bool = _option(
@@ -69,9 +74,8 @@ def main(
     merge: str = _option(
         None,
         help="Joining of codes that show one state. overlap (usual): codes that share their images when all choose "
-        "less sharply. states: the same, but never fewer codes than --n-states, for molecules that noise hardly tells "
-        "apart. likelihood: asked of images that had no part in the maps. correlation: half-map corrected, "
-        "above .97. none: never.",
+        "less sharply, but never to fewer than --n-states. likelihood: asked of images that had no part in the maps. "
+        "correlation: half-map corrected, above .97. none: never.",
         panel=CODES,
     ),
     field: str = _option(

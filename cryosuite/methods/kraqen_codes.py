@@ -41,12 +41,12 @@ def merge(result: VoxelResult, rule: str = "auto") -> tuple[VoxelResult, np.ndar
 
     Args:
         rule: "overlap" lets the codes compete at 2.5 times the Bayes temperature, where codes that tell few images
-            apart become equal, and joins those that share their images (`joining.joined_groups`); "states" does so in
-            the order of what they share, until as many are left as the options expect states; "likelihood" merges
-            where images of the other half set prefer the joint map (`kraqen_twins`); "correlation" codes whose half
-            maps correlate above .97 once corrected for noise, within D/4 (KRAQEN.md, section 5; measured: it leaves
-            twins apart and joins similar states); "none" nothing. "auto": the first with held-out scores, else the
-            second.
+            apart become equal, and joins those that share their images (`joining.joined_groups`); where fewer would be
+            left than the states that the options expect, only those that share most, until so many are left.
+            "likelihood" merges where images of the other half set prefer the joint map (`kraqen_twins`); "correlation"
+            codes whose half maps correlate above .97 once corrected for noise, within D/4 (KRAQEN.md, section 5;
+            measured: it leaves twins apart and joins similar states); "none" nothing. "auto": the first with held-out
+            scores, else the second.
 
     Returns:
         The result of the remaining codes and (K,) int64 the new number of each code, -1 for dropped ones.
@@ -67,10 +67,7 @@ def merge(result: VoxelResult, rule: str = "auto") -> tuple[VoxelResult, np.ndar
             part = refine(engine, part, AFTER_SHIFTS).p
         with engine.threads_of_torch():
             if rule == "overlap":
-                part, groups[used] = _fused(engine, part)
-            elif rule == "states":
-                warm = refine(engine, part, joining.JOIN_ITERATIONS, joining.JOIN_AT).p
-                groups[used] = joining.overlap_groups(warm, least=engine.options.n_states)
+                part, groups[used] = _fused(engine, part, engine.options.n_states)
             elif rule == "likelihood":
                 groups[used] = twin_groups(engine, part, engine.seed)
             else:
@@ -92,20 +89,34 @@ def merge(result: VoxelResult, rule: str = "auto") -> tuple[VoxelResult, np.ndar
     return replace(result, codes=result.codes[used[order]], p=p, usage=p.usage()), groups
 
 
-def _fused(engine: VoxelEM, p: ClassWeights) -> tuple[ClassWeights, np.ndarray]:
-    """Shares of the same K codes after a while at a raised temperature, and the (K,) group of each code."""
+def _fused(engine: VoxelEM, p: ClassWeights, least: int = 0) -> tuple[ClassWeights, np.ndarray]:
+    """Shares of the same K codes after a while at a raised temperature, and the (K,) group of each code.
+
+    Where they would be fewer than ``least``, the given shares, and groups of those that share most.
+    """
 
     def warmed(part: ClassWeights, temperature: float) -> ClassWeights:
         return refine(engine, part, joining.JOIN_ITERATIONS, temperature).p
 
-    groups = np.arange(p.n_classes)
+    cold, groups, first = p, np.arange(p.n_classes), None
     for _ in range(FUSE_ROUNDS):
         merged = warmed(p.merged(groups), joining.JOIN_AT)
+        first = merged if first is None else first
         found = joining.joined_groups(merged, warmed)
         onto = np.unique(groups, return_index=True)[1]  # the first code of each group stands for it
         p = replace(merged, indices=onto.astype(np.int32)[merged.indices], n_classes=p.n_classes)
         before, groups = groups, found[groups]
-        if len(np.unique(groups)) == len(np.unique(before)):
+        left = len(np.unique(groups))
+        if left < least:
+            groups = joining.overlap_groups(first, least=least)
+            kept = len(np.unique(groups))
+            if kept > left:
+                notice(
+                    f"{kept} codes are kept, because of --n-states {least}: by what they share of their images, fewer "
+                    "than that are told apart for certain (--n-codes instead of --n-states joins those as well)"
+                )
+                return cold, groups
+        if left == len(np.unique(before)):
             break
     return p, groups
 

@@ -16,7 +16,7 @@ CHOICES = {
     "loss": ("l2", "l1", "huber"),
     "blend": ("blended", "em"),
     "anneal": ("geometric", "paper"),
-    "merge": ("auto", "overlap", "states", "likelihood", "correlation", "none"),
+    "merge": ("auto", "overlap", "likelihood", "correlation", "none"),
     "m_step": ("local", "wiener"),
 }
 TYPED_AS = {"march_from": "march"}  # on the command line, where it differs
@@ -52,7 +52,7 @@ class KraqenOptions:
 
     field: str = "voxel"
     n_codes: int = 0  # K; 0: 1.5 x n_states, or 32
-    n_states: int = 0  # what the user expects: for K, and for merge "states"
+    n_states: int = 0  # what the user expects: for K, and the fewest codes that merge "overlap" leaves
     # assignment
     assign: str = "likelihood"
     kernel: str = "epanechnikov"  # only with assign="kernel"
@@ -108,8 +108,6 @@ class KraqenOptions:
             if not good:
                 expected = f"{'above' if strict else 'at least'} {least}" + (f", at most {most}" if most else "")
                 raise InputError(f"--{TYPED_AS.get(name, name).replace('_', '-')} {value}: expected {expected}")
-        if self.merge == "states" and self.n_states < 1:
-            raise InputError("--merge states: say with --n-states how many states you expect")
         if self.cluster_box and (self.cluster_box < 8 or self.cluster_box % 2):
             raise InputError(f"--cluster-box {self.cluster_box}: an even number of pixels, at least 8, is needed")
         if self.field == "fourier" and not self.features:
@@ -144,7 +142,8 @@ class KraqenOptions:
             out.setdefault("march_over", "with --march 1")
         if self.blend == "em" and "em_last" in names:
             out.setdefault("em_last", "with --blend em")
-        if self.n_codes and self.merge != "states" and "n_states" in names:
+        floor = self.merge == "overlap" or (self.merge == "auto" and self.m_step == "local")  # what n_states is there
+        if self.n_codes and not floor and "n_states" in names:
             out["n_states"] = f"with --n-codes {self.n_codes}"
         return out
 
