@@ -14,7 +14,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from cryosuite.data.images import ArrayImages
 from cryosuite.data.workdir import RunDir
-from cryosuite.errors import InputError, UserNotice
+from cryosuite.errors import UserNotice
 from cryosuite.methods.kraqen_codes import finish, merge
 from cryosuite.methods.kraqen_cross import CrossEM, engine_for
 from cryosuite.methods.kraqen_options import KraqenOptions
