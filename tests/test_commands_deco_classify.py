@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
+import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ from cryosuite.cli import main
 from cryosuite.data.open import open_particles
 from cryosuite.data.results import run_clusters, run_polish
 from cryosuite.data.workdir import RunDir
+from cryosuite.formats.mrc import read_map
 from cryosuite.formats.pickles import safe_load, write_pickle
 from cryosuite.formats.stacks import StackWriter
 from cryosuite.methods import load_run
@@ -148,6 +152,34 @@ def test_stopped_and_resumed_is_the_same(mixture, tmp_path, monkeypatch, few_rou
             assert np.array_equal(a, b), of
     weights = [load_state(folder.weights(2), "weights")["model_state_dict"] for folder in (whole, cut)]
     assert all(torch.equal(weights[0][n].nan_to_num(), weights[1][n].nan_to_num()) for n in weights[0])
+
+
+@pytest.mark.slow
+def test_a_signal_while_maps_are_made_stops_and_resume_makes_them(mixture, tmp_path, capsys, monkeypatch) -> None:
+    """After the last epoch too the command leaves with 85, at once, and the job is put back where that is asked for."""
+    from cryosuite.methods import deco_finish, deco_run
+
+    whole, out = tmp_path / "whole", tmp_path / "cut"
+    assert run(monkeypatch, "deco-classify", *given(mixture), "-o", whole, *QUICK) == 0
+    made, put_back, reached = deco_finish.polish_to, [], []
+
+    def signalled(*arguments, **named):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.05)
+        reached.append(True)
+        return made(*arguments, **named)
+
+    with monkeypatch.context() as first:
+        first.setattr(deco_finish, "polish_to", signalled)
+        first.setattr(deco_run, "requeue_job", put_back.append)
+        assert run(monkeypatch, "deco-classify", *given(mixture), "-o", out, *QUICK, "--requeue") == 85
+    assert not reached and put_back == ["SIGUSR1"] and "--resume" in capsys.readouterr().err
+    assert not run_polish(out, 2).summary.exists()
+    assert run(monkeypatch, "deco-classify", mixture, "-o", out, "--resume") == 0
+    maps = [sorted(run_polish(folder, 2).path.rglob("*.mrc")) for folder in (whole, out)]
+    assert len(maps[0]) > 2 and [path.name for path in maps[0]] == [path.name for path in maps[1]]
+    for one, other in zip(*maps, strict=True):
+        assert np.array_equal(read_map(one).data, read_map(other).data), one
 
 
 def test_identical_images_are_one_class(mixture, tmp_path, capsys, monkeypatch) -> None:

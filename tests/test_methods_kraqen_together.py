@@ -192,22 +192,28 @@ def test_a_signal_to_one_process_stops_all_after_the_same_iteration(toy, tmp_pat
 
 
 @slow
-def test_a_signal_while_twins_are_merged_is_no_end(toy, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("where", ["twins", "latents", "maps"])
+def test_a_signal_after_the_search_is_no_end(toy, tmp_path: Path, monkeypatch, where: str) -> None:
     """The run stops, and --resume comes to the end of an undisturbed one."""
     whole = kraqen_run.train(toy[0], RunDir(tmp_path / "whole"), OPTIONS, TrainOptions())
-    before, asked = CrossEM._iterate, []
+    owner, name = {"twins": (CrossEM, "_iterate"), "latents": (kraqen_run, "embed"), "maps": (kraqen_run, "solve")}[
+        where
+    ]
+    before, asked = getattr(owner, name), []
 
-    def iterate(self, state, total, everything, *rest):
-        if everything and not asked:
+    def interrupted(*given):
+        if not asked and (where != "twins" or given[3]):  # the first iteration on everything
             asked.append(True)
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.05)
-        return before(self, state, total, everything, *rest)
+            asked.append(where == "twins")
+        return before(*given)
 
-    monkeypatch.setattr(CrossEM, "_iterate", iterate)
+    monkeypatch.setattr(owner, name, interrupted)
     run = RunDir(tmp_path / "run")
     found = kraqen_run.train(toy[0], run, OPTIONS, TrainOptions())
     assert (found.stopped, found.exit_code) == ("SIGTERM", 85) and not run.epochs()
+    assert asked == [True, True][: 2 if where == "twins" else 1]  # after the search at once
     found = kraqen_run.train(toy[0], run, OPTIONS, TrainOptions(), resume=True)
     assert not found.stopped and found.codes == whole.codes
 

@@ -36,7 +36,7 @@ from cryosuite.training.loop import fit
 from cryosuite.training.options import TrainOptions, plain
 from cryosuite.training.poses import with_poses
 from cryosuite.training.runs import particles_path, read_run_config
-from cryosuite.training.signals import exit_code, requeue_job
+from cryosuite.training.signals import StopNow, exit_code, left_at_once, requeue_job
 
 OPENED_WITH = ("poses", "ctf", "ind", "datadir", "pixel_size", "sign")
 LITTLE_SIGNAL = 4.0  # standard errors of the power above the noise
@@ -171,7 +171,11 @@ def train(
     epoch = processes.first_does(run.last_epoch)
     now = {"training": plain(training)}  # --accelerator may be another one than the run began with
     loaded = processes.each(lambda: load(run, read_run_config(run) | now, epoch))
-    classes = finish(run, loaded, options, training.seed, files, processes, accelerator)
+    try:
+        with left_at_once():
+            classes = finish(run, loaded, options, training.seed, files, processes, accelerator)
+    except StopNow as stop:  # the training itself is in its checkpoint
+        return _stopped(str(stop), training, epoch)
     for path in (run.encoder_images, run.encoder_images.with_name(run.encoder_images.name + ".json")):
         if processes.first:
             path.unlink(missing_ok=True)
@@ -186,11 +190,11 @@ def _left(training: TrainOptions, began: float) -> TrainOptions:
     return replace(training, max_minutes=max(minutes - (time.monotonic() - began) / 60, 0.01))
 
 
-def _stopped(reason: str, training: TrainOptions) -> Trained:
-    """What comes back when a signal came before the training; the job is put back where that is asked for."""
+def _stopped(reason: str, training: TrainOptions, epochs: int = 0) -> Trained:
+    """What comes back when a signal came before or after the training; the job is put back where that is asked for."""
     if training.requeue and process_rank() == 0:
         requeue_job(reason)
-    return Trained(0, reason, exit_code(reason))
+    return Trained(epochs, reason, exit_code(reason))
 
 
 def _started(

@@ -49,7 +49,7 @@ from cryosuite.training.loop import fit
 from cryosuite.training.options import TrainOptions
 from cryosuite.training.poses import begin_with_refined_shifts, with_poses
 from cryosuite.training.runs import particles_path
-from cryosuite.training.signals import StopNow, exit_code, requeue_job
+from cryosuite.training.signals import StopNow, exit_code, left_at_once, requeue_job
 
 OPENED_WITH = ("poses", "ctf", "ind", "datadir", "pixel_size", "sign")
 NEIGHBOURS = 25  # whose codes are averaged where a continuous latent is turned into a volume
@@ -182,17 +182,18 @@ def _finish(
     before, processes = found.codes.shape[0], found.engine.processes
     try:
         merged, groups = merge(found, rule=options.merge)
+        with left_at_once():
+            warning = collapsed(merged.usage, merged.p)
+            particles = merged.engine.particles  # with the shifts they were given
+            if latents is None:
+                z, codes = embed(merged)
+            else:
+                z, codes = latents[0], _grouped(latents[1], groups, found.usage)
+            table = write_maps(particles, merged.p, run, processes)
+            moved = merged.engine.refined_shift is not None
+            processes.first_does(lambda: _write(particles, run, epoch, merged.p, (z, codes), table, moved))
     except StopNow as stop:  # the training itself is in its checkpoint
         return Trained(epoch, str(stop), exit_code(str(stop)))
-    warning = collapsed(merged.usage, merged.p)
-    particles = merged.engine.particles  # with the shifts they were given
-    if latents is None:
-        z, codes = embed(merged)
-    else:
-        z, codes = latents[0], _grouped(latents[1], groups, found.usage)
-    table = write_maps(particles, merged.p, run, processes)
-    moved = merged.engine.refined_shift is not None
-    processes.first_does(lambda: _write(particles, run, epoch, merged.p, (z, codes), table, moved))
     return Trained(epoch, codes=tuple(table), merged=before - merged.codes.shape[0], warning=warning or "")
 
 

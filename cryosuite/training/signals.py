@@ -77,6 +77,22 @@ class StopSignals:
             self._at_once = False
 
 
+@contextmanager
+def left_at_once() -> Iterator[None]:
+    """Inside the block a stop signal raises StopNow wherever the work is: for what a resumed run does once more.
+
+    So does whatever goes wrong after a signal: another process of the same command may have left before this one.
+    """
+    with StopSignals() as signals:
+        try:
+            with signals.leave_at_once():
+                yield
+        except Exception:
+            if signals.received:
+                raise StopNow(signals.received) from None
+            raise
+
+
 def exit_code(stopped: str) -> int:
     """The exit code of a command whose training was stopped by this signal; 0 for "" and "max_minutes"."""
     return EXIT_CODES.get(stopped, 0)
