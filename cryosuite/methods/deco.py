@@ -34,13 +34,13 @@ from cryosuite.methods.deco_search import (
     Stage,
     everywhere,
     held,
-    places,
     rows_of,
     searched_again,
     stage_of,
     worst,
 )
-from cryosuite.reconstruct.backproject import SAME_PIXEL_SIZE, common_pixel_size
+from cryosuite.reconstruct.abinitio_rounds import image_scales
+from cryosuite.reconstruct.backproject import common_pixel_size
 from cryosuite.training.inference import autocast, evaluating
 from cryosuite.training.launch import world
 from cryosuite.training.method import Step
@@ -103,8 +103,8 @@ class Deco:
         self.attach(model, particles, loaded.spec.image_size, loaded.prep)
         if self.options.table:
             model.table = PoseTable(*first_poses(particles), self.options.lr_poses)
-            reach, same = self._scale(particles)
-            self.searcher = Searcher(model, self.options, None if same else self.pixel_size)
+            place, reach = image_scales(particles)
+            self.searcher = Searcher(model, self.options, None if place is None else self.pixel_size)
             if self.options.search == "cached":
                 r_max = math.ceil(reach * self.searcher.search_options.r_max)
                 model.keep_volumes(self.options.cached_volumes, r_max)
@@ -183,16 +183,6 @@ class Deco:
         learn = stage is not Stage.SEARCH and not held(step, self.options)
         rotation, shift = model.table(batch.index, learn)
         return replace(batch, rotation=rotation, shift=shift)
-
-    def _scale(self, particles: ParticleSet) -> tuple[float, bool]:
-        """How far out in the volumes the images' points lie at most, in radii of the image (1 or more), and whether all
-        images are at the volumes' scale."""
-        ctf = particles.ctf_params()
-        if ctf is None:
-            return 1.0, True
-        place = places(ctf, self.pixel_size)
-        same = bool((place - torch.eye(2)).abs().max() < SAME_PIXEL_SIZE)
-        return (1.0 if same else max(1.0, float(torch.linalg.matrix_norm(place, 2).max()))), same
 
     def _note_misfit(self, table: PoseTable, index: Tensor, error: Tensor) -> None:
         """Remember how badly images fit; those of all processes where that decides what is searched for again."""

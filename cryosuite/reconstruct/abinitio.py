@@ -6,7 +6,8 @@
 2. Rounds. Every image is searched for against every map (`kernels.pose_search`), the particles of each class are
    backprojected with their best poses, and the radius grows from round to round. The maps are cleaned as `polish` does;
    an image chooses its class by half maps that it has no part in (`held_out` says why). In the last rounds a particle
-   stays in its class and near its poses.
+   stays in its class and near its poses, and is compared at its own pixel size and magnification where these differ (a
+   few per cent, which neither the starts nor a coarse grid of orientations would notice).
 3. In a mixture, once the classes are nearly pure, each begins anew from its own particles (`abinitio_restarts`). Those
    that gain by it search for their poses again, and all particles for their classes.
 
@@ -35,7 +36,7 @@ from cryosuite.kernels import fourier, pose_search
 from cryosuite.kernels.memory import Portions
 from cryosuite.kernels.pose_search import Candidates
 from cryosuite.reconstruct.abinitio_restarts import Restarts, class_units
-from cryosuite.reconstruct.abinitio_rounds import ANYWHERE, NEAR, OWN, RoundMaps, class_halves
+from cryosuite.reconstruct.abinitio_rounds import ANYWHERE, NEAR, OWN, RoundMaps, class_halves, image_scales
 from cryosuite.reconstruct.abinitio_starts import AbInitioOptions, Starts
 
 CHUNK = 256  # images searched for at a time
@@ -86,6 +87,7 @@ class AbInitio:
         spectra = measure_spectra(particles, True)
         self.noise_amplitude, self.signal = spectra.noise.sqrt(), spectra.signal
         self.mask = fourier.window_mask(self.box)
+        self.place, self.reach = image_scales(particles)
         self.loader = BatchLoader(particles, CHUNK, shuffle=False, prefetch=0)
         self.starts = Starts(
             self._white, len(particles), self.signal, self.box, options, self.device, self._note, processes
@@ -197,7 +199,7 @@ class AbInitio:
         s, number = self.state, self.state["round"]
         if self._maps is None or self._maps[0] != number:
             self._maps = None  # the memory of the last round's
-            how = (*self.rounds[number], self.options, self.device)
+            how = (*self.rounds[number], self.options, self.device, self.reach)
             self._maps = number, RoundMaps(s["volumes"], s["halves"], *how)
         return self._maps[1]
 
@@ -234,7 +236,8 @@ class AbInitio:
         def search(some: slice) -> tuple[Tensor, ...]:
             before = Candidates(had["rotation"][some], had["shift"][some] * maps.scale, had["score"][some])
             images = values[some], transfer[some], had["label"][some], self.half[at[some]]
-            found, label = maps.search(*images, before)
+            place = None if self.place is None else self.place[at[some]]
+            found, label = maps.search(*images, before, place)
             return found.rotation.cpu(), found.shift.cpu() / maps.scale, found.score.cpu(), label.cpu()
 
         parts = [found for _, found in self.portions.over(search, len(rows))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 
 import numpy as np
@@ -10,11 +11,13 @@ from torch import Tensor
 
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.processes import ALONE, Processes
+from cryosuite.data.spectra import placed
 from cryosuite.kernels import pose_search
 from cryosuite.kernels.pose_scores import fold_ctf, gain, score_shifts
-from cryosuite.kernels.pose_search import Candidates, SearchOptions, VolumeSource
+from cryosuite.kernels.pose_search import Candidates, MagnifiedSource, SearchOptions, VolumeSource
 from cryosuite.kernels.slices import new_accumulator
 from cryosuite.reconstruct.abinitio_starts import AbInitioOptions
+from cryosuite.reconstruct.backproject import SAME_PIXEL_SIZE, common_pixel_size
 from cryosuite.reconstruct.class_sums import ClassSums, accumulate
 from cryosuite.reconstruct.held_out import filtered
 from cryosuite.reconstruct.weights import ClassWeights
@@ -27,7 +30,7 @@ class RoundMaps:
 
     Args:
         volumes: (K, d, d, d). halves: (2, K, d, d, d), None before there are poses. radius: of the round, Fourier px.
-        mode: what is searched.
+        mode: what is searched. reach: how far out in the maps the images' points lie, in radii of the image.
     """
 
     def __init__(
@@ -38,9 +41,10 @@ class RoundMaps:
         mode: str,
         options: AbInitioOptions,
         device: torch.device,
+        reach: float = 1.0,
     ) -> None:
         self.mode, self.device, self.options = mode, device, _search_options(options, radius, mode != NEAR)
-        self.source = VolumeSource(volumes.to(device), r_max=self.options.r_max)
+        self.source = VolumeSource(volumes.to(device), r_max=math.ceil(reach * self.options.r_max))
         self.scale = self.source.box_size  # shifts are in its pixels
         self.judges: VolumeSource | None = None
         self.prepared: list[pose_search.Prepared] = []
@@ -59,6 +63,7 @@ class RoundMaps:
         label: Tensor,  # (b,) the class each image has
         half: Tensor,  # (b,) its half set
         before: Candidates,  # the poses it has, shifts in pixels of the maps
+        place: Tensor | None = None,  # (b, 2, 2) where points of the images lie in the maps (`image_scales`)
     ) -> tuple[Candidates, Tensor]:
         """Poses, and classes (b,), of some images."""
         if self.mode == ANYWHERE:
@@ -66,7 +71,11 @@ class RoundMaps:
         if self.mode == OWN:
             return self._own_class(values, transfer, label), label
         here = Candidates(*(held.to(self.device) for held in vars(before).values()))
-        return pose_search.search(self.source, values, transfer, label.to(self.device), self.options, here), label
+        source, index = self.source, label.to(self.device)
+        if place is not None:
+            source = MagnifiedSource(self.source.of(index), place.to(self.device))
+            index = torch.arange(len(values), device=self.device)
+        return pose_search.search(source, values, transfer, index, self.options, here), label
 
     def _own_class(self, values: Tensor, transfer: Tensor, label: Tensor) -> Candidates:
         """Poses anywhere in the class each image has."""
@@ -116,6 +125,19 @@ def _search_options(options: AbInitioOptions, radius: int, everywhere: bool) -> 
     if everywhere:
         return SearchOptions(r_min=min(8, max(4, radius - 2)), levels=2 if radius < 16 else 3, shift_grid=8, **base)
     return SearchOptions(r_min=min(radius, max(8, radius // 2)), levels=4, base="none", **base)
+
+
+def image_scales(particles: ParticleSet) -> tuple[Tensor | None, float]:
+    """(N, 2, 2) where points of each image lie in a volume of the common pixel size (`MagnifiedSource`), None where all
+    are at its scale; and how far out they lie at most, in radii of the image (1 or more)."""
+    ctf = particles.ctf_params()
+    if ctf is None:
+        return None, 1.0
+    same = torch.eye(3).expand(len(particles), 3, 3)
+    place = placed(same, ctf, common_pixel_size(particles.pixel_size))[:, :2, :2]
+    if (place - torch.eye(2)).abs().max() < SAME_PIXEL_SIZE:
+        return None, 1.0
+    return place, max(1.0, float(torch.linalg.matrix_norm(place, 2).max()))
 
 
 def class_halves(
