@@ -69,6 +69,7 @@ bench: bench-speed
 	$(BENCH)/sets.py --work $(BENCH_WORK) --only abinitio
 	$(BENCH)/deco.py --work $(BENCH_WORK)/deco --family abinitio --set $(BENCH_WORK)/sim/mix4-d32-snr0.1-n4000-s{seed} --seeds 0,1,2
 	$(BENCH)/fastar.py --work $(BENCH_WORK)/fastar --box 64
+	$(BENCH)/fastar_abinitio.py --work $(BENCH_WORK)/fastar-abinitio
 	$(BENCH)/lvm.py sharpen superres wedge safety --keep $(BENCH_WORK)/lvm
 	$(BIN)/python tests/benchmarks/tables.py
 

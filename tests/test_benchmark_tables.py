@@ -195,3 +195,16 @@ def test_limits_stand_beside_what_was_found(tables):
     assert lines[2].split(" | ")[1:4] == ["0, 1", "0.95 ± 0.00", "0.60 ± 0.00"]  # seed 2 has no training
     assert lines[2].endswith("**0.90 ± 0.00** |")
     assert len(tables.limits_table([facts | {"seed": 0, "flaw": "coloured"}], found).splitlines()) == 2
+
+
+def test_errors_of_unknown_molecules_stand_beside_chance(tables):
+    from tables_fastar import abinitio_table
+
+    result = {"command": "python x", "seed": 3, "images_seen": 12000, "minutes": 30.0, "rows": [
+        {"molecules": "bench", "views": views, "snr": snr, "deg": 100 + snr, "chance": 120 + views}
+        for views in (8, 32) for snr in (0.1, 10.0)
+    ]}  # fmt: skip
+    lines = abinitio_table(result).splitlines()
+    assert lines[0] == "| molecules | SNR 10 | SNR 0.1 |"
+    assert lines[2:4] == ["| bench, 8 views | 110 (128) | 100 (128) |", "| bench, 32 views | 110 (152) | 100 (152) |"]
+    assert "12,000 images in 30 minutes, seed 3" in lines[-1]

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean
 
 from common import RESULTS
-from tables_fastar import quality_table, race_table, scaling_table
+from tables_fastar import abinitio_table, quality_table, race_table, scaling_table
 from tables_fire import fire_table
 from tables_lvm import lvm_table
 from tables_maps import (
@@ -144,6 +144,8 @@ def latest() -> dict[str, str]:
         tables["pose-search"] = search_table(search[0])
     if scaling := results(RESULTS, "fastar_scaling_*.json"):
         tables["fastar-scaling"] = scaling_table(scaling[0])
+    if probe := results(RESULTS, "fastar_abinitio_*.json"):
+        tables["fastar-abinitio"] = abinitio_table(probe[0])
     quality = {name: results(RESULTS, f"lvm-{name}.json") for name in ("sharpen", "superres", "wedge", "safety")}
     if any(quality.values()):
         tables["lvm"] = lvm_table({name: found[0] for name, found in quality.items() if found})

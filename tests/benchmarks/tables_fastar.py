@@ -57,6 +57,21 @@ def race_table(found: list[dict]) -> str:
     return markdown(["set", "", "CPU time", "map with truth, FSC 0.5"], rows)
 
 
+def abinitio_table(result: dict) -> str:
+    """Errors of sets of views of unknown molecules beside chance: a row per number of views, a column per SNR."""
+    snrs = sorted({row["snr"] for row in result["rows"]}, reverse=True)
+    rows = []
+    for runs in grouped(result["rows"], lambda row: (row["molecules"], row["views"])):
+        at = {row["snr"]: row for row in runs}
+        cells = [f"{at[snr]['deg']:.0f} ({at[snr]['chance']:.0f})" for snr in snrs]
+        rows.append([f"{runs[0]['molecules']}, {runs[0]['views']} views", *cells])
+    seen = f"{result['images_seen']:,} images in {result['minutes']:g} minutes, seed {result['seed']}"
+    seen = f"{result['images_seen']:,} images in {result['minutes']:g} minutes, seed {result['seed']}"
+    note = f"\n\nMedian degrees (chance). `{result['command']}`: {seen}."
+    columns = ["molecules", *(f"SNR {snr:g}" for snr in snrs)]
+    return markdown(columns, rows) + note
+
+
 def _note(result: dict) -> str:
     versions = result["versions"]
     return f"\n\nOne thread, torch {versions['torch']}, {versions['machine']}; {result['date']}."
