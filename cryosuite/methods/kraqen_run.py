@@ -181,8 +181,8 @@ def _finish(
     """Merge twins, make the maps of the codes at full box, write the run's files."""
     before, processes = found.codes.shape[0], found.engine.processes
     try:
-        merged, groups = merge(found, rule=options.merge)
         with left_at_once():
+            merged, groups = merge(found, rule=options.merge)
             warning = collapsed(merged.usage, merged.p)
             particles = merged.engine.particles  # with the shifts they were given
             if latents is None:
