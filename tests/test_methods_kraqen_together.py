@@ -196,9 +196,8 @@ def test_a_signal_to_one_process_stops_all_after_the_same_iteration(toy, tmp_pat
 def test_a_signal_after_the_search_is_no_end(toy, tmp_path: Path, monkeypatch, where: str) -> None:
     """The run stops, and --resume comes to the end of an undisturbed one."""
     whole = kraqen_run.train(toy[0], RunDir(tmp_path / "whole"), OPTIONS, TrainOptions())
-    owner, name = {"twins": (CrossEM, "_iterate"), "latents": (kraqen_run, "embed"), "maps": (kraqen_run, "solve")}[
-        where
-    ]
+    parts = {"twins": (CrossEM, "_iterate"), "latents": (kraqen_run, "embed"), "maps": (kraqen_run, "solve")}
+    owner, name = parts[where]
     before, asked = getattr(owner, name), []
 
     def interrupted(*given):

@@ -107,15 +107,14 @@ def _fused(engine: VoxelEM, p: ClassWeights, least: int = 0) -> tuple[ClassWeigh
         p = replace(merged, indices=onto.astype(np.int32)[merged.indices], n_classes=p.n_classes)
         before, groups = groups, found[groups]
         left = len(np.unique(groups))
-        if left < least:
+        if left < min(least, p.n_classes):
             groups = joining.overlap_groups(first, least=least)
-            kept = len(np.unique(groups))
-            if kept > left:
-                notice(
-                    f"{kept} codes are kept, because of --n-states {least}: by what they share of their images, fewer "
-                    "than that are told apart for certain (--n-codes instead of --n-states joins those as well)"
-                )
-                return cold, groups
+            notice(
+                f"{len(np.unique(groups))} codes are kept, because of --n-states {least}: by what they share of "
+                "their images, fewer than that are told apart for certain (--n-codes instead of --n-states joins those "
+                "as well)"
+            )
+            return cold, groups
         if left == len(np.unique(before)):
             break
     return p, groups

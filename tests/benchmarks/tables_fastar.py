@@ -65,8 +65,8 @@ def abinitio_table(result: dict) -> str:
         at = {row["snr"]: row for row in runs}
         cells = [f"{at[snr]['deg']:.0f} ({at[snr]['chance']:.0f})" for snr in snrs]
         rows.append([f"{runs[0]['molecules']}, {runs[0]['views']} views", *cells])
-    seen = f"{result['images_seen']:,} images in {result['minutes']:g} minutes, seed {result['seed']}"
-    seen = f"{result['images_seen']:,} images in {result['minutes']:g} minutes, seed {result['seed']}"
+    trained = f" in {result['minutes']:g} minutes" if "minutes" in result else ""  # not where weights were only judged
+    seen = f"{result['images_seen']:,} images{trained}, seed {result['seed']}"
     note = f"\n\nMedian degrees (chance). `{result['command']}`: {seen}."
     columns = ["molecules", *(f"SNR {snr:g}" for snr in snrs)]
     return markdown(columns, rows) + note
