@@ -14,6 +14,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from common import CRYOSUITE, timed
@@ -71,9 +72,9 @@ def hundred() -> list[str]:
     return ["--structures", ",".join([*map(str, files[:100]), *more])]
 
 
-def four() -> list[str]:
-    """Four unlike molecules for trainings without poses."""
-    return ["--structures", ",".join(str(structures() / "bench" / f"{name}.cif.gz") for name in FOUR)]
+def molecules(*names: str) -> list[str]:
+    """Structures of the group ``bench``."""
+    return ["--structures", ",".join(str(structures() / "bench" / f"{name}.cif.gz") for name in names)]
 
 
 KINDS: dict[str, Callable[[], list[str]]] = {
@@ -83,7 +84,8 @@ KINDS: dict[str, Callable[[], list[str]]] = {
     "igg50": lambda: ["--preset", "mini-igg50"],
     "phantom4": lambda: ["--structures", "phantom:4"],  # needs no structures: to try the scripts
     "mix100": hundred,
-    "mix4": four,
+    "mix4": lambda: molecules(*FOUR),  # four unlike molecules, for trainings without poses
+    **{f"only-{name}": partial(molecules, name) for name in FOUR},
     "phantom-mix16": lambda: ["--structures", "phantom:16"],
     "phantom-mix100": lambda: ["--structures", "phantom:100"],
     "phantom-ribo16": lambda: ["--structures", "phantom:1", *ASSEMBLY],
@@ -118,6 +120,8 @@ FAMILIES: dict[str, list[Recipe]] = {
         for kind, images in (("mix16", 8000), ("ribo16", 8000), ("igg50", 10000), ("mix100", 10000))
     ],
     "abinitio": [Recipe("mix4", 4000, 32, 0.1, seed) for seed in SEEDS],
+    "homogeneous": [Recipe(f"only-{name}", 5000, 64, 0.1, seed) for seed in SEEDS for name in FOUR],
+    "encoder": [Recipe("ribo16", 4000, 32, 0.1, seed) for seed in SEEDS],
     "quick": [Recipe("phantom4", 600, 32, 0.1, seed) for seed in SEEDS],
 }
 
