@@ -22,19 +22,30 @@ CRYOSUITE = [sys.executable, "-m", "cryosuite"]
 
 @dataclass(frozen=True)
 class Timing:
-    """One finished process: CPU seconds of it and its children, wall seconds, peak memory in MiB, its output."""
+    """One process: CPU seconds of it and its children, wall seconds, peak memory in MiB, its output.
+
+    ended: it came to its end; False where it was stopped at the limit it was given.
+    """
 
     cpu_s: float
     wall_s: float
     rss_mib: float
     output: str
+    ended: bool = True
 
 
-def timed(command: list[str], cwd: Path | None = None, env: dict[str, str] | None = None) -> Timing:
-    """Run a command to its end and account for it as the operating system does; a failure stops the benchmark."""
+def timed(
+    command: list[str], cwd: Path | None = None, env: dict[str, str] | None = None, limit_s: float | None = None
+) -> Timing:
+    """Run a command to its end and account for it as the operating system does; a failure stops the benchmark.
+
+    limit_s: wall seconds after which it is stopped.
+    """
     began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    if limit_s:
+        command = ["timeout", "--kill-after=20", f"{limit_s:g}", *command]
     script = "import resource,subprocess,sys;c=subprocess.run(sys.argv[1:]).returncode;"
-    script += "sys.stderr.write('\\nPEAK %d' % resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss);sys.exit(c)"
+    script += "sys.stderr.write('\\nPEAK %d' % resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss);sys.exit(abs(c))"
     done = subprocess.run(
         [sys.executable, "-c", script, *command],
         cwd=cwd,
@@ -46,10 +57,11 @@ def timed(command: list[str], cwd: Path | None = None, env: dict[str, str] | Non
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     output, _, peak = done.stdout.rpartition("\nPEAK ")
-    if done.returncode:
+    stopped = bool(limit_s) and done.returncode in (124, 137)
+    if done.returncode and not stopped:
         raise SystemExit(f"{' '.join(command)} failed with exit code {done.returncode}:\n{output[-3000:]}")
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Timing(cpu, time.monotonic() - began, int(peak) / 1024, output)
+    return Timing(cpu, time.monotonic() - began, int(peak) / 1024, output, not stopped)
 
 
 def best(command: list[str], runs: int = 2, **options: object) -> Timing:

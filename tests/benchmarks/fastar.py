@@ -1,7 +1,7 @@
 """Poses by fastar-infer: errors per molecule, cost against the number of particles, time to a map beside searches.
 
     python tests/benchmarks/fastar.py --work DIR [--only quality,scaling,race] [--molecules 1xnr,5gjv,1t6b] [--box 32]
-        [--seeds 0] [--images 2000] [--weights FILE]
+        [--seeds 0] [--images 2000] [--weights FILE] [--peer-epochs 30 [--peer-minutes 45]]
 
 Molecules are of ``$CRYOSUITE_SHARED/data/atomic/bench``, which no network was trained on; the pixel size is such that
 a molecule fills its picture as those do that networks are trained on. Images have a CTF and white noise, SNR 0.1
@@ -9,7 +9,8 @@ counted at their own box (variance of the whole clean images / variance of the n
 
 quality: against the true map low-passed to 20 A: errors as predicted and after refinement, beside chance, symmetry
 mates counted as right, and those of a full search against the same map without a network.
-scaling: seconds of prediction from 256 to 16,384 particles. race: seconds to a map and its FSC with the truth.
+scaling: seconds of prediction from 256 to 16,384 particles. race: seconds to a map and its FSC with the truth,
+beside cryoDRGN's (``CRYODRGN_VENV``) when --peer-epochs is given.
 """
 
 from __future__ import annotations
@@ -210,15 +211,16 @@ def race(case: Case, arguments: argparse.Namespace) -> dict:
 
 
 def abinit_homo(program: str, source: Path, pixel: float, case: Case, arguments: argparse.Namespace) -> dict:
-    """cryoDRGN's homogeneous ab initio reconstruction, so many epochs of it."""
+    """cryoDRGN's homogeneous ab initio reconstruction, so many epochs of it, or what it has after so many minutes."""
     out = arguments.work / f"{case.name}-cryodrgn"
     options = ["--ctf", str(WorkDir(source).ctf), "--uninvert-data", "-n", str(arguments.peer_epochs), "--seed", "0"]
+    options += ["--no-amp"]  # half precision is for GPUs
     command = [program, "abinit_homo_old", str(WorkDir(source).particles), *options, "-o", str(out)]
-    timing = timed(command, env=ONE_THREAD)
+    timing = timed(command, env=ONE_THREAD, limit_s=60 * arguments.peer_minutes)
     maps = sorted(out.glob("reconstruct*.mrc"), key=lambda path: path.stat().st_mtime)
     scores = map_scores(maps[-1], source, pixel, align=True) if maps else {}
     costs = {"cpu_s": round(timing.cpu_s, 1), "wall_s": round(timing.wall_s, 1)}
-    found = {**costs, "epochs": arguments.peer_epochs, **rounded(scores)}
+    found = {**costs, "epochs": arguments.peer_epochs, "ended": timing.ended, **rounded(scores)}
     print("cryodrgn", found, flush=True)
     return found
 
@@ -235,6 +237,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--largest", type=int, default=16384)
     parser.add_argument("--peer-epochs", type=int, default=0, help="of cryoDRGN ($CRYODRGN_VENV); 0: leave it out")
+    parser.add_argument("--peer-minutes", type=float, default=0, help="then cryoDRGN is stopped; 0: at its end")
     parser.add_argument("--weights", type=Path)
     parser.add_argument("options", nargs="*", help="after --: more options of fastar-infer")
     arguments = parser.parse_args()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from statistics import mean
 
 from tables_maps import grouped, markdown, spread
@@ -45,16 +46,31 @@ def scaling_table(result: dict) -> str:
 
 
 def race_table(found: list[dict]) -> str:
-    """CPU seconds to a map and what it is worth, by each way."""
-    rows = [
-        [
-            f"{one['molecule']}, D = {one['box']}, {one['images']:,} images", name, f"{way['cpu_s']:.0f} s",
-            f"{way['fsc_0.5_A']:.1f} A ({way['in_nyquist']:.2f} x Nyquist)" if "fsc_0.5_A" in way else "no map",
-        ]
-        for one in found
-        for name, way in one["ways"].items()
-    ]  # fmt: skip
-    return markdown(["set", "", "CPU time", "map with truth, FSC 0.5"], rows)
+    """CPU seconds to a map and what it is worth, by each way; a peer's time over ours where it was run."""
+    rows = []
+    for one in found:
+        peer = next((way for name, way in one["ways"].items() if name.startswith("cryodrgn")), None)
+        for name, way in one["ways"].items():
+            stopped = "" if way.get("ended", True) else "stopped after "
+            rows.append([
+                f"{one['molecule']}, D = {one['box']}, {one['images']:,} images", name,
+                f"{stopped}{way['cpu_s']:,.0f} s", _worth(way),
+                _times_faster(way, peer) if peer and way is not peer else "",
+            ])  # fmt: skip
+    return markdown(["set", "", "CPU time", "map with truth, FSC 0.5", "cryoDRGN's time / this"], rows)
+
+
+def _worth(way: dict) -> str:
+    """Of a map."""
+    return f"{way['fsc_0.5_A']:.1f} A ({way['in_nyquist']:.2f} x Nyquist)" if "fsc_0.5_A" in way else "no map"
+
+
+def _times_faster(way: dict, peer: dict) -> str:
+    """To a map as good as the peer's: at least so much where the peer was stopped or has a worse one."""
+    equal = peer.get("ended", True) and peer.get("in_nyquist", math.inf) <= way["in_nyquist"]
+    if peer.get("in_nyquist", math.inf) < way["in_nyquist"]:
+        return "its map is better"
+    return f"{'' if equal else '> '}{peer['cpu_s'] / way['cpu_s']:.0f}x"
 
 
 def abinitio_table(result: dict) -> str:
