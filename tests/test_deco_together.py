@@ -17,6 +17,7 @@ from cryosuite.kernels.rotations import geodesic_deg
 from cryosuite.methods import deco_start
 from cryosuite.reconstruct import abinitio, abinitio_restarts
 from cryosuite.reconstruct.abinitio import AbInitioOptions
+from cryosuite.reconstruct.abinitio_starts import ONE
 from cryosuite.training.checkpoint import load_state
 from cryosuite.training.logs import read_metrics
 
@@ -61,8 +62,10 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deco_start, "options_of", options)
     monkeypatch.setattr(abinitio, "CHUNK", 24)  # 4.6 of them
     monkeypatch.setattr(abinitio, "REPEATS", 2)
-    for name, value in (("STARTS", 1), ("ITERATIONS", 2), ("SETTLE", 1), ("FEWEST", 20)):
+    for name, value in (("STARTS", 1), ("FEWEST", 20)):
         monkeypatch.setattr(abinitio_restarts, name, value)
+    for name, value in (("iterations", 2), ("settle", 1), ("batch", 40), ("radius", (2, 3))):
+        monkeypatch.setitem(ONE, name, value)
 
 
 def words(stack: Path, *more: object) -> list[object]:

@@ -31,7 +31,7 @@ from cryosuite.formats.stacks import StackReader
 from cryosuite.methods import fastar_validate, load_run, lvm_validate
 from cryosuite.nets import ief
 from cryosuite.nets.multiview import SPECS, MultiviewSpec
-from cryosuite.reconstruct import abinitio, abinitio_restarts
+from cryosuite.reconstruct import abinitio, abinitio_restarts, abinitio_starts
 from cryosuite.reconstruct.abinitio import AbInitio, AbInitioOptions
 from cryosuite.reconstruct.held_out import settle
 from cryosuite.reconstruct.refine import RefineOptions, refine, search_everywhere
@@ -270,12 +270,15 @@ def test_classes_held_out() -> None:
     agree(found, 1e-2)
 
 
-@pytest.mark.parametrize("classes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_poses_and_classes_from_nothing(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("classes", "coarse"), [(1, 7), (1, 2), pytest.param(2, 2, marks=pytest.mark.slow)])
+def test_poses_and_classes_from_nothing(classes: int, coarse: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """All kinds of rounds of the search; what they find in so little time means nothing."""
     monkeypatch.setattr(abinitio, "REPEATS", 1)
-    for name, value in (("STARTS", 1), ("ITERATIONS", 1), ("SETTLE", 1), ("FEWEST", 10)):
+    monkeypatch.setattr(abinitio_starts, "COARSE", coarse)  # beyond it images carry their shifts along
+    for name, value in (("STARTS", 1), ("FEWEST", 10)):
         monkeypatch.setattr(abinitio_restarts, name, value)
+    for name, value in (("iterations", 1), ("settle", 1), ("batch", 10), ("radius", (2, 3))):
+        monkeypatch.setitem(abinitio_starts.ONE, name, value)
     options = AbInitioOptions(
         classes=classes, starts=2, iterations=1, batch=10, settle=1, radius=(2, 3), rounds=((4, True), (6, False)),
         seed=1,

@@ -11,7 +11,7 @@ from hype_toy import blob_particles, blobs
 
 from cryosuite.data.loader import BatchLoader
 from cryosuite.data.particles import ParticleSet
-from cryosuite.data.spectra import whitened
+from cryosuite.data.spectra import measure_spectra, whitened
 from cryosuite.errors import InputError
 from cryosuite.kernels import ctf, fourier, pose_search
 from cryosuite.kernels.pose_search import Candidates
@@ -22,8 +22,9 @@ from cryosuite.metrics.poses import pose_errors
 from cryosuite.reconstruct import abinitio_em as em
 from cryosuite.reconstruct import abinitio_restarts as restarts
 from cryosuite.reconstruct import abinitio_rounds as rounds
+from cryosuite.reconstruct import abinitio_starts as starts
 from cryosuite.reconstruct.abinitio import ANEW, ANYWHERE, NEAR, OWN, REPEATS, AbInitio, AbInitioOptions, planned
-from cryosuite.reconstruct.abinitio_starts import choose_maps
+from cryosuite.reconstruct.abinitio_starts import choose_maps, options_for
 from cryosuite.reconstruct.backproject import reconstruct_classes
 
 BOX = 24
@@ -173,6 +174,32 @@ def test_images_of_other_pixels_are_refined_at_their_own_scale() -> None:
     assert errors(None)[1] > 1.5 * other
 
 
+def test_images_are_brought_onto_their_mean() -> None:
+    """Shifts by the mean of all images: off by less than half of what they were, whatever the orientations."""
+    whole = small_blobs(32)
+    whole = whole + whole.flip(0, 1, 2).roll((1, 1, 1), (0, 1, 2))  # its middle is that of the box
+    particles, _ = blob_particles([whole], 500, noise=1.0)
+    disc = fourier.half_disc(32, 4)
+    batch = BatchLoader(replace(particles, shift=None), 500, shuffle=False, prefetch=0).batch(np.arange(500))
+    target = whitened(batch, disc, torch.from_numpy(particles.noise).sqrt(), False, torch.ones(32, 32))
+    signal = measure_spectra(particles, True).signal
+    found = em.middles(target.values, target.ctf, signal, disc, 0.08).numpy()
+    off, was = (float(np.sqrt(np.mean(x**2))) for x in (found - particles.shift, particles.shift))
+    assert off < was / 2, (off * 32, was * 32)
+
+
+def small_blobs(box: int) -> torch.Tensor:
+    """An elongated molecule whose ends differ little, in a box twice as large as it is long."""
+    axis = torch.arange(box) - box // 2
+    z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")
+    volume = torch.zeros(box, box, box)
+    for cx, cy, cz, height in (
+        (-4, 0, 0, 1.0), (-1.5, 0.8, 0, 1.0), (1.5, -0.8, 0, 1.0), (4, 0, 0, 1.0), (4, 2, 0.5, 0.6), (-3, 0, 2.2, 0.6),
+    ):  # fmt: skip
+        volume += height * torch.exp(-((x - cx) ** 2 + (y - cy) ** 2 + (z - cz) ** 2) / 2.0)
+    return volume
+
+
 def test_maps_are_chosen_for_what_they_add() -> None:
     """Greedy alone takes the map that is fair for all first; exchanges find the two specialists."""
     generator = torch.Generator().manual_seed(0)
@@ -184,8 +211,10 @@ def test_maps_are_chosen_for_what_they_add() -> None:
     assert choose_maps(evidence, 4) == [0, 1, 2, 3]
 
 
-def test_goes_on_exactly_from_any_unit() -> None:
-    """A state saved after any unit leads to the same poses, bit by bit."""
+@pytest.mark.parametrize("coarse", [7, 2])
+def test_goes_on_exactly_from_any_unit(coarse: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state saved after any unit leads to the same poses, bit by bit; also where images carry their shifts along."""
+    monkeypatch.setattr(starts, "COARSE", coarse)
     particles, _ = blob_particles([blobs(BOX, 3, 8)], 520, noise=1.0)
     options = AbInitioOptions(starts=2, iterations=3, batch=40, settle=2, radius=(2, 3), rounds=((4, True), (6, False)))
     straight = AbInitio(particles, options)
@@ -204,8 +233,9 @@ def test_goes_on_exactly_from_any_unit() -> None:
 @pytest.mark.slow
 def test_a_mixture_goes_on_exactly_from_any_unit(monkeypatch: pytest.MonkeyPatch) -> None:
     """In its starts, its rounds, and while its classes begin anew; the position only grows, and ends at the total."""
-    for name, value in (("STARTS", 1), ("ITERATIONS", 2), ("SETTLE", 1)):
-        monkeypatch.setattr(restarts, name, value)
+    monkeypatch.setattr(restarts, "STARTS", 1)
+    for name, value in (("iterations", 2), ("settle", 1), ("batch", 100), ("radius", (7, 8))):
+        monkeypatch.setitem(starts.ONE, name, value)
     particles, _ = blob_particles([blobs(BOX, 3, 8), blobs(BOX, 11, 4)], 300, noise=0.7)
     options = AbInitioOptions(
         classes=2, starts=1, iterations=3, batch=40, settle=1, radius=(2, 3), rounds=((4, True), (6, False))
@@ -235,6 +265,8 @@ def test_rounds_of_a_mixture_are_repeated() -> None:
     assert planned(options, 32) == [(8, ANYWHERE), *last]
     low = [(8, ANYWHERE)] * REPEATS
     assert planned(replace(options, classes=3), 32) == [*low, ANEW, (8, OWN), *low, *last]
+    both = replace(options, classes=3, rounds=((6, True), *options.rounds))
+    assert planned(both, 32) == [*[(6, ANYWHERE)] * REPEATS, *low, ANEW, (8, OWN), *low, *last]
     assert planned(options, 16) == [(8, ANYWHERE), (16, ANYWHERE), (16, NEAR), (16, NEAR)]
 
 
@@ -263,8 +295,9 @@ def test_an_image_is_judged_by_the_other_half_set() -> None:
 @pytest.mark.slow
 def test_new_starts_are_taken_where_they_explain_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """A class with the map of another molecule gets a new one, a class with its own keeps it, a tiny one too."""
-    for name, value in (("STARTS", 1), ("ITERATIONS", 12), ("SETTLE", 2)):
-        monkeypatch.setattr(restarts, name, value)
+    monkeypatch.setattr(restarts, "STARTS", 1)
+    for name, value in (("iterations", 12), ("batch", 200), ("radius", (4, 8))):
+        monkeypatch.setitem(starts.ONE, name, value)
     particles, labels = blob_particles([blobs(BOX, 3, 8), blobs(BOX, 11, 4)], 400, noise=0.5)
     maps = _true_maps(particles, labels)[[0, 0, 0]]
     labels[:10] = 2

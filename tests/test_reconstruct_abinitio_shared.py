@@ -13,7 +13,7 @@ from test_data_processes import each
 
 from cryosuite.data.processes import Processes
 from cryosuite.errors import InputError
-from cryosuite.reconstruct import abinitio, abinitio_restarts
+from cryosuite.reconstruct import abinitio, abinitio_restarts, abinitio_starts
 from cryosuite.reconstruct import abinitio_em as em
 from cryosuite.reconstruct.abinitio import AbInitio, AbInitioOptions
 
@@ -29,13 +29,21 @@ def searched(particles, options: AbInitioOptions, processes: Processes | None = 
     return engine
 
 
-@pytest.mark.parametrize("classes", [1, 2])
-def test_three_processes_find_what_one_finds(classes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Starts, rounds and classes anew; some processes have no image to read for the starts, or in the last unit."""
+@pytest.mark.parametrize(("classes", "coarse"), [(1, 7), (1, 2), (2, 2)])
+def test_three_processes_find_what_one_finds(
+    classes: int, coarse: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Starts, rounds and classes anew; some processes have no image to read for the starts, or in the last unit.
+
+    Beyond the coarse radius images carry their shifts along.
+    """
     monkeypatch.setattr(abinitio, "CHUNK", 25)  # 4.4 of them
     monkeypatch.setattr(abinitio, "REPEATS", 1)
-    for name, value in (("STARTS", 1), ("ITERATIONS", 2), ("SETTLE", 1), ("FEWEST", 10)):
+    monkeypatch.setattr(abinitio_starts, "COARSE", coarse)
+    for name, value in (("STARTS", 1), ("FEWEST", 10)):
         monkeypatch.setattr(abinitio_restarts, name, value)
+    for name, value in (("iterations", 2), ("settle", 1), ("batch", 30), ("radius", (2, 3))):
+        monkeypatch.setitem(abinitio_starts.ONE, name, value)
     particles, _ = blob_particles([blobs(16, 3, 8), blobs(16, 11, 3)][:classes], 110, noise=0.3)
     options = replace(OPTIONS, classes=classes)
     alone = searched(particles, options)

@@ -21,6 +21,7 @@ from cryosuite.formats.atomic import remove_leftovers
 from cryosuite.methods.deco_hand import settle_hands
 from cryosuite.methods.deco_options import DecoOptions
 from cryosuite.reconstruct.abinitio import AbInitio, AbInitioOptions
+from cryosuite.reconstruct.abinitio_starts import options_for
 from cryosuite.training import checkpoint
 from cryosuite.training.logs import RunLog
 from cryosuite.training.options import plain
@@ -31,7 +32,7 @@ SAVE_SECONDS = 20.0
 
 def options_of(options: DecoOptions, seed: int) -> AbInitioOptions:
     """The options of the voxel start."""
-    return AbInitioOptions(classes=options.classes, starts=options.starts, shift_extent=options.shift_extent, seed=seed)
+    return options_for(options.classes, starts=options.starts, shift_extent=options.shift_extent, seed=seed)
 
 
 def voxel_start(

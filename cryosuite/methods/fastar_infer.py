@@ -27,7 +27,8 @@ from cryosuite.methods.fastar_predict import Clock, Predictor, StarPredictor
 from cryosuite.methods.fastar_reference import Reference
 from cryosuite.methods.fastar_star import StarOptions, StarRun
 from cryosuite.metrics.align import align_map
-from cryosuite.reconstruct.abinitio import AbInitio, AbInitioOptions
+from cryosuite.reconstruct.abinitio import AbInitio
+from cryosuite.reconstruct.abinitio_starts import AbInitioOptions, options_for
 from cryosuite.reconstruct.backproject import Reconstruction, reconstruct
 from cryosuite.reconstruct.refine import FEWEST, RefineOptions, refine, search_everywhere
 
@@ -191,7 +192,7 @@ def predict_search(
     """
     with clock("search"):
         blind = replace(particles, rotation=None, shift=None)
-        how = search or AbInitioOptions(seed=options.seed)
+        how = search or options_for(1, seed=options.seed)
         engine = AbInitio(blind, how, clock.device, processes=processes)
         with Progress(engine.total, "search for poses", "steps") if progress else _Silent() as bar:
             while not engine.done:

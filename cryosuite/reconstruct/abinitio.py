@@ -301,7 +301,7 @@ def planned(options: AbInitioOptions, nyquist: int) -> list[tuple[int, str]]:
     if options.classes == 1 or not low:
         return once
     many = [(r, ANYWHERE) for r in low for _ in range(REPEATS)]
-    again = [*((r, OWN) for r in low), *[(low[-1], ANYWHERE)] * REPEATS]
+    again = [(low[-1], OWN), *[(low[-1], ANYWHERE)] * REPEATS]
     return [*many, ANEW, *again, *(one for one in once if one[1] == NEAR or one[0] > LOW)]
 
 

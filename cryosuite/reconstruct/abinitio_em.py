@@ -28,6 +28,7 @@ from cryosuite.kernels.slices import Accumulator, extract_slices, insert_slices,
 from cryosuite.reconstruct.solve import Sums, solve
 
 PER_IMAGE = ("evidence", "share", "label", "best", "shift")  # of what is expected
+MIDDLES = 25  # steps of the shifts that an image is first held against the mean at
 LOGITS = 1 << 21  # values of the posterior held at once: what stays in a processor cache is a third faster
 
 
@@ -48,16 +49,19 @@ class Grid:
         return len(self.rotation)
 
 
-def make_grid(order: int, extent: float, steps: int, device: torch.device | str = "cpu") -> Grid:
+def make_grid(order: int, extent: float, steps: int, device: torch.device | str = "cpu", corners: bool = True) -> Grid:
     """The grid of HEALPix ``order`` with ``steps`` x ``steps`` shifts up to ``extent`` (fraction of the box).
 
-    The shifts' prior is a Gaussian whose standard deviation is 0.7 of the extent.
+    The shifts' prior is a Gaussian whose standard deviation is 0.7 of the extent. Without ``corners`` those of the
+    square, further out than 1.2 of the extent, are left out.
     """
     whole = healpix_rotations(order).to(device)
     turns = 6 * 2**order
     pairs = whole.view(-1, 2, turns // 2, 3, 3)  # psi and psi + 180 degrees
     axis = torch.linspace(-extent, extent, steps, device=device) if steps > 1 else torch.zeros(1, device=device)
     shift = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).view(-1, 2)
+    if not corners:
+        shift = shift[shift.norm(dim=1) <= 1.2 * extent]
     prior = -shift.square().sum(1) / (2 * max(0.7 * extent, 1e-6) ** 2)
     rotation, opposite = (pairs[:, side].reshape(-1, 3, 3) for side in (0, 1))
     return Grid(rotation, opposite, shift, prior)
@@ -147,6 +151,36 @@ def together(parts: list[Expected], processes: Processes = ALONE) -> Expected:
     data, weight = (values.float() for values in sums)
     rest = (torch.cat([getattr(part, name) for part in parts]).cpu().numpy() for name in PER_IMAGE)
     return Expected(torch.view_as_complex(data), weight, *(torch.from_numpy(processes.joined(one)) for one in rest))
+
+
+def middles(
+    values: Tensor,  # (n, P) complex, divided by the noise
+    transfer: Tensor,  # (n, P) CTF, divided by the noise
+    signal: Tensor,  # power of slices per shell
+    disc: fourier.HalfDisc,
+    extent: float,
+) -> Tensor:  # (n, 2)
+    """Shifts (fraction of the box) that bring images onto the mean of all of them, whatever their orientations.
+
+    The mean of images turned by all angles is round. What an image has beside it is noise here, of the power that is
+    left of the signal. Each image gets the mean of its posterior over a grid of shifts, four times; where it cannot
+    tell, that is near zero. extent: largest shift; the prior is that of `make_grid`.
+    """
+    axis = torch.linspace(-extent, extent, MIDDLES, device=values.device)
+    tried = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).view(-1, 2)
+    prior = -tried.square().sum(1) / (2 * (0.7 * extent) ** 2)
+    ramp = fourier.phase_shift(values.new_ones(len(tried), len(disc)), disc, tried)
+    y, power, shells = values * transfer, transfer.square(), int(disc.shell.max()) + 1
+    of_shell = power.new_zeros(shells).index_add_(0, disc.shell, power.sum(0)).clamp_min(1e-9)
+    shift = torch.zeros(len(values), 2, device=values.device)
+    for _ in range(4):
+        seen = fourier.phase_shift(y, disc, shift).real.sum(0)
+        mean = power.new_zeros(shells).index_add_(0, disc.shell, seen) / of_shell
+        rest = (signal[:shells].to(mean) - mean.square()).clamp_min(0)
+        weighed = y * mean[disc.shell] / (1 + power * rest[disc.shell])
+        score = 2 * (weighed.real @ ramp.real.T - weighed.imag @ ramp.imag.T) + prior
+        shift = score.softmax(1) @ tried
+    return shift
 
 
 def wiener(acc: Accumulator, power: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ the class better than the one they have (measured: of four classes one, the one 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,10 +16,10 @@ import torch
 from torch import Tensor
 
 from cryosuite.data.processes import ALONE, Processes
-from cryosuite.reconstruct.abinitio_starts import JUDGED, AbInitioOptions, Starts
+from cryosuite.reconstruct.abinitio_starts import ONE, AbInitioOptions, Starts, options_for
 from cryosuite.reconstruct.solve import cropped
 
-STARTS, ITERATIONS, SETTLE = 2, 40, 5  # of each class
+STARTS = 3  # of each class
 FEWEST = 100  # particles of a class that can begin anew
 
 
@@ -79,10 +78,8 @@ class Restarts:
         k = self.state["class"]
         if self._starts is None or self._starts[0] != k:
             rows, signal_box = self._rows(), self.rest
-            options = replace(
-                self.options, classes=1, starts=STARTS, iterations=ITERATIONS, settle=SETTLE,
-                seed=self.options.seed + 1000 * (k + 1),
-            )  # fmt: skip
+            seed = self.options.seed + 1000 * (k + 1)
+            options = options_for(1, starts=STARTS, seed=seed, shift_extent=self.options.shift_extent)
             starts = Starts(
                 lambda chosen, r_max: self.white(rows[chosen], r_max), len(rows), *signal_box, options, self.device,
                 lambda text, record: None, self.processes,
@@ -112,11 +109,9 @@ class Restarts:
 
     def _evidence(self, starts: Starts, volume: Tensor) -> float:
         """Mean log-likelihood of the class's particles under a map, over all orientations."""
-        values, transfer = (part[:JUDGED] for part in starts.pool)
-        found = starts.expect(volume[None], values, transfer, starts.high, 1.0, torch.zeros(1))
-        return float(found.evidence.mean())
+        return float(starts.likelihood(volume).mean())
 
 
 def class_units() -> int:
     """Units of one class."""
-    return STARTS * ITERATIONS + SETTLE
+    return STARTS * ONE["iterations"] + ONE["settle"]

@@ -97,7 +97,7 @@ def main() -> None:
         kept = ("epoch", "phantom_snr10_deg", "phantom_snr10_chance")
         record |= {"minutes": given.minutes, "course": [{key: line.get(key) for key in kept} for line in lines]}
     weights = given.judge or given.work / "weights.safetensors"
-    record["images_seen"] = load_multiview(weights)[1].get("images_seen")
+    record["images_seen"] = int(load_multiview(weights)[1]["images_seen"])
     record["rows"] = judge(weights, given.shared)
     save(f"fastar_abinitio_{given.hand_loss}_s{given.seed}", record)
 

@@ -61,7 +61,7 @@ def shrink() -> None:
         "radius": (3, 5),
         "rounds": ((5, True), (8, False)),
     }
-    fastar_infer.AbInitioOptions = lambda seed: abinitio.AbInitioOptions(seed=seed, **short)
+    fastar_infer.options_for = lambda classes, seed: abinitio.AbInitioOptions(classes, seed=seed, **short)
     deco_start.options_of = lambda options, seed: abinitio.AbInitioOptions(options.classes, seed=seed, **short)
     abinitio.CHUNK = 20
 
