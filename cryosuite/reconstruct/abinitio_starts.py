@@ -46,8 +46,8 @@ class AbInitioOptions:
     Those written below are for several maps at once; ``options_for`` knows those for one.
 
     classes: maps. starts, iterations, batch: of the expectation maximisation; batch is per class. settle: iterations
-    after the choice. radius: its first and last. heat: first temperature as a fraction of an image's signal energy.
-    rate: weight of a batch in the running sums. cold_after: share of a start after which the temperature is 1.
+    after the choice. radius: its first and last. heat: first temperatures of the starts in turn, as a fraction of an
+    image's signal energy.    rate: weight of a batch in the running sums. cold_after: share of a start after which the temperature is 1.
     balance: how fast maps that few images choose are favoured. shift_extent: largest shift, fraction of the box.
     rounds: (radius, global search) of each round. keep: poses kept per image.
     """
@@ -58,7 +58,7 @@ class AbInitioOptions:
     batch: int = 300
     settle: int = 10
     radius: tuple[int, int] = (4, 7)
-    heat: float = 0.03
+    heat: tuple[float, ...] = (0.03,)
     rate: float = 0.3
     cold_after: float = 0.9
     balance: float = 0.5
@@ -73,7 +73,7 @@ class AbInitioOptions:
 # of a single map. Nine molecules of the group `train` of 1,000 images of 32 pixels, up to a radius of 7 with 16 shifts
 # for all: two ended right (1qvr 1.1 degrees, 3r9a 6); in the true maps the others could not be posed at that radius
 ONE: dict[str, Any] = {
-    "iterations": 20, "batch": 1000, "rate": 0.7, "radius": (8, 13), "settle": 2,
+    "iterations": 20, "batch": 1000, "rate": 0.7, "radius": (4, 13), "heat": (0.05, 0.1), "settle": 2,
     "rounds": ((13, True), (18, True), (24, True), (32, False), (32, False), (32, False)),
 }  # fmt: skip
 
@@ -279,7 +279,8 @@ class Starts:
         disc = fourier.half_disc(self.small, radius)
         transfer = self.pool[1][:, : len(disc)]
         energy = float((transfer.square() * self.signal[disc.shell].to(self.device)).sum(1).mean())
-        return max(energy * self.options.heat, 1.0)
+        heat = self.options.heat
+        return max(energy * heat[self.state["start"] % len(heat)], 1.0)
 
     def _add(self, sums: list[Accumulator], batch: em.Expected, radius: int, rate: float) -> None:
         disc, grid = fourier.half_disc(self.small, radius), self._grid(radius)
