@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import torch
 from hype_toy import blob_particles, blobs
 
 from cryosuite.data.loader import BatchLoader
+from cryosuite.data.open import open_particles
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.spectra import measure_spectra, whitened
 from cryosuite.errors import InputError
@@ -18,7 +22,7 @@ from cryosuite.kernels.pose_search import Candidates
 from cryosuite.kernels.rotations import expmap, geodesic_deg, random_rotations
 from cryosuite.kernels.slices import extract_slices, volume_transform
 from cryosuite.metrics.clustering import agreement
-from cryosuite.metrics.poses import pose_errors
+from cryosuite.metrics.poses import pose_errors, pose_report
 from cryosuite.reconstruct import abinitio_em as em
 from cryosuite.reconstruct import abinitio_restarts as restarts
 from cryosuite.reconstruct import abinitio_rounds as rounds
@@ -186,6 +190,23 @@ def test_images_are_brought_onto_their_mean() -> None:
     found = em.middles(target.values, target.ctf, signal, disc, 0.08).numpy()
     off, was = (float(np.sqrt(np.mean(x**2))) for x in (found - particles.shift, particles.shift))
     assert off < was / 2, (off * 32, was * 32)
+
+
+@pytest.mark.slow
+def test_a_small_molecule_in_a_large_box_is_found(shared: Path, tmp_path: Path) -> None:
+    """3e0c, 120 A of 320: right up to the radius of single maps; up to 7 there is nothing to be seen of its poses."""
+    given = "--structures", shared / "data" / "atomic" / "train" / "3e0c.cif.gz", "-n", 1000, "-D", 32, "--snr", 0.1
+    command = [sys.executable, "-m", "cryosuite", "simulate", *given, "--seed", 0, "-o", tmp_path / "set"]
+    subprocess.run([str(part) for part in command], check=True)
+    particles = open_particles(tmp_path / "set")
+
+    def median_error(options: AbInitioOptions) -> float:
+        found = _run(AbInitio(particles, options)).found
+        truth = particles.rotation, particles.shift
+        return pose_report(found.rotation, truth[0], found.shift, truth[1], 32).aligned["median_deg"]
+
+    assert median_error(options_for(1, starts=1, heat=(0.1,))) < 8
+    assert median_error(AbInitioOptions(starts=1)) > 30
 
 
 def small_blobs(box: int) -> torch.Tensor:

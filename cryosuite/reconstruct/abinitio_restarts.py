@@ -1,9 +1,9 @@
 """Fresh starts of every class of a mixture from its own particles, once the classes are nearly pure.
 
 The maps of a mixture's starts tell the molecules apart long before they show them right: half of a class may lie upside
-down in its map, and searching against that map keeps it so. The starts of a single molecule hardly ever end wrong, and
-a class that is nearly pure is one. So each class begins anew; the fresh map is taken where it explains the particles of
-the class better than the one they have (measured: of four classes one, the one whose poses were wrong).
+down in its map, and searching against that map keeps it so. The starts of a single molecule look further out and seldom
+end wrong, and a class that is nearly pure is one. So each class begins anew; the fresh map is taken where it explains
+the particles of the class better than the one they have, after both had a chance to become theirs.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from cryosuite.reconstruct.abinitio_starts import ONE, AbInitioOptions, Starts, 
 from cryosuite.reconstruct.solve import cropped
 
 STARTS = 3  # of each class
+BETTER = 0.01  # of the log-likelihood: less is no reason to search for poses again
 FEWEST = 100  # particles of a class that can begin anew
 
 
@@ -97,7 +98,7 @@ class Restarts:
             fresh = starts.state["volumes"][0]
             found = [self._evidence(starts, volume) for volume in (kept, fresh)]
             old, new = self.processes.first_does(lambda: found)
-            if new > old:
+            if new > old + BETTER * abs(old):
                 kept = fresh
                 s["renewed"].append(k)
             self.log(
@@ -109,7 +110,7 @@ class Restarts:
 
     def _evidence(self, starts: Starts, volume: Tensor) -> float:
         """Mean log-likelihood of the class's particles under a map, over all orientations."""
-        return float(starts.likelihood(volume).mean())
+        return float(starts.likelihood(volume, fitted=True).mean())
 
 
 def class_units() -> int:
