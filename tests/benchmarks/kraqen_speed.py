@@ -5,14 +5,15 @@
 "network": one training step (forward, backward, AdamW, all frequencies) of the tri-plane field with 100 codes of rank
 64 at D = 128 beside train-hype's default preset. "codes": the same step with 10 and with 200 codes. "voxel": images per
 CPU second of one EM iteration (scores of all codes, then insertion), D = 32, with 24, 48 and 96 codes. "polish":
-particles per CPU second summed into 16 classes and two half sets, beside one map's backprojection, and the seconds it
-takes to be given that much memory and to write to it once. The least CPU time of several rounds counts, because the
-machine's noise only ever adds.
+particles per CPU second summed into 16 classes and two half sets, beside one map's backprojection; both in memory that
+the process keeps between rounds (`keep_memory`), and what a process pays that has to be given that memory first. The
+least CPU time of several rounds counts, because the machine's noise only ever adds.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import time
 from collections.abc import Callable
@@ -30,9 +31,9 @@ from cryosuite.training.method import Method, Step
 
 CODES, RANK, BOX = 100, 64, 128
 EM_BOX, EM_IMAGES, EM_CODES = 32, 600, (24, 48, 96)
-# the sums of 16 classes and two halves take 3.3 GB at D = 128, which the system has to hand out: seconds, however many
-# images follow
 POLISH_CLASSES, POLISH_SETS = 16, ((64, 8000), (128, 2000), (128, 10000), (128, 40000))
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
+IDLE_S = 10  # in which a virtual machine has given freed pages back to its host
 
 
 def least(work: Callable[[], object], rounds: int) -> float:
@@ -156,6 +157,8 @@ def bench_polish(rounds: int) -> dict:
     from cryosuite.reconstruct.class_sums import accumulate
     from cryosuite.reconstruct.weights import ClassWeights
 
+    given = {box: handed_out(lambda b=box: slices.new_accumulator(b).data) for box in dict(POLISH_SETS)}
+    keep_memory()
     sets = []
     for box, count in POLISH_SETS:
         particles = noise_particles(count, box)
@@ -163,15 +166,41 @@ def bench_polish(rounds: int) -> dict:
         labels = ClassWeights.from_labels(np.arange(count) % POLISH_CLASSES)
         single = least(lambda p=particles, h=half: Accumulator(p).run(h.astype(np.int64)), rounds)
         many = least(lambda p=particles, w=labels: accumulate(p, w), rounds)
-        memory = least(lambda b=box: [slices.new_accumulator(b).data.fill_(0) for _ in range(2 * POLISH_CLASSES)], 1)
         sets.append(
             {
                 "box": box, "images": count, "backproject_images_per_s": round(count / single),
                 "polish_images_per_s": round(count / many), "ratio": round(single / many, 3),
-                "memory_s": round(memory, 2), "pass_s": round(many, 2),
+                "pass_s": round(many, 2), **given[box],
             }
         )  # fmt: skip
     return {"classes": POLISH_CLASSES, "sets": sets}
+
+
+def handed_out(new: Callable[[], torch.Tensor]) -> dict[str, float]:
+    """CPU seconds to write for the first time to every page of the sums of all classes: pages that this process gave
+    back a moment ago, and pages given back so long ago that a virtual machine fetches them from its host again."""
+
+    def first_writes() -> float:
+        sums = [new() for _ in range(2 * POLISH_CLASSES)]
+        began = time.process_time()
+        for data in sums:
+            data.view(-1)[::1024] = 1
+        return time.process_time() - began
+
+    first_writes()
+    at_once = first_writes()
+    time.sleep(IDLE_S)
+    return {"pages_at_once_s": round(at_once, 2), "pages_after_idling_s": round(first_writes(), 2)}
+
+
+def keep_memory() -> None:
+    """Have malloc keep what is freed, so that rounds measure the program: a rented virtual machine hands freed pages
+    back to its host within seconds, and asking for them again takes up to forty times as long as filling them with
+    zeros. Zeros are still written in every round, as the system writes them to pages it gives to a process."""
+    malloc = ctypes.CDLL(None)
+    for parameter, value in ((M_TRIM_THRESHOLD, -1), (M_MMAP_MAX, 0), (M_ARENA_MAX, 1)):
+        if not malloc.mallopt(parameter, value):
+            raise SystemExit("polish: glibc's mallopt is needed to measure this")
 
 
 BENCHES = {"network": bench_network, "codes": bench_codes, "voxel": bench_voxel, "polish": bench_polish}

@@ -24,7 +24,7 @@ from tables_maps import (
     shifts_table,
     spread,
 )
-from tables_poses import deco_table, search_table
+from tables_poses import deco_table, encoder_table, search_table
 from tables_proof import short_table, write_tables
 from tables_speed import ratios_table
 
@@ -159,6 +159,7 @@ def latest() -> dict[str, str]:
         ("modes", results(RESULTS, "modes_*.json"), modes_table),
         ("shifts", results(RESULTS, "shifts_*.json"), shifts_table),
         ("deco", results(RESULTS, "deco_[ak]*_s*.json"), deco_table),
+        ("deco-encoder", results(RESULTS, "deco_[fz]*_s*.json"), encoder_table),
         ("fastar-quality", results(RESULTS, "fastar_quality_*.json"), quality_table),
         ("fastar-race", results(RESULTS, "fastar_race_*.json"), race_table),
         ("ablation", results(RESULTS, "ablation_*.json"), ablation_table),
