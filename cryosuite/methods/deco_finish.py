@@ -25,11 +25,14 @@ from cryosuite.formats.pickles import write_pickle
 from cryosuite.methods import LoadedRun
 from cryosuite.methods.deco_options import DecoOptions
 from cryosuite.methods.deco_start import start_record
-from cryosuite.reconstruct.held_out import settle
+from cryosuite.reconstruct.held_out import Settled, settle
 from cryosuite.reconstruct.polish import PolishOptions
 from cryosuite.reconstruct.weights import ClassWeights
 
 MORE = 1.5  # clusters per class found, before twins are joined
+FULL = 0.75  # of the classes begun with; where more are left, there may be states that have none of their own
+LEAST = 50  # particles of a class, below which it is not cut in two
+CUTS = 3  # times at most: a continuous motion could go on for ever
 
 
 @dataclass
@@ -142,25 +145,48 @@ def _settled(
 
     Latents tell which particles are alike, but a cluster in them may hold two states or a part of one. So there are
     half as many clusters again to begin with; particles choose anew until few change, and classes that hardly any
-    particle tells apart are joined (`reconstruct.held_out`). With ``k`` given exactly so many are left.
+    particle tells apart are joined (`reconstruct.held_out`). Where hardly any were, there were not enough: noisy images
+    have latents that hold several states in one cluster, so each class is cut in two and the particles choose again, as
+    long as that adds classes and makes held-out images likelier. With ``k`` given exactly so many are left.
     """
-    many = min(math.ceil(MORE * found.k), len(loaded.z) // 2)
-    start = processes.first_does(lambda: cluster(loaded.z, "kmeans", many, seed).labels)
-    try:
+
+    def settled_from(start: np.ndarray) -> tuple[Settled, np.ndarray]:
+        """What the images choose, and their labels; unreadable ones stay with their cluster."""
         result = settle(
             loaded.particles, ClassWeights.from_labels(start), count=options.k, progress="settle the classes",
             device=device, processes=processes,
         )  # fmt: skip
+        labels, own = result.p.labels(), result.groups[start]
+        return result, np.where(labels >= 0, labels, np.where(own >= 0, own, 0))
+
+    many = min(math.ceil(MORE * found.k), len(loaded.z) // 2)
+    first = processes.first_does(lambda: cluster(loaded.z, "kmeans", many, seed).labels)
+    try:
+        result, labels = settled_from(first)
+        for _ in range(0 if options.k else CUTS):
+            before = result.p.n_classes
+            if not FULL * many < before <= len(loaded.z) // (2 * LEAST):
+                break
+            many, (other, chosen) = 2 * before, settled_from(in_two(labels, seed))
+            if other.p.n_classes <= before or other.likelihood[-1] <= result.likelihood[-1]:
+                break
+            result, labels = other, chosen
     except FileError:
         raise
     except InputError as error:
         notice(f"the classes stay as the latents gave them: {error}")
         return found
-    labels, own = result.p.labels(), result.groups[start]
-    labels = np.where(labels >= 0, labels, np.where(own >= 0, own, 0))  # unreadable images stay with their cluster
     new = regrouped(found, loaded.z, labels)
-    say(f"{found.k} classes of latents; {new.k} once the images had chosen ({result.changed:.0%} of them another one)")
+    where = np.zeros((int(first.max()) + 1, int(labels.max()) + 1), np.int64)
+    np.add.at(where, (first, labels), 1)
+    moved = 1 - where.max(1).sum() / len(labels)
+    say(f"{found.k} classes of latents; {new.k} once the images had chosen ({moved:.0%} of them left their cluster)")
     return new
+
+
+def in_two(labels: np.ndarray, seed: int) -> np.ndarray:
+    """Labels (N,) int64 once each class was cut in two at random: latents would part its strangers from the rest."""
+    return 2 * labels + np.random.default_rng(seed).integers(0, 2, len(labels))
 
 
 def _write_centres(folder: ClustersDir, found: Clusters) -> None:
