@@ -17,11 +17,12 @@ def deco_table(found: list[dict]) -> str:
     rows = []
     for (family, name, variant), runs in sorted(by.items(), reverse=True):
         poses = [row for run in runs for row in run.get("poses", [])]
+        several = len({row["state"] for row in poses}) != 1  # else there is nothing to classify
         rows.append([
             "known poses" if family != "abinitio" else "ab initio", " ".join(filter(None, [name, variant])),
             ", ".join(str(run["seed"]) for run in runs), f"{mean(run['cpu_s'] for run in runs) / 60:.1f} min",
-            spread([run["ari"] for run in runs]), spread([run["ami"] for run in runs]),
-            ", ".join(str(run["classes"]) for run in runs), spread([run["knn"] for run in runs]),
+            *(spread([run[score] for run in runs]) if several else "" for score in ("ari", "ami")),
+            ", ".join(str(run["classes"]) for run in runs), spread([run["knn"] for run in runs]) if several else "",
             _each_run(poses), _mean([(row["state"], row["chance_deg"]) for row in poses]),
             _mean([(row["state"], row["true_map"]["rotation_median_deg"]) for row in poses]),
         ])  # fmt: skip
