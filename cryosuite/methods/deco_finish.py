@@ -31,8 +31,8 @@ from cryosuite.reconstruct.weights import ClassWeights
 
 MORE = 1.5  # clusters per class found, before twins are joined
 FULL = 0.75  # of the classes begun with; where more are left, there may be states that have none of their own
-LEAST = 50  # particles of a class, below which it is not cut in two
-CUTS = 3  # times at most: a continuous motion could go on for ever
+LEAST = 100  # particles of a class, below which it is not cut in two
+CUTS = 2  # times at most: a continuous motion has no last class
 
 
 @dataclass
@@ -165,7 +165,7 @@ def _settled(
         result, labels = settled_from(first)
         for _ in range(0 if options.k else CUTS):
             before = result.p.n_classes
-            if not FULL * many < before <= len(loaded.z) // (2 * LEAST):
+            if not FULL * many < before <= len(loaded.z) // LEAST:
                 break
             many, (other, chosen) = 2 * before, settled_from(in_two(labels, seed))
             if other.p.n_classes <= before or other.likelihood[-1] <= result.likelihood[-1]:
