@@ -1,6 +1,6 @@
 """How far the images of a set tell its states apart: beside train-kraqen's result, two limits that know the truth.
 
-    CRYOSUITE_SHARED=../shared python tests/benchmarks/kraqen_limits.py [--family polish rough] [--snr 0.01]
+    CRYOSUITE_SHARED=../shared python tests/benchmarks/kraqen_limits.py [--family polish rough mini] [--snr 0.01]
         [--seeds 0 1 2] [--work DIR]
 
 "bayes" knows the true maps and shares, poses and noise as they are told to every program: only a method that mends the
@@ -48,7 +48,7 @@ def from_the_truth(judge: Judge, seed: int) -> list[float]:
 def main() -> None:
     """Measure the chosen sets."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", nargs="+", choices=("polish", "rough"), default=["polish", "rough"])
+    parser.add_argument("--family", nargs="+", choices=("polish", "rough", "mini"), default=["polish", "rough"])
     parser.add_argument("--snr", type=float, nargs="+", default=[0.01])
     parser.add_argument("--kinds", nargs="+", help="only these kinds of set, e.g. ribo16")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
