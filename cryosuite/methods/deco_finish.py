@@ -31,8 +31,8 @@ from cryosuite.reconstruct.weights import ClassWeights
 
 MORE = 1.5  # clusters per class found, before twins are joined
 FULL = 0.75  # of the classes begun with; where more are left, there may be states that have none of their own
-LEAST = 100  # particles of a class, below which it is not cut in two
-CUTS = 2  # times at most: a continuous motion has no last class
+LEAST = 50  # particles of a class on average, once some were cut in two
+CUTS, TIMES = 4, 4  # cuts at most, and times as many classes as to begin with: a continuous motion has no last class
 
 
 @dataclass
@@ -146,8 +146,9 @@ def _settled(
     Latents tell which particles are alike, but a cluster in them may hold two states or a part of one. So there are
     half as many clusters again to begin with; particles choose anew until few change, and classes that hardly any
     particle tells apart are joined (`reconstruct.held_out`). Where hardly any were, there were not enough: noisy images
-    have latents that hold several states in one cluster, so each class is cut in two and the particles choose again, as
-    long as that adds classes and makes held-out images likelier. With ``k`` given exactly so many are left.
+    have latents that hold several states in one cluster, so each class is cut in two and the particles choose again;
+    what stays in two is cut once more, as long as that adds classes and makes held-out images likelier. With ``k``
+    given exactly so many are left.
     """
 
     def settled_from(start: np.ndarray) -> tuple[Settled, np.ndarray]:
@@ -163,14 +164,18 @@ def _settled(
     first = processes.first_does(lambda: cluster(loaded.z, "kmeans", many, seed).labels)
     try:
         result, labels = settled_from(first)
-        for _ in range(0 if options.k else CUTS):
+        whole = result.p.n_classes <= FULL * many or options.k
+        cut = np.arange(0 if whole else result.p.n_classes)
+        for _ in range(CUTS):
             before = result.p.n_classes
-            if not FULL * many < before <= len(loaded.z) // LEAST:
+            if not len(cut) or before + len(cut) > min(len(loaded.z) // LEAST, TIMES * many):
                 break
-            many, (other, chosen) = 2 * before, settled_from(in_two(labels, seed))
+            other, chosen = settled_from(in_two(labels, cut, seed))
             if other.p.n_classes <= before or other.likelihood[-1] <= result.likelihood[-1]:
                 break
-            result, labels = other, chosen
+            halves = other.groups[cut], other.groups[before : before + len(cut)]
+            cut = np.unique(np.stack(halves)[:, halves[0] != halves[1]])  # one that stayed whole is one state
+            result, labels, cut = other, chosen, cut[cut >= 0]
     except FileError:
         raise
     except InputError as error:
@@ -184,9 +189,16 @@ def _settled(
     return new
 
 
-def in_two(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Labels (N,) int64 once each class was cut in two at random: latents would part its strangers from the rest."""
-    return 2 * labels + np.random.default_rng(seed).integers(0, 2, len(labels))
+def in_two(labels: np.ndarray, cut: np.ndarray, seed: int) -> np.ndarray:
+    """Labels (N,) int64 once some classes were cut in two at random: latents would part strangers from the rest.
+
+    Of class cut[i] one half keeps its number and the other gets K + i, K being the number of classes before.
+    """
+    found, count = labels.copy(), int(labels.max()) + 1
+    other = np.random.default_rng(seed).random(len(labels)) < 0.5
+    for at, k in enumerate(cut.tolist()):
+        found[other & (labels == k)] = count + at
+    return found
 
 
 def _write_centres(folder: ClustersDir, found: Clusters) -> None:
