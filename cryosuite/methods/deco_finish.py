@@ -151,11 +151,11 @@ def _settled(
     given exactly so many are left.
     """
 
-    def settled_from(start: np.ndarray) -> tuple[Settled, np.ndarray]:
+    def settled_from(start: np.ndarray, classes: int) -> tuple[Settled, np.ndarray]:
         """What the images choose, and their labels; unreadable ones stay with their cluster."""
         result = settle(
-            loaded.particles, ClassWeights.from_labels(start), count=options.k, progress="settle the classes",
-            device=device, processes=processes,
+            loaded.particles, ClassWeights.from_labels(start, classes), count=options.k,
+            progress="settle the classes", device=device, processes=processes,
         )  # fmt: skip
         labels, own = result.p.labels(), result.groups[start]
         return result, np.where(labels >= 0, labels, np.where(own >= 0, own, 0))
@@ -163,14 +163,14 @@ def _settled(
     many = min(math.ceil(MORE * found.k), len(loaded.z) // 2)
     first = processes.first_does(lambda: cluster(loaded.z, "kmeans", many, seed).labels)
     try:
-        result, labels = settled_from(first)
+        result, labels = settled_from(first, int(first.max()) + 1)
         whole = result.p.n_classes <= FULL * many or options.k
         cut = np.arange(0 if whole else result.p.n_classes)
         for _ in range(CUTS):
             before = result.p.n_classes
             if not len(cut) or before + len(cut) > min(len(loaded.z) // LEAST, TIMES * many):
                 break
-            other, chosen = settled_from(in_two(labels, cut, seed))
+            other, chosen = settled_from(in_two(labels, before, cut, seed), before + len(cut))
             if other.p.n_classes <= before or other.likelihood[-1] <= result.likelihood[-1]:
                 break
             halves = other.groups[cut], other.groups[before : before + len(cut)]
@@ -189,12 +189,10 @@ def _settled(
     return new
 
 
-def in_two(labels: np.ndarray, cut: np.ndarray, seed: int) -> np.ndarray:
-    """Labels (N,) int64 once some classes were cut in two at random: latents would part strangers from the rest.
-
-    Of class cut[i] one half keeps its number and the other gets K + i, K being the number of classes before.
-    """
-    found, count = labels.copy(), int(labels.max()) + 1
+def in_two(labels: np.ndarray, count: int, cut: np.ndarray, seed: int) -> np.ndarray:
+    """Labels (N,) int64 of ``count`` classes once some were cut in two at random (latents would part strangers from
+    the rest): of class cut[i] one half keeps its number and the other gets count + i."""
+    found = labels.copy()
     other = np.random.default_rng(seed).random(len(labels)) < 0.5
     for at, k in enumerate(cut.tolist()):
         found[other & (labels == k)] = count + at
