@@ -450,15 +450,6 @@ def test_states_that_share_a_cluster_of_latents_are_parted(tmp_path: Path, alike
     assert two.k == 2  # as many as were asked for
 
 
-def test_classes_are_cut_in_two() -> None:
-    """Those that shall be, each into halves of its own, the same ones every time."""
-    labels = np.arange(3).repeat(200)
-    found = deco_finish.in_two(labels, 3, np.array([0, 2]), 0)
-    assert (found[200:400] == 1).all() and np.bincount(found).min() > 70
-    assert set(found[:200]) == {0, 3} and set(found[400:]) == {2, 4}
-    assert (found == deco_finish.in_two(labels, 3, np.array([0, 2]), 0)).all()
-
-
 def test_hands_that_are_flipped_agree_too(two, monkeypatch: pytest.MonkeyPatch) -> None:
     """A class that "auto" turns over is the one that "flip" leaves: each gives maps of one hand."""
     particles, labels = two

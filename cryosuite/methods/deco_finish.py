@@ -25,14 +25,11 @@ from cryosuite.formats.pickles import write_pickle
 from cryosuite.methods import LoadedRun
 from cryosuite.methods.deco_options import DecoOptions
 from cryosuite.methods.deco_start import start_record
-from cryosuite.reconstruct.held_out import Settled, settle
+from cryosuite.reconstruct.cutting import settle_and_cut
 from cryosuite.reconstruct.polish import PolishOptions
 from cryosuite.reconstruct.weights import ClassWeights
 
 MORE = 1.5  # clusters per class found, before twins are joined
-FULL = 0.75  # of the classes begun with; where more are left, there may be states that have none of their own
-LEAST = 50  # particles of a class on average, once some were cut in two
-CUTS, TIMES = 4, 4  # cuts at most, and times as many classes as to begin with: a continuous motion has no last class
 
 
 @dataclass
@@ -141,41 +138,19 @@ def settled(
 def _settled(
     loaded: LoadedRun, found: Clusters, options: DecoOptions, seed: int, processes: Processes, device: str
 ) -> Clusters:
-    """Classes settled in one frame.
+    """Classes settled in one frame, by `reconstruct.cutting`.
 
     Latents tell which particles are alike, but a cluster in them may hold two states or a part of one. So there are
-    half as many clusters again to begin with; particles choose anew until few change, and classes that hardly any
-    particle tells apart are joined (`reconstruct.held_out`). Where hardly any were, there were not enough: noisy images
-    have latents that hold several states in one cluster, so each class is cut in two and the particles choose again;
-    what stays in two is cut once more, as long as that adds classes and makes held-out images likelier. With ``k``
-    given exactly so many are left.
+    half as many clusters again to begin with, and the images join and part them. With ``k`` given exactly so many are
+    left.
     """
-
-    def settled_from(start: np.ndarray, classes: int) -> tuple[Settled, np.ndarray]:
-        """What the images choose, and their labels; unreadable ones stay with their cluster."""
-        result = settle(
-            loaded.particles, ClassWeights.from_labels(start, classes), count=options.k,
-            progress="settle the classes", device=device, processes=processes,
-        )  # fmt: skip
-        labels, own = result.p.labels(), result.groups[start]
-        return result, np.where(labels >= 0, labels, np.where(own >= 0, own, 0))
-
     many = min(math.ceil(MORE * found.k), len(loaded.z) // 2)
     first = processes.first_does(lambda: cluster(loaded.z, "kmeans", many, seed).labels)
     try:
-        result, labels = settled_from(first, int(first.max()) + 1)
-        whole = result.p.n_classes <= FULL * many or options.k
-        cut = np.arange(0 if whole else result.p.n_classes)
-        for _ in range(CUTS):
-            before = result.p.n_classes
-            if not len(cut) or before + len(cut) > min(len(loaded.z) // LEAST, TIMES * many):
-                break
-            other, chosen = settled_from(in_two(labels, before, cut, seed), before + len(cut))
-            if other.p.n_classes <= before or other.likelihood[-1] <= result.likelihood[-1]:
-                break
-            halves = other.groups[cut], other.groups[before : before + len(cut)]
-            cut = np.unique(np.stack(halves)[:, halves[0] != halves[1]])  # one that stayed whole is one state
-            result, labels, cut = other, chosen, cut[cut >= 0]
+        labels = settle_and_cut(
+            loaded.particles, first, seed, count=options.k, progress="settle the classes", device=device,
+            processes=processes,
+        )  # fmt: skip
     except FileError:
         raise
     except InputError as error:
@@ -187,16 +162,6 @@ def _settled(
     moved = 1 - where.max(1).sum() / len(labels)
     say(f"{found.k} classes of latents; {new.k} once the images had chosen ({moved:.0%} of them left their cluster)")
     return new
-
-
-def in_two(labels: np.ndarray, count: int, cut: np.ndarray, seed: int) -> np.ndarray:
-    """Labels (N,) int64 of ``count`` classes once some were cut in two at random (latents would part strangers from
-    the rest): of class cut[i] one half keeps its number and the other gets count + i."""
-    found = labels.copy()
-    other = np.random.default_rng(seed).random(len(labels)) < 0.5
-    for at, k in enumerate(cut.tolist()):
-        found[other & (labels == k)] = count + at
-    return found
 
 
 def _write_centres(folder: ClustersDir, found: Clusters) -> None:

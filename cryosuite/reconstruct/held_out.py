@@ -5,7 +5,8 @@ class at SNR 0.1 this is worth some 180 log units, more than related states diff
 it stays. So every class has two half maps, cleaned by the filter of `polish`, and an image is scored with those of the
 other half set. Poses are known and stay as they are.
 
-Used by the voxel field of train-kraqen for its maps, and by deco-classify to settle the classes of a latent space.
+Used by the voxel field of train-kraqen for its maps and, by way of `cutting`, by deco-classify for the classes of a
+latent space.
 """
 
 from __future__ import annotations
@@ -44,13 +45,11 @@ class Settled:
     """Shares of N particles in the classes that are left.
 
     groups: (K,) int64, which of them each class of the start has gone into; -1: given up.
-    changed: share of the particles that end in another class than the one theirs went into.
     likelihood: mean held-out log-likelihood per image after each iteration, comparable within one box.
     """
 
     p: ClassWeights
     groups: np.ndarray
-    changed: float
     likelihood: list[float]
 
 
@@ -103,10 +102,7 @@ def settle(
     kept = np.flatnonzero(p.usage() > 0.5)
     place = np.full(p.n_classes, -1, np.int64)
     place[kept] = np.arange(len(kept))
-    groups = place[groups]
-    p = p.columns(kept)
-    before = start.labels()
-    return Settled(p, groups, float((p.labels() != np.where(before < 0, -1, groups[before])).mean()), engine.likelihood)
+    return Settled(p.columns(kept), place[groups], engine.likelihood)
 
 
 class _Settling:

@@ -1,0 +1,80 @@
+"""Classes settled by the images when the first partition may hold fewer classes than there are states.
+
+`held_out.settle` joins classes that are one but cannot part a class that holds two states: from a start with too few it
+ends in too few. So where hardly any class had a twin, each is cut in two at random and the images choose again. A class
+of one state comes out whole (its halves are twins); one of two states comes out as two, and is cut once more.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from cryosuite.data.particles import ParticleSet
+from cryosuite.data.processes import ALONE, Processes
+from cryosuite.reconstruct.held_out import Settled, settle
+from cryosuite.reconstruct.weights import ClassWeights
+
+FULL = 0.75  # of the classes begun with; where more are left, there may be states that have none of their own
+LEAST = 50  # particles of a class on average, once some were cut in two
+CUTS, TIMES = 4, 4  # cuts at most, and times as many classes as to begin with: a continuous motion has no last class
+
+
+def settle_and_cut(
+    particles: ParticleSet,
+    start: np.ndarray,
+    seed: int,
+    *,
+    count: int = 0,
+    device: torch.device | str = "cpu",
+    progress: str | None = None,
+    processes: Processes = ALONE,
+) -> np.ndarray:
+    """Classes (N,) int64 that the images of N particles choose, from a first partition.
+
+    Args:
+        particles: N with poses and CTF. start: (N,) int64 >= 0, the first partition, in too many classes or in too few.
+        seed: of the cuts. count: classes that shall be left; 0: as many as the images tell apart.
+        progress: label of a progress display, None for silence. processes: that share the images; all get the same.
+
+    A cut is kept only if it adds classes and makes held-out images likelier. Particles without a readable image stay
+    with the class that most of their first one became.
+
+    Raises:
+        InputError: as `held_out.settle`.
+    """
+
+    def settled_from(labels: np.ndarray, classes: int) -> tuple[Settled, np.ndarray]:
+        result = settle(
+            particles, ClassWeights.from_labels(labels, classes), count=count,
+            progress=progress, device=device, processes=processes,
+        )  # fmt: skip
+        chosen, own = result.p.labels(), result.groups[labels]
+        return result, np.where(chosen >= 0, chosen, np.where(own >= 0, own, 0))
+
+    many = int(start.max()) + 1
+    most = min(len(start) // LEAST, TIMES * many)
+    result, labels = settled_from(start, many)
+    whole = count or result.p.n_classes <= FULL * many
+    cut = np.arange(0 if whole else result.p.n_classes)
+    for _ in range(CUTS):
+        before = result.p.n_classes
+        if not len(cut) or before + len(cut) > most:
+            break
+        other, chosen = settled_from(in_two(labels, before, cut, seed), before + len(cut))
+        if other.p.n_classes <= before or other.likelihood[-1] <= result.likelihood[-1]:
+            break
+        halves = other.groups[cut], other.groups[before : before + len(cut)]
+        cut = np.unique(np.stack(halves)[:, halves[0] != halves[1]])  # one that stayed whole is one state
+        result, labels, cut = other, chosen, cut[cut >= 0]
+    return labels
+
+
+def in_two(labels: np.ndarray, count: int, cut: np.ndarray, seed: int) -> np.ndarray:
+    """Labels (N,) int64 of ``count`` classes once some were cut in two at random (latents would part strangers from
+    the rest): of class cut[i] one half keeps its number and the other gets count + i."""
+    found = labels.copy()
+    other = np.random.default_rng(seed).random(len(labels)) < 0.5
+    for at, k in enumerate(cut.tolist()):
+        found[other & (labels == k)] = count + at
+    return found
