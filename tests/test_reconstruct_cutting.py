@@ -9,7 +9,9 @@ from sklearn.metrics import adjusted_rand_score
 
 from cryosuite.data.particles import ParticleSet
 from cryosuite.reconstruct import cutting
-from cryosuite.reconstruct.cutting import in_two, settle_and_cut
+from cryosuite.reconstruct.cutting import flown_together, halved, in_two, settle_and_cut
+from cryosuite.reconstruct.held_out import Settled
+from cryosuite.reconstruct.weights import ClassWeights
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +55,33 @@ def test_halves_of_a_class() -> None:
     assert (found[200:400] == 1).all() and np.bincount(found).min() > 70
     assert set(found[:200]) == {0, 3} and set(found[400:]) == {2, 4}
     assert (found == in_two(labels, 3, np.array([0, 2]), 0)).all()
+
+
+def test_which_classes_are_cut_again() -> None:
+    """Of classes 0, 1, 2, 3, of which all but 1 were cut: 0 came back whole, 2 as two, and half of 3 went with 1."""
+    cut = np.array([0, 2, 3])
+    groups = np.array([0, 1, 2, 3, 0, 4, 1])
+    assert halved(groups, 4, cut).tolist() == [1, 2, 3, 4]
+    assert np.flatnonzero(flown_together(groups, 4, cut)).tolist() == [1]
+    given_up = np.array([0, 1, 2, 3, 0, -1, 4])
+    assert halved(given_up, 4, cut).tolist() == [2, 3, 4]
+    assert not flown_together(given_up, 4, cut).any()
+
+
+def test_a_cut_in_which_classes_flow_together_is_tried_again(toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first attempts join everything: others with other halves follow, and the likeliest is kept."""
+    particles, labels = toy
+    honest, begun = cutting.settle, []
+
+    def settle(particles, start, **options):
+        begun.append(start.labels())
+        result = honest(particles, start, **options)
+        if len(begun) in (2, 3):
+            one = ClassWeights.from_labels(np.zeros(480, np.int64), 1)
+            return Settled(one, np.zeros_like(result.groups), [-1e9])
+        return result
+
+    monkeypatch.setattr(cutting, "settle", settle)
+    found = settle_and_cut(particles, labels // 2, 0)
+    assert found.max() == 3 and adjusted_rand_score(labels, found) > 0.95
+    assert len({labels.tobytes() for labels in begun}) == len(begun)  # other halves every time
