@@ -435,14 +435,13 @@ def test_classes_found_with_their_poses_are_kept(tmp_path: Path, monkeypatch: py
     assert found.k == 3 and adjusted_rand_score(labels, found.labels) > 0.95
 
 
-@pytest.mark.parametrize("alike", [[0, 0, 1, 1], [0, 1, 1, 1]])
-def test_states_that_share_a_cluster_of_latents_are_parted(tmp_path: Path, alike: list[int]) -> None:
+def test_states_that_share_a_cluster_of_latents_are_parted(tmp_path: Path) -> None:
     """The latents of noisy images know two groups of four states: the images tell the four, and no more."""
     particles, labels = blob_particles([blobs(24, seed) for seed in (1, 2, 3, 4)], 480, noise=4.0, seed=4)
     z = np.random.default_rng(0).standard_normal((480, 3)).astype(np.float32)
-    z[np.arange(480), np.array(alike)[labels]] += 20
+    z[np.arange(480), labels // 2] += 20
     latents = cluster(z, "kmeans", 2)
-    assert adjusted_rand_score(np.array(alike)[labels], latents.labels) == 1
+    assert adjusted_rand_score(labels // 2, latents.labels) == 1
     loaded = LoadedRun("deco", particles, z, 1, 6.0, 24, None, {})
     found = deco_finish.settled(RunDir(tmp_path), loaded, latents, DecoOptions(), 0)
     assert found.k == 4 and adjusted_rand_score(labels, found.labels) > 0.95

@@ -1,9 +1,10 @@
 """Classes settled by the images when the first partition may hold fewer classes than there are states.
 
-`held_out.settle` joins classes that are one but cannot part a class that holds two states: from a start with too few it
-ends in too few. So where hardly any class had a twin, each is cut in two at random and the images choose again. A class
-of one state comes out whole (its halves are twins); one of two states comes out as two, and both are cut once more.
-Where a class held many states, its halves may flow together with others: then other halves are tried.
+`held_out.settle` joins classes that are one but cannot part a class that holds two states: from a start with too few,
+or with classes so mixed that they flow together, it ends in too few. So each is cut in two at random and the images
+choose again. A class of one state comes out whole (its halves are twins); one of two states comes out as two, and both
+are cut once more. Where a class held many states, its halves may flow together with others: then other halves are
+tried.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from cryosuite.data.processes import ALONE, Processes
 from cryosuite.reconstruct.held_out import Settled, settle
 from cryosuite.reconstruct.weights import ClassWeights
 
-FULL = 0.75  # of the classes begun with; where more are left, there may be states that have none of their own
 LEAST = 50  # particles of a class on average, once some were cut in two
 CUTS, TIMES = 4, 4  # cuts at most, and times as many classes as to begin with: a continuous motion has no last class
 AGAIN = 2  # cuts that are tried once more with other halves, in all, because classes flowed together
@@ -57,8 +57,7 @@ def settle_and_cut(
     many = int(start.max()) + 1
     most = min(len(start) // LEAST, TIMES * many)
     result, labels = settled_from(start, many)
-    whole = count or result.p.n_classes <= FULL * many
-    cut = np.arange(0 if whole else result.p.n_classes)
+    cut = np.arange(0 if count else result.p.n_classes)
     again = AGAIN
     for _ in range(CUTS):
         before = result.p.n_classes
