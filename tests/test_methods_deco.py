@@ -436,7 +436,7 @@ def test_classes_found_with_their_poses_are_kept(tmp_path: Path, monkeypatch: py
 
 
 def test_states_that_share_a_cluster_of_latents_are_parted(tmp_path: Path) -> None:
-    """The latents of noisy images know two groups of four states: the images tell the four, and no more."""
+    """The latents of noisy images know two groups of two states each: the images tell the four, and no more."""
     particles, labels = blob_particles([blobs(24, seed) for seed in (1, 2, 3, 4)], 480, noise=4.0, seed=4)
     z = np.random.default_rng(0).standard_normal((480, 3)).astype(np.float32)
     z[np.arange(480), labels // 2] += 20
