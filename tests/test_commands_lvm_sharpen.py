@@ -15,12 +15,15 @@ from map_toy import toy_atoms
 from sharpen_toy import correlation, toy_map
 from test_commands_eval_model import write_model
 from test_data_map_grid import CASES, make
+from test_kernels_map_spectrum import globule
 
 from cryosuite.cli import main
 from cryosuite.data.map_grid import read_grid, write_like
 from cryosuite.data.map_weights import save_map_encoder, save_map_weights
 from cryosuite.formats.mrc import write_map
 from cryosuite.formats.safetensors import read_safetensors_header
+from cryosuite.kernels.degrade import soft_lowpass
+from cryosuite.kernels.map_norm import auto_mask
 from cryosuite.kernels.wedge import wedge_mask
 from cryosuite.nets.scunet import Encoder, Scunet, ScunetSpec
 
@@ -344,3 +347,15 @@ def test_the_resolution_is_given_or_of_the_half_maps_or_estimated_but_not_guesse
     assert code == 2 and "--resolution" in error and "masked" in error
     code, _, _ = call(tmp_path / "masked.mrc", *network, "--resolution", "4.5")
     assert code == 0
+
+
+def test_a_masked_map_tells_its_resolution_where_a_filter_ended_it(call, files, weights, tmp_path):
+    whole = globule(80)
+    filtered = soft_lowpass(whole[None], 1.0, 5.5)[0] * auto_mask(whole, 1.0)
+    write_map(tmp_path / "masked.mrc", filtered.numpy(), 1.0)
+    code, out, error = call(
+        tmp_path / "masked.mrc", "--weights", weights / "matched.safetensors", "-o", tmp_path / "out.mrc"
+    )
+    told = " ".join((error + out).split())
+    assert code == 0, told
+    assert float(re.search(r"a filter ends the map at about ([0-9.]+) A", told).group(1)) == pytest.approx(5.5, rel=0.1)

@@ -37,6 +37,18 @@ def molmap(shape: tuple[int, ...] = (SIZE,) * 3, voxel: tuple[float, ...] = (1.0
     return gained(volume, torch.exp(-2 * math.pi**2 * (MOLMAP_SIGMA * RESOLUTION) ** 2 * half_squares(shape, voxel)))
 
 
+def globule(size: int) -> torch.Tensor:
+    """Atoms spread over an ellipsoid with nothing around it, drawn as molmap would."""
+    generator = torch.Generator().manual_seed(1)
+    places = torch.rand(200_000, 3, generator=generator) * 2 - 1
+    places = places[places.square().sum(1) < 1][: round(0.02 * size**3)]
+    points = (places * torch.tensor([0.3, 0.25, 0.22]) * size + size / 2).round().long()
+    volume = torch.zeros((size,) * 3)
+    volume.index_put_(tuple(points.T), torch.ones(len(points)), accumulate=True)
+    squares = half_squares(volume.shape, (1.0,) * 3)
+    return gained(volume, torch.exp(-2 * math.pi**2 * (MOLMAP_SIGMA * 3.0) ** 2 * squares))
+
+
 def amplitudes(volume: torch.Tensor, voxel: tuple[float, ...] = (1.0,) * 3) -> torch.Tensor:
     """Mean |F| in ten bands from 1/15 to nearly 1/RESOLUTION."""
     s = half_squares(volume.shape, voxel).sqrt()
@@ -129,6 +141,29 @@ def test_a_filter_ends_a_map_without_noise():
     assert (
         torch.fft.rfftn(found)[s > 1.4 / 6.0].abs().square().sum() < 1e-6 * torch.fft.rfftn(found).abs().square().sum()
     )
+
+
+@pytest.mark.parametrize(("size", "end"), [(72, 5.0), (120, 5.0), (120, 7.0)])
+def test_a_filter_is_seen_beneath_what_masking_and_solvent_leave_beyond_it(end: float, size: int):
+    """A filtered map, cut out with a hard mask or set into an even solvent, has power at every frequency."""
+    truth = globule(size)
+    s = half_squares(truth.shape, (1.0,) * 3).sqrt()
+    beyond = (s - 1 / end) * size / 5  # edges of five shells
+    seen = gained(truth, 0.5 - 0.5 * torch.cos(math.pi * (0.5 - beyond).clamp(0, 1)))
+    mask = auto_mask(truth, 1.0)
+    solvent = seen + 0.3 * float(seen[mask].mean()) * (1 - (truth / truth.mean()).clamp(0, 1))
+    for spoilt in (seen * mask, solvent):
+        assert (torch.fft.rfftn(spoilt)[s > 1.3 / end].abs() > 0).all()
+        assert estimate_resolution(spoilt, 1.0, mask) == pytest.approx(end, rel=0.1)
+
+
+@pytest.mark.parametrize("b", [-60.0, 0.0, 120.0])
+@pytest.mark.parametrize("size", [48, 72, 120])
+def test_a_b_factor_is_no_filter(b: float, size: int):
+    """Nothing ends these maps but their voxels."""
+    truth = globule(size)
+    seen = gained(truth, torch.exp(-b / 4 * half_squares(truth.shape, (1.0,) * 3)))
+    assert estimate_resolution(seen, 1.0, auto_mask(truth, 1.0)) == pytest.approx(2.2, rel=0.05)
 
 
 @pytest.mark.parametrize("volume", [torch.zeros(24, 24, 24), torch.ones(24, 24, 24), torch.randn(8, 8, 8)])

@@ -201,13 +201,16 @@ def _check_outputs(outputs: dict[str, Path | None], inputs: list[Path | None]) -
 def _looked_at(inputs: Inputs, network: MapWeights, options: EnhanceOptions) -> EnhanceOptions:
     """Tell what stands against enhancing the map; the options with the resolution of the half maps, if there are any.
 
-    Raises InputError where the resolution is needed and cannot be read from the map, since a mask cut off its noise.
+    Raises InputError where the resolution is needed and cannot be read from the map: a mask cut off its noise, and no
+    filter ends it.
     """
     from dataclasses import replace
 
+    import torch
+
     from cryosuite.console import say
-    from cryosuite.errors import InputError
-    from cryosuite.kernels.map_spectrum import COARSEST
+    from cryosuite.errors import InputError, notice
+    from cryosuite.kernels.map_spectrum import COARSEST, filter_limit
     from cryosuite.methods.lvm_sharpen_checks import ZEROS, inspect_map
     from cryosuite.methods.lvm_sharpen_files import half_fsc
 
@@ -220,9 +223,15 @@ def _looked_at(inputs: Inputs, network: MapWeights, options: EnhanceOptions) -> 
             options = replace(options, resolution=fine)
     facts = inspect_map(grid, network.task, network.voxel, options.resolution)
     if network.spectrum == "matched" and options.resolution is None and facts.empty > ZEROS:
-        raise InputError(
-            f"{grid.path}: the map was masked, so that its noise does not tell its resolution. Give it in Angstrom "
-            "(--resolution 3.4; it stands in the deposition or the FSC of the half maps), or give the half maps"
+        end = filter_limit(torch.from_numpy(grid.data), grid.voxel[::-1])
+        if not end:
+            raise InputError(
+                f"{grid.path}: the map was masked, so that its noise does not tell its resolution. Give it in Angstrom "
+                "(--resolution 3.4; it stands in the deposition or the FSC of the half maps), or give the half maps"
+            )
+        notice(
+            f"{grid.path}: a mask cut off the noise that tells the resolution; a filter ends the map at about "
+            f"{end:.1f} A, which is taken for it. If you know better give --resolution"
         )
     return options
 

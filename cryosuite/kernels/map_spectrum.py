@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from cryosuite.kernels.density import MOLMAP_SIGMA
 from cryosuite.kernels.map_norm import FEW, MANY, quantile
 
-__all__ = ["SPECTRA", "estimate_resolution", "flattened", "match_spectrum"]
+__all__ = ["SPECTRA", "estimate_resolution", "filter_limit", "flattened", "match_spectrum"]
 
 SPECTRA = ("matched", "as-is")  # how a network sees maps
 
@@ -30,6 +30,11 @@ EDGE = 5  # shells of the low-pass filter's cosine
 BEYOND = 0.8  # of the resolution, where the map ends
 INNER = 2  # shells before the resolution where the fit ends: filters may have begun
 DROP = 6.0  # fall of ln |F|^2 over three shells that only a filter or padding makes
+STEEPER = 1.8  # fall of ln |F|^2 over four shells, beyond what is expected, that only a filter makes
+EXPECTED = 150.0  # A^2, B-factor that any map may fall by; more where it did so before, over
+BEFORE = 6  # shells, from 15 A on: further in it is the shape of the molecule that falls
+RISES = 0.5  # of ln |F|^2 beyond a filter: more is a dip of the molecule's own (helices have one about 7 A)
+CALM = 12.0  # A, where the search for filters begins
 SQUARE = 6  # shells that a parabola needs; a line is fitted to fewer
 FINEST = 2.2  # voxels: no resolution is finer
 ROLL_OFF = 0.03  # of the resolution's frequency: .01 is the best for CC, .1 for Q and FSC (training structures)
@@ -98,15 +103,15 @@ def estimate_resolution(
     """A guess at the resolution (A) of a map that comes without half maps.
 
     Where the power inside the mask, per voxel, falls to four times that outside: a compromise, since half maps
-    correlate by .6 there inside the mask, and by .2 in the whole box where the molecule fills a sixth of it. In a
-    map without noise outside it is where a filter ends it, else 2.2 voxels.
+    correlate by .6 there inside the mask, and by .2 in the whole box where the molecule fills a sixth of it. Never
+    finer than where a filter ends the map (``filter_limit``), nor than 2.2 voxels.
     """
     voxel = _triple(voxel_size)
     far = _soft(mask) == 0  # so far that no molecule reaches into the soft edge of what is measured there
     s, inside = _profile(_inside(volume, mask), volume.shape, voxel)
     outside = _profile(_inside(volume, far), volume.shape, voxel)[1]
     whole = _profile(torch.fft.rfftn(volume), volume.shape, voxel)[1]
-    finest = max(FINEST * max(voxel), _filtered_at(s, whole))
+    finest = max(FINEST * max(voxel), _filtered_at(s, whole) or _steepens_at(s, whole))
     if not bool(far.any()) or not bool(mask.any()):
         return finest
     shares = [float(_soft(one).square().mean()) for one in (mask, far)]
@@ -115,6 +120,15 @@ def estimate_resolution(
     ends = np.flatnonzero(low[:-1] & low[1:])
     found = 1 / s[ends[0]] if len(ends) else finest
     return float(min(max(found, finest), COARSEST))
+
+
+def filter_limit(
+    volume: Tensor,  # (z, y, x)
+    voxel_size: Voxel,  # A
+) -> float:
+    """A, where a low-pass filter, or padding in Fourier space, ends a map, masked or not; 0 where none is seen."""
+    s, power = _profile(torch.fft.rfftn(volume), volume.shape, _triple(voxel_size))
+    return _filtered_at(s, power) or _steepens_at(s, power)
 
 
 def _triple(voxel_size: Voxel) -> tuple[float, float, float]:
@@ -167,6 +181,32 @@ def _filtered_at(s: np.ndarray, power: np.ndarray) -> float:
     log = np.log(np.maximum(power, 1e-300))
     falls = np.flatnonzero((log[:-3] - log[3:] > DROP) & (s[:-3] > 1 / FROM))
     return float(1 / s[falls[0] + 2]) if len(falls) else 0.0  # the last shell with anything in it
+
+
+def _steepens_at(s: np.ndarray, power: np.ndarray) -> float:
+    """A, where amplitudes suddenly fall faster and do not recover: a filter has halved them; 0 where they do not.
+
+    Filters whose edge is blunted by what came after them: a mask, or an even solvent, has power at every frequency.
+    """
+    log, square = np.log(np.maximum(power, 1e-300)), s**2
+    middle = np.arange(4, len(log) - 2)
+    middle = middle[s[middle] > 1 / CALM]
+    if not len(middle):
+        return 0.0
+    first, last = middle - 2, middle + 2
+    before = np.minimum(np.maximum(first - BEFORE, np.searchsorted(s, 1 / FROM)), first - 1)
+    rate = (log[before] - log[first]) / (square[first] - square[before])  # half a B-factor
+    rate = np.maximum(rate, EXPECTED / 2)
+    excess = log[first] - log[last] - rate * (square[last] - square[first])
+    highest = np.maximum.accumulate(log[::-1])[::-1]  # from a shell on
+    found = np.flatnonzero((excess > STEEPER) & (highest[last] < log[last] + RISES))
+    if not len(found):
+        return 0.0
+    edge = found[middle[found] <= middle[found[0]] + 4]  # shells of the same edge
+    at = edge[np.argmax(excess[edge])]
+    start = first[at] - 2  # an edge of five shells has begun before the four that fall fastest
+    below = log[start] - rate[at] * (square[start:] - square[start]) - log[start:]
+    return float(1 / s[start + np.argmax(below >= math.log(4))])
 
 
 def _fall(s: np.ndarray, power: np.ndarray, resolution: float) -> tuple[np.ndarray, float, float]:
