@@ -11,7 +11,7 @@ latent space.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +30,7 @@ from cryosuite.reconstruct.class_images import ClusterImages
 from cryosuite.reconstruct.class_sums import ClassSums, accumulate
 from cryosuite.reconstruct.class_work import ClassWork
 from cryosuite.reconstruct.half_pairs import pairing
-from cryosuite.reconstruct.joining import JOIN_AT, JOIN_ITERATIONS, joined_groups
+from cryosuite.reconstruct.joining import JOIN_AT, JOIN_ITERATIONS, joined_groups, together
 from cryosuite.reconstruct.polish import polish
 from cryosuite.reconstruct.weights import ClassWeights
 
@@ -70,7 +70,7 @@ def settle(
     Args:
         particles: N with poses and CTF. start: shares of the N particles in K classes, better too many than too few.
         half: (N,) 0 or 1; default the half sets of the particles.
-        join: make one class of twins (`joining.joined_groups`). count: join until so many are left, alike or not.
+        join: make one class of twins (`joining`). count: join until so many are left, alike or not.
         box: of the last iterations, pixels. progress: label of a progress display, None for silence.
         processes: that share the images; all get the same.
 
@@ -82,7 +82,7 @@ def settle(
     half = np.asarray(particles.half_sets() if half is None else half)
     coarse, fine = (min(size, box, particles.box_size) for size in (COARSE_BOX, FINE_BOX))
     twice = 1 if count else 2  # temperatures at which twins are looked for
-    total = COARSE_ITERATIONS + (twice * JOIN_ITERATIONS + AGAIN if join else 0)
+    total = COARSE_ITERATIONS + (twice * (JOIN_ITERATIONS + AGAIN) if join else 0)
     total += FINE_ITERATIONS if fine > coarse else 0
     progress_bar = Progress(total, progress, "iterations") if progress and processes.first else nullcontext()
     work = ClassWork(processes.each(lambda: ClusterImages(particles, coarse)), device, processes=processes)
@@ -96,6 +96,13 @@ def settle(
             if bar is not None and not count and len(engine.likelihood) == done:  # no pair was tried again
                 bar.advance(JOIN_ITERATIONS)
             p = engine.run(warm.merged(groups), AGAIN)
+            if not count:
+                onto = together(p, engine.scored)
+                groups = onto[groups]
+                if onto.max() + 1 < len(onto):
+                    p = engine.run(p.merged(onto), AGAIN)
+                elif bar is not None:
+                    bar.advance(AGAIN)
         if fine > coarse:
             work.images = processes.each(lambda: ClusterImages(particles, fine))
             p = engine.run(p, FINE_ITERATIONS)
@@ -129,19 +136,43 @@ class _Settling:
         """Shares after `JOIN_ITERATIONS` at a raised temperature."""
         return self.run(p, JOIN_ITERATIONS, temperature, until_settled=False)
 
-    def _iteration(self, p: ClassWeights, temperature: float) -> ClassWeights:
-        """New shares: of Bayes at temperature 1."""
-        images, half = self.work.images, self.half
-        used = usable(np.stack([p.rows(np.flatnonzero(half == h)).usage() for h in (0, 1)], 1))
+    def scored(self, p: ClassWeights) -> tuple[np.ndarray, np.ndarray]:
+        """Held-out log-likelihood (N,) of each image under all classes, (K, K) mean of a class' images under each."""
+        labels, k = p.labels(), p.n_classes
+        own, sums = np.zeros(len(labels)), np.zeros((k, k))
+        for rows, used, logits in self._logits(p):
+            own[rows] = np.logaddexp.reduce(logits, 1)
+            for j in np.unique(labels[rows]).tolist():
+                if j >= 0:
+                    sums[j, used] += logits[labels[rows] == j].sum(0)
+        own[self.work.images.bad] = 0
+        count = np.bincount(labels[labels >= 0], minlength=k)
+        idle = np.setdiff1d(np.arange(k), self._used(p))
+        sums[idle], sums[:, idle] = np.nan, np.nan
+        return own, sums / np.maximum(count, 1)[:, None]
+
+    def _used(self, p: ClassWeights) -> np.ndarray:
+        """Classes that have maps."""
+        return usable(np.stack([p.rows(np.flatnonzero(self.half == h)).usage() for h in (0, 1)], 1))
+
+    def _logits(self, p: ClassWeights) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Of both half sets: rows, the classes with maps, log of likelihood times prior (rows, those classes)."""
+        used = self._used(p)
         if not len(used):
             raise InputError("no class has particles in both half sets: nothing can be settled (see rlnRandomSubset)")
         part = p.columns(used)
-        volumes = half_maps(self.work, part, half)
+        volumes = half_maps(self.work, part, self.half)
         prior = np.log(np.maximum(part.usage(), 0.5) / max(part.usage().sum(), 0.5))
-        dense, total = np.zeros((len(images), p.n_classes), np.float32), 0.0
         for h in (0, 1):
-            rows = np.flatnonzero(half == h)
-            logits = (self.work.likelihoods(volumes[1 - h], rows) + prior) / temperature
+            rows = np.flatnonzero(self.half == h)
+            yield rows, used, self.work.likelihoods(volumes[1 - h], rows) + prior
+
+    def _iteration(self, p: ClassWeights, temperature: float) -> ClassWeights:
+        """New shares: of Bayes at temperature 1."""
+        images = self.work.images
+        dense, total = np.zeros((len(images), p.n_classes), np.float32), 0.0
+        for rows, used, logits in self._logits(p):
+            logits /= temperature
             peak = logits.max(1, keepdims=True)
             shares = np.exp(logits - peak)
             sums = shares.sum(1, keepdims=True)
