@@ -33,6 +33,7 @@ from cryosuite.reconstruct.weights import ClassWeights
 JOIN_AT, JOIN_ITERATIONS = 2.5, 6  # temperature at which twins become one, and for how long
 PAIRS_AT = 3.2  # temperature at which lonely pairs are tried as well
 ROUNDS = 4  # of pairs tried together, at most
+FAR = 20.0  # log units per image that one class loses with the map of another, above which nobody need try
 OVERLAP = 0.7  # of the shares of two classes, above which they are one
 PAIR_OVERLAP, ALONE = 0.25, 0.1  # of a lonely pair, at least; of its classes with any other, at most
 
@@ -131,9 +132,9 @@ def together(
 
 
 def nearest_pairs(table: np.ndarray, tried: set[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Pairs (j, k), j < k, of classes that lose least when the images of one of them are given to the other.
+    """Pairs (j, k), j < k, of classes that lose least, and at most FAR, when the images of one go to the other.
 
-    No class is in two pairs, and none in ``tried``.
+    No class is in two pairs, and no pair is one of ``tried``.
 
     Args:
         table: (K, K) mean log-likelihood of the images of a class (rows) under each class; NaN: no images.
@@ -147,7 +148,7 @@ def nearest_pairs(table: np.ndarray, tried: set[tuple[int, int]]) -> list[tuple[
     for j in order.tolist():
         k = int(nearest[j])
         pair = (min(j, k), max(j, k))
-        if np.isfinite(loss[j, k]) and not used & {j, k} and pair not in tried:
+        if loss[j, k] < FAR and not used & {j, k} and pair not in tried:
             used |= {j, k}
             pairs.append(pair)
     return pairs
