@@ -9,7 +9,9 @@ from hype_toy import blob_particles, blobs
 from sklearn.metrics import adjusted_rand_score
 
 from cryosuite.errors import InputError
-from cryosuite.reconstruct.held_out import Settled, settle, usable
+from cryosuite.reconstruct.class_images import ClusterImages
+from cryosuite.reconstruct.class_work import ClassWork
+from cryosuite.reconstruct.held_out import Settled, _Settling, settle, usable
 from cryosuite.reconstruct.weights import ClassWeights
 
 
@@ -60,6 +62,20 @@ def test_threads_do_not_change_the_result(toy):
     finally:
         torch.set_num_threads(before)
     assert all(np.array_equal(a, b) for a, b in zip(one.to_arrays(), two.to_arrays(), strict=True))
+
+
+def test_scores_are_the_likelihood_of_an_iteration_and_each_class_fits_its_own_images_best(toy):
+    """A fifth class has too few images for a map: it fits nothing, and takes no part in the likelihood."""
+    particles, labels = toy
+    start = labels.copy()
+    start[:3] = 4
+    p = ClassWeights.from_labels(start, 5)
+    engine = _Settling(ClassWork(ClusterImages(particles, 24), "cpu"), np.asarray(particles.half_sets()), None)
+    own, table = engine.scored(p)
+    engine.run(p, 1)
+    assert own.mean() == pytest.approx(engine.likelihood[-1], rel=1e-9)
+    assert (table[:3, :3].argmax(1) == np.arange(3)).all()
+    assert np.isnan(table[3:]).all() and np.isnan(table[:, 3:]).all()
 
 
 def test_one_half_set_alone_is_refused(toy):
