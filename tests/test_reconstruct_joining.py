@@ -107,12 +107,12 @@ def scorer(values: np.ndarray):
 
 def chosen(values: np.ndarray, labels: np.ndarray) -> ClassWeights:
     """Shares once each point has taken the class it is likelier in, some times: what settling does."""
-    score_half = np.arange(len(values)) % 2
+    half = np.arange(len(values)) % 2
     for _ in range(3):
         found = labels.copy()
         for h in (0, 1):
-            means = np.stack([values[(labels == j) & (score_half != h)].mean(0) for j in range(labels.max() + 1)])
-            rows = score_half == h
+            means = np.stack([values[(labels == j) & (half != h)].mean(0) for j in range(labels.max() + 1)])
+            rows = half == h
             found[rows] = ((values[rows, None] - means) ** 2).sum(2).argmin(1)
         labels = found
     return ClassWeights.from_labels(labels, int(labels.max()) + 1)

@@ -31,8 +31,8 @@ BEYOND = 0.8  # of the resolution, where the map ends
 INNER = 2  # shells before the resolution where the fit ends: filters may have begun
 DROP = 6.0  # fall of ln |F|^2 over three shells that only a filter or padding makes
 STEEPER = 1.8  # fall of ln |F|^2 over four shells, beyond what is expected, that only a filter makes
-EXPECTED = 150.0  # A^2, B-factor that any map may fall by; more where it did so before, over
-BEFORE = 6  # shells, from 15 A on: further in it is the shape of the molecule that falls
+EXPECTED = 150.0  # A^2, B-factor that any map may fall by; more if the shells before fell by more
+BEFORE = 6  # such shells, from 15 A on: further in it is the shape of the molecule that falls
 RISES = 0.5  # of ln |F|^2 beyond a filter: more is a dip of the molecule's own (helices have one about 7 A)
 CALM = 12.0  # A, where the search for filters begins
 SQUARE = 6  # shells that a parabola needs; a line is fitted to fewer
@@ -111,7 +111,7 @@ def estimate_resolution(
     s, inside = _profile(_inside(volume, mask), volume.shape, voxel)
     outside = _profile(_inside(volume, far), volume.shape, voxel)[1]
     whole = _profile(torch.fft.rfftn(volume), volume.shape, voxel)[1]
-    finest = max(FINEST * max(voxel), _filtered_at(s, whole) or _steepens_at(s, whole))
+    finest = max(FINEST * max(voxel), _ended_at(s, whole))
     if not bool(far.any()) or not bool(mask.any()):
         return finest
     shares = [float(_soft(one).square().mean()) for one in (mask, far)]
@@ -128,7 +128,7 @@ def filter_limit(
 ) -> float:
     """A, where a low-pass filter, or padding in Fourier space, ends a map, masked or not; 0 where none is seen."""
     s, power = _profile(torch.fft.rfftn(volume), volume.shape, _triple(voxel_size))
-    return _filtered_at(s, power) or _steepens_at(s, power)
+    return _ended_at(s, power)
 
 
 def _triple(voxel_size: Voxel) -> tuple[float, float, float]:
@@ -174,6 +174,11 @@ def _squares(shape: torch.Size, voxel: tuple[float, float, float], device: torch
     for start in range(0, shape[0], SLAB):
         part = slice(start, min(start + SLAB, shape[0]))
         yield part, z[part, None, None].square() + flat
+
+
+def _ended_at(s: np.ndarray, power: np.ndarray) -> float:
+    """A, where a filter or padding ends a map, whatever a mask left beyond; 0 where none does."""
+    return _filtered_at(s, power) or _steepens_at(s, power)
 
 
 def _filtered_at(s: np.ndarray, power: np.ndarray) -> float:
