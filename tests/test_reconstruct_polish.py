@@ -213,3 +213,12 @@ def test_bad_options_name_the_flag():
     for wrong, flag in (({"basis": "wavelet"}, "--basis"), ({"passes": -1}, "--passes"), ({"prior": 0}, "--prior")):
         with pytest.raises(InputError, match=flag):
             PolishOptions(**wrong)
+
+
+def test_maps_do_not_depend_on_the_number_of_threads(noisy):
+    particles, labels, _ = noisy
+    more = 2 * labels + np.random.default_rng(1).integers(0, 2, len(labels))
+    sums = accumulate(particles, ClassWeights.from_labels(more))
+    one, three = (polish(sums, threads=threads) for threads in (1, 3))
+    assert torch.equal(one.maps, three.maps) and torch.equal(one.half_a, three.half_a)
+    assert torch.equal(one.gain, three.gain) and one.basis == three.basis

@@ -97,9 +97,14 @@ class ClusterImages:
                 chunk = self._cached(part, count)
                 yield chunk._replace(values=self._moved(part, chunk.values))
             return
-        for chunk in read_ahead((self._read(part) for part in parts), 2):
+        for chunk in read_ahead(self._reading(parts), 2):
             values = self._moved(chunk.rows, chunk.values[:, :count])
             yield Chunk(chunk.rows, values, chunk.weights[:, :count], chunk.rotation)
+
+    def _reading(self, parts: list[np.ndarray]) -> Iterator[Chunk]:
+        torch.set_num_threads(1)  # of the thread this generator runs in
+        for part in parts:
+            yield self._read(part)
 
     def move(self, shift: np.ndarray | None) -> None:
         """Give the particles other shifts (N, 2), fraction of the box. What is kept in memory stays as it was read: so

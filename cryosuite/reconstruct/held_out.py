@@ -231,7 +231,7 @@ def first_filters(
         return order
 
     order = work.processes.first_does(put_in_order)
-    return work.first_makes(lambda: filtered(made[0]), (2, n_classes, *[work.images.box] * 3)), order
+    return work.first_makes(lambda: filtered(made[0], work.threads), (2, n_classes, *[work.images.box] * 3)), order
 
 
 def class_sums(
@@ -248,14 +248,15 @@ def class_sums(
     return ClassSums(p.n_classes, images.box, pixel_size, counts, images.box // 2, kept)
 
 
-def filtered(sums: ClassSums) -> Tensor:
-    """Half maps (2, K, d, d, d) of all classes; those without images in one half get the mean of the others."""
+def filtered(sums: ClassSums, threads: int = 0) -> Tensor:
+    """Half maps (2, K, d, d, d) of all classes, in some threads; those without images in one half get the mean of the
+    others."""
     size = sums.box_size
     used = np.flatnonzero((sums.counts > 0).all(1))
     if not len(used):
         return torch.zeros(2, sums.n_classes, size, size, size)
     part = sums if len(used) == sums.n_classes else _columns(sums, used)
-    found = polish(part)
+    found = polish(part, threads=threads)
     halves = torch.stack([found.half_a, found.half_b])
     if part is sums:
         return halves

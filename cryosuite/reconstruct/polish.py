@@ -17,12 +17,14 @@ from torch import Tensor
 from cryosuite.console import Progress
 from cryosuite.errors import InputError, notice
 from cryosuite.kernels import shells
+from cryosuite.kernels.parallel import in_threads
 from cryosuite.reconstruct import polish_gain
 from cryosuite.reconstruct.class_sums import ClassSums
 from cryosuite.reconstruct.masks import auto_mask, soft_sphere
-from cryosuite.reconstruct.solve import Sums, crop_padded, gridding, pad_map, solve
+from cryosuite.reconstruct.solve import PaddedGrid, Sums, crop_padded, gridding, pad_map, solve
 
 BASES = ("auto", "modal", "class")
+PADDED_GRIDS = 6  # values that one map takes at a time while it is made, in grids of the padded box
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,11 @@ class Polished:
 
 
 def polish(
-    sums: ClassSums, options: PolishOptions | None = None, prior: Tensor | None = None, progress: str | None = None
+    sums: ClassSums,
+    options: PolishOptions | None = None,
+    prior: Tensor | None = None,
+    progress: str | None = None,
+    threads: int = 0,
 ) -> Polished:
     """Polished maps of all classes from their backprojection sums.
 
@@ -88,6 +94,7 @@ def polish(
         sums: of `class_sums.accumulate`.
         prior: (K, D, D, D) maps of another origin (a network's) used as prior of the first pass.
         progress: label of a progress display.
+        threads: that share the classes; 0: as many as torch has. The maps do not depend on their number.
 
     Raises:
         InputError: no class has particles in both half sets.
@@ -115,10 +122,10 @@ def polish(
             def fill(bar: Progress | None, foreign: Tensor | None = foreign, weight: float = weight) -> None:
                 if foreign is not None:
                     halves[:] = foreign
-                fill_halves(halves, sums, used, weight, foreign is not None or number > 0, mask, bar)  # noqa: B023
+                fill_halves(halves, sums, used, weight, foreign is not None or number > 0, mask, bar, threads)  # noqa: B023
 
             fill(bar)
-            found, basis = _gained(halves, mask, window, basis, fill, options.chance)
+            found, basis = _gained(halves, mask, window, basis, fill, options.chance, threads)
             mask = auto_mask(found.maps)
             mask = mask if float(mask.sum()) > 0 else soft_sphere(D)
             gains.append(found.mean_gain)
@@ -143,43 +150,49 @@ def fill_halves(
     prior: bool,
     mask: Tensor,
     bar: Progress | None = None,
+    threads: int = 0,
 ) -> None:
     """Y = F^-1[(B + lam Wm P) / (W + lam Wm)] x mask for both halves, P being what ``halves`` (2, K, D, D, D) holds.
 
     Args:
-        weight: lam. prior: False for P = 0.
+        weight: lam. prior: False for P = 0. threads: as `in_threads`; the result does not depend on them.
     """
     D = sums.box_size
-    correction = gridding(D)
-    for place, k in enumerate(classes.tolist()):
-        for h in (0, 1):
-            grid = Sums(sums.load(k, h))
-            level = grid.regulariser(weight)
-            values = grid.B
-            if prior:
-                # a shell without data, and the mean, come from the prior alone
-                values = values + level * torch.fft.rfftn(pad_map(halves[h, place] * correction, grid.pad))
-            padded = torch.fft.irfftn(values / (grid.W + level), s=(D * grid.pad,) * 3)
-            halves[h, place] = crop_padded(padded, D) / correction * mask
-            if bar is not None:
-                bar.advance()
+    correction, grid = gridding(D), PaddedGrid(D)
+
+    def made(place_and_half: tuple[int, int]) -> tuple[int, int, Tensor]:
+        place, h = place_and_half
+        found = Sums(sums.load(int(classes[place]), h), grid)
+        level = found.regulariser(weight)
+        values = found.B
+        if prior:
+            # a shell without data, and the mean, come from the prior alone
+            values = values + level * torch.fft.rfftn(pad_map(halves[h, place] * correction, found.pad))
+        padded = torch.fft.irfftn(values / (found.W + level), s=(D * found.pad,) * 3)
+        return place, h, crop_padded(padded, D) / correction * mask
+
+    pieces = ((place, h) for place in range(len(classes)) for h in (0, 1))
+    for place, h, volume in in_threads(made, pieces, threads, PADDED_GRIDS * 4 * (2 * D) ** 3):
+        halves[h, place] = volume
+        if bar is not None:
+            bar.advance()
 
 
 def _gained(
-    halves: Tensor, mask: Tensor, window: float, basis: str, refill: Callable[[None], None], chance: float
+    halves: Tensor, mask: Tensor, window: float, basis: str, refill: Callable[[None], None], chance: float, threads: int
 ) -> tuple[polish_gain.Gained, str]:
     """Filter the halves in the wanted basis, or in the one that leaves the smaller error by its own account."""
-    covariance = polish_gain.shell_covariance(*halves)
+    covariance = polish_gain.shell_covariance(*halves, threads)
     matrices = polish_gain.bases(covariance)
     if basis != "auto":
-        return polish_gain.apply_gains(halves, mask, matrices[basis], window, chance=chance), basis
+        return polish_gain.apply_gains(halves, mask, matrices[basis], window, chance=chance, threads=threads), basis
     likely, other = ("modal", "class") if polish_gain.related(covariance) else ("class", "modal")
-    rival = polish_gain.apply_gains(halves, mask, matrices[other], window, False, chance).score
-    found = polish_gain.apply_gains(halves, mask, matrices[likely], window, chance=chance)
+    rival = polish_gain.apply_gains(halves, mask, matrices[other], window, False, chance, threads).score
+    found = polish_gain.apply_gains(halves, mask, matrices[likely], window, chance=chance, threads=threads)
     if found.score <= rival:
         return found, likely
     refill(None)  # the wrong guess has overwritten the halves
-    return polish_gain.apply_gains(halves, mask, matrices[other], window, chance=chance), other
+    return polish_gain.apply_gains(halves, mask, matrices[other], window, chance=chance, threads=threads), other
 
 
 def _spread(maps: Tensor, used: np.ndarray, sums: ClassSums) -> Tensor:

@@ -7,17 +7,18 @@ Nothing is known of the truth, of which classes resemble each other, or of where
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from cryosuite.errors import InputError
+from cryosuite.kernels.parallel import in_threads
 
 WINDOW_A = 12.5  # standard deviation of the window in space, Angstrom
 CHANCE = 2.0  # cross-power is doubted below this many standard deviations of what noise alone would show
 VALUES_AT_ONCE = 1 << 22
+GRIDS = 24  # arrays of the size of a map that one channel takes while it is filtered
 SAME = 1e-10  # of the signal: noise that is only the rounding of sums
 
 
@@ -76,13 +77,13 @@ class Covariance:
     count: Tensor
 
 
-def shell_covariance(half_a: Tensor, half_b: Tensor) -> Covariance:
+def shell_covariance(half_a: Tensor, half_b: Tensor, threads: int = 0) -> Covariance:
     """N_kl = Re <d_k, d_l> / 4 with d = Y^a - Y^b, n = mean_k N_kk, C_kl = symmetric part of Re <Y_k^a, Y_l^b>.
 
     Per shell of integer radius, means over the coefficients of the full sphere, unnormalised transforms.
 
     Args:
-        half_a, half_b: (K, D, D, D) maps of the two half sets.
+        half_a, half_b: (K, D, D, D) maps of the two half sets. threads: as `in_threads`.
     """
     K, D = half_a.shape[0], half_a.shape[-1]
     radius = half_radius(D)
@@ -94,20 +95,28 @@ def shell_covariance(half_a: Tensor, half_b: Tensor) -> Covariance:
     column = torch.arange(D // 2 + 1)
     twice = torch.where((column > 0) & (column < D // 2), 2.0, 1.0).expand(D, D, -1).reshape(-1)[order]
     a, b = (torch.empty(K, len(order), 2) for _ in range(2))
-    for k in range(K):
+
+    def ordered(k: int) -> None:
         for out, maps in ((a, half_a), (b, half_b)):
             values = torch.fft.rfftn(maps[k]).reshape(-1)[order]
             out[k] = torch.view_as_real(values) * twice.sqrt()[:, None]
+
     N, C, count = (torch.zeros(len(sizes), *shape) for shape in ((K, K), (K, K), ()))
-    start = 0
-    for s, size in enumerate(sizes.tolist()):
-        ya, yb = (v[:, start : start + size].reshape(K, -1) for v in (a, b))
-        weight = twice[start : start + size].sum()
+    ends = sizes.cumsum(0).tolist()
+
+    def of_shell(s: int) -> None:
+        where = slice(ends[s] - int(sizes[s]), ends[s])
+        ya, yb = (v[:, where].reshape(K, -1) for v in (a, b))
+        count[s] = twice[where].sum()
         difference = ya - yb
-        N[s] = difference @ difference.T / (4 * weight)
-        cross = ya @ yb.T / weight
-        C[s], count[s] = (cross + cross.T) / 2, weight
-        start += size
+        N[s] = difference @ difference.T / (4 * count[s])
+        cross = ya @ yb.T / count[s]
+        C[s] = (cross + cross.T) / 2
+
+    for _ in in_threads(ordered, range(K), threads, 32 * D**3):
+        pass
+    for _ in in_threads(of_shell, reversed(range(len(sizes))), threads, 256 * K * D**2):  # the large ones first
+        pass
     return Covariance(N.diagonal(dim1=1, dim2=2).mean(1), N, C, count)
 
 
@@ -168,7 +177,13 @@ def chance_level(weights: Tensor, blur: Tensor) -> Tensor:
 
 
 def apply_gains(
-    halves: Tensor, mask: Tensor, basis: Tensor, window: float, keep: bool = True, chance: float = CHANCE
+    halves: Tensor,
+    mask: Tensor,
+    basis: Tensor,
+    window: float,
+    keep: bool = True,
+    chance: float = CHANCE,
+    threads: int = 0,
 ) -> Gained:
     """Filter both halves and their mean, channel by channel, band by band, voxel by voxel.
 
@@ -181,29 +196,32 @@ def apply_gains(
         mask: (D, D, D); basis: (K, K) of `bases`; window: voxels.
         keep: False leaves the halves as they are and makes no maps: only the score is asked for.
         chance: 0 takes every cross-power at its word (the filter of BENCHMARKS section 5 as written).
+        threads: as `in_threads`, of the channels; what comes out does not depend on their number.
     """
     K, D = halves.shape[1], halves.shape[-1]
     weights = bands(D, half_radius(D))
     column = torch.arange(D // 2 + 1)
     twice = torch.where((column > 0) & (column < D // 2), 2.0, 1.0)
     for half in halves:
-        _mix(basis, half)
+        _mix(basis, half, threads)
     area = float((mask**2).sum())
-    noise = torch.zeros(len(weights))
-    for m in range(K):
+
+    def noise_of(m: int) -> Tensor:
         power = torch.fft.rfftn(halves[0, m] - halves[1, m]).abs().square() * twice
-        noise += (weights.square() * power).sum((1, 2, 3)) / 4
+        return torch.stack([(band.square() * power).sum() for band in weights]) / 4
+
+    noise = sum(in_threads(noise_of, range(K), threads, GRIDS * 4 * D**3), torch.zeros(len(weights)))
     noise = noise / (D**3 * area * K)
     blur = _blur_window(D, window)
     support = torch.fft.irfftn(torch.fft.rfftn(mask**2) * blur, s=(D,) * 3).clamp(min=1e-3)
     # both halves have twice the variance of their mean
     doubt = (chance * 2 * noise * chance_level(weights, blur)).square()
     count = (weights * twice).sum((1, 2, 3))
-    kept = torch.zeros(len(weights))
     joint = torch.empty(K, D, D, D) if keep else None
-    for m in range(K):
+
+    def filtered(m: int) -> Tensor:
         transforms = torch.fft.rfftn(halves[:, m], dim=(1, 2, 3))
-        whole, parts = torch.zeros(D, D, D), torch.zeros(2, D, D, D)
+        whole, parts, kept = torch.zeros(D, D, D), torch.zeros(2, D, D, D), torch.zeros(len(weights))
         for b, band in enumerate(weights):
             x = torch.fft.irfftn(transforms * band, s=(D,) * 3)
             shared = torch.fft.irfftn(torch.fft.rfftn(x[0] * x[1]) * blur, s=(D,) * 3).div_(support).clamp_(min=0)
@@ -211,28 +229,32 @@ def apply_gains(
                 square = shared.square()
                 shared.mul_(square.div_((square + doubt[b]).clamp_(min=1e-30)))
             gain = shared / (shared + noise[b]).clamp_(min=1e-30)
-            kept[b] += (gain * mask).sum() / mask.sum()
-            if joint is not None:
+            kept[b] = (gain * mask).sum() / mask.sum()
+            if keep:
                 whole += gain * (x[0] + x[1]) / 2
                 parts += shared / (shared + 2 * noise[b]).clamp_(min=1e-30) * x
         if joint is not None:
             joint[m], halves[:, m] = whole, parts
+        return kept
+
+    kept = sum(in_threads(filtered, range(K), threads, GRIDS * 4 * D**3), torch.zeros(len(weights)))
     back = torch.linalg.inv(basis.double()).to(basis.dtype)
     for maps in halves if joint is None else (*halves, joint):
-        _mix(back, maps)
+        _mix(back, maps, threads)
     kept = kept / K
     return Gained(joint, kept, float((count * kept).sum() / count.sum()), noise)
 
 
-def _mix(matrix: Tensor, maps: Tensor) -> None:
+def _mix(matrix: Tensor, maps: Tensor, threads: int = 0) -> None:
     """Linear combinations of maps in their own place: (K, K) x (K, D, D, D), a slab of voxels at a time."""
     flat = maps.view(len(maps), -1)
-    for slab in _slabs(flat.shape[1], max(1, VALUES_AT_ONCE // len(maps))):
-        flat[:, slab] = matrix @ flat[:, slab]
+    step = max(1, VALUES_AT_ONCE // len(maps))
 
+    def mixed(start: int) -> None:
+        flat[:, start : start + step] = matrix @ flat[:, start : start + step]
 
-def _slabs(size: int, step: int) -> Iterator[slice]:
-    return (slice(start, start + step) for start in range(0, size, step))
+    for _ in in_threads(mixed, range(0, flat.shape[1], step), threads):
+        pass
 
 
 def _blur_window(box_size: int, sigma: float) -> Tensor:

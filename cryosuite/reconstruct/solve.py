@@ -22,37 +22,52 @@ REGULARISER = 0.1  # of the shell mean of W
 PASSES = 1  # beyond the plain division
 
 
+class PaddedGrid:
+    """What the padded rfft grids of all sums of one box share.
+
+    Attributes:
+        half: S/2 with S = pad D. shell: (S, S, S/2 + 1) int64, round of the radius in padded Fourier pixels, clipped to
+            S/2 + 1. inside: shell <= S/2. sign: of the move of the origin to the centre of the padded box, 0 outside.
+        count: (S/2 + 2,) coefficients per shell.
+    """
+
+    def __init__(self, box_size: int, pad: int = 2) -> None:
+        size = pad * box_size
+        self.half = size // 2
+        full = torch.fft.fftfreq(size, 1 / size)
+        column = torch.arange(self.half + 1, dtype=torch.float32)
+        square = full[:, None, None] ** 2 + full[None, :, None] ** 2 + column**2
+        self.shell = square.sqrt_().round_().clamp_(max=self.half + 1).long()
+        self.inside = self.shell <= self.half
+        sign, column_sign = 1 - 2 * (full.abs() % 2), 1 - 2 * (column % 2)
+        self.sign = sign[:, None, None] * sign[None, :, None] * column_sign * self.inside
+        self.count = torch.bincount(self.shell.reshape(-1), minlength=self.half + 2)
+
+
 class Sums:
     """The sums B and W of an accumulator on the padded rfft grid, origin of the map at the centre of the padded box.
 
     Attributes:
         B: (S, S, S/2 + 1) complex; W: the same shape, real; S = pad D. Zero beyond the radius of the slices.
-        shell: (S, S, S/2 + 1) int64, round of the radius in padded Fourier pixels, clipped to S/2 + 1.
-        mean: (S/2 + 2,) shell mean of W.
+        shell: `PaddedGrid.shell`. mean: (S/2 + 2,) shell mean of W.
     """
 
-    def __init__(self, acc: Accumulator) -> None:
+    def __init__(self, acc: Accumulator, grid: PaddedGrid | None = None) -> None:
+        """Of an accumulator; ``grid``: that of its box, made once for many."""
         self.box_size, self.pad = acc.box_size, acc.pad
-        size, N = acc.pad * acc.box_size, acc.data.shape[2] - 1
-        half = size // 2
+        grid = grid or PaddedGrid(acc.box_size, acc.pad)
+        half, N = grid.half, acc.data.shape[2] - 1
         # what was inserted at qx < 0 lies at -q: the plane x = 0 holds only its own half of such pairs
         plane = acc.data[:, :, 0]
         mates = plane.flip((0, 1)) * plane.new_tensor([1.0, -1.0, 1.0])
         window = acc.data[N - half : N + half, N - half : N + half, : half + 1].clone()
         window[:, :, 0] += mates[N - half : N + half, N - half : N + half]
         window = torch.roll(window, (-half, -half), (0, 1))
-        full = torch.fft.fftfreq(size, 1 / size)
-        column = torch.arange(half + 1, dtype=torch.float32)
-        square = full[:, None, None] ** 2 + full[None, :, None] ** 2 + column**2
-        self.shell = square.sqrt_().round_().clamp_(max=half + 1).long()
-        inside = self.shell <= half
-        sign, column_sign = 1 - 2 * (full.abs() % 2), 1 - 2 * (column % 2)
-        signs = sign[:, None, None] * sign[None, :, None] * column_sign * inside
-        self.B = torch.view_as_complex(window[..., :2].contiguous()) * signs
-        self.W = window[..., 2] * inside
-        flat = self.shell.reshape(-1)
-        sums = torch.bincount(flat, weights=self.W.reshape(-1), minlength=half + 2)
-        self.mean = (sums / torch.bincount(flat, minlength=half + 2).clamp(min=1)).float()
+        self.shell = grid.shell
+        self.B = torch.view_as_complex(window[..., :2].contiguous()) * grid.sign
+        self.W = window[..., 2] * grid.inside
+        sums = torch.bincount(grid.shell.reshape(-1), weights=self.W.reshape(-1), minlength=half + 2)
+        self.mean = (sums / grid.count.clamp(min=1)).float()
 
     def regulariser(self, fraction: float | torch.Tensor) -> torch.Tensor:
         """lambda on the grid: a fraction of the shell mean of W, one number or one per shell 0 .. D/2 of the map."""
