@@ -61,7 +61,7 @@ class Request:
     weights: Path | None = None
     preset: str | None = None
     templates: int = 12
-    turns: int = 1
+    turns: int = 4
     mode: str = "auto"
     experimental: bool = False
     truth: Path | None = None
