@@ -218,6 +218,11 @@ def test_local_resolution_tells_good_places_from_bad():
     assert float(found.min()) >= 10 and float(found[0, 0, 0]) == 50
 
 
+def test_local_resolution_of_voxels_too_large_for_any_window_is_the_coarsest():
+    maps = torch.randn(2, D, D, D, generator=torch.Generator().manual_seed(1))
+    assert float(local_resolution(*maps, soft_sphere(D), 26.0).unique()) in (50.0, 52.0)
+
+
 def test_local_gain_is_the_share_that_was_kept():
     generator = torch.Generator().manual_seed(0)
     raw = torch.randn(D, D, D, generator=generator)

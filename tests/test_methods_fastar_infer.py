@@ -21,6 +21,7 @@ from cryosuite.methods.fastar_predict import Clock, StarPredictor
 from cryosuite.methods.fastar_star import StarOptions
 from cryosuite.metrics.poses import pose_report
 from cryosuite.nets.multiview import Multiview, MultiviewSpec
+from cryosuite.reconstruct.abinitio_starts import AbInitioOptions
 from cryosuite.reconstruct.backproject import flip_hand
 
 NO_CTF = Window(32, 32, 32)
@@ -289,10 +290,27 @@ def test_search_takes_the_network_as_second_opinion(molecule, monkeypatch) -> No
     assert errors[1].raw["under_10_deg"] > errors[0].raw["under_10_deg"] + 0.1
 
 
+def test_broken_images_get_no_pose_and_no_place_in_the_map_when_all_are_searched_for() -> None:
+    """One image in eight is not a number: none of them is good, none is counted, and that they are left out is said."""
+    images = np.random.default_rng(0).standard_normal((200, 16, 16)).astype(np.float32)
+    bad = np.arange(0, 200, 8)
+    images[bad] = np.nan
+    table = np.tile(np.array([[16, 4, 15000, 15000, 0, 300, 2.7, 0.1, 0]], np.float32), (200, 1))
+    particles = ParticleSet.from_array(images, 4.0, ctf=table)
+    options = infer.InferOptions(mode="search", refine=0, reject=0.0)
+    short = AbInitioOptions(starts=1, iterations=2, settle=1, batch=50, radius=(3, 5), rounds=((5, True),))
+    with pytest.warns(UserWarning, match="25 images hold nothing"):
+        predicted = infer.predict_search(particles, options, Clock(), None, short, progress=False)
+        result = infer.finish(particles, predicted, options, Clock(), progress=False)
+    assert not predicted.good[bad].any() and predicted.good.sum() == 175
+    assert result.judged.rejected[bad].all() and result.reconstruction.count == 175
+    assert predicted.facts["joint_maps_to_A"] == pytest.approx(16 * 4 / 5)
+
+
 class _FakeSearch:
     """An ab initio search that is done at once."""
 
-    total, position, done = 1, 0, True
+    total, position, done, joint_radius = 1, 0, True, 16
 
     def __init__(self, particles: ParticleSet) -> None:
         oracle = TargetOracle(particles.rotation, particles.shift, 5.0, bad=0.25, seed=3)
@@ -300,3 +318,4 @@ class _FakeSearch:
         self.found = type("Found", (), {})()
         self.found.rotation, self.found.shift = oracle.rotation.numpy(), oracle.shift.numpy()
         self.found.score, self.found.margin = np.ones(n, np.float32), np.ones(n, np.float32)
+        self.found.good = np.ones(n, bool)

@@ -333,6 +333,25 @@ def test_new_starts_are_taken_where_they_explain_more(monkeypatch: pytest.Monkey
     assert torch.equal(again.state["volumes"][0], small) and torch.equal(again.state["volumes"][2], small)
 
 
+@pytest.mark.parametrize("box", [32, 34, 40])
+def test_kept_and_fresh_maps_come_in_one_box(box: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class too small to begin anew, one that gains nothing by it and one that does, with maps of any box."""
+    particles, _ = blob_particles([blobs(BOX, 3, 8)], 330)
+    labels = np.repeat([0, 1, 2], [30, 150, 150])
+    gains = iter([5.0, 5.0, 5.0, 9.0])  # of the kept and the fresh map of class 1, then of class 2
+    monkeypatch.setattr(restarts.Restarts, "_evidence", lambda *_: next(gains))
+    engine = AbInitio(particles, AbInitioOptions(classes=3))
+    rest = (engine.signal, 64, engine.options, engine.device, lambda text, record: None)
+    again = restarts.Restarts(engine._white, labels, torch.ones(3, box, box, box), *rest)
+    for _ in range(3):
+        fresh = again._current()
+        assert fresh.small == 34
+        fresh.state["volumes"] = torch.full((1, 34, 34, 34), 2.0)
+        again._end_class(fresh)
+    assert again.state["renewed"] == [2]
+    assert {tuple(one.shape) for one in again.state["volumes"]} == {(min(box, 34),) * 3}
+
+
 def _stored(state: dict):
     import io
 

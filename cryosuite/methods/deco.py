@@ -144,7 +144,7 @@ class Deco:
         count = disc.count(r_max)
         with torch.autocast(device.type, enabled=False):
             q = disc.frequency[:count] @ slice_matrices(batch, self.pixel_size)[:, :2]  # (b, P, 3): (kx, ky, 0) @ R
-        values = model.values(q, disc.radius[:count], z)
+        values = model.values(q, q.norm(dim=-1) * model.box_size, z)
         with torch.autocast(device.type, enabled=False):
             difference = torch.view_as_real(target.values[:, :count]) - target.ctf[:, :count, None] * values
             error = difference.square().sum(-1).mean(1)

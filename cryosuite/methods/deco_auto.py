@@ -125,7 +125,7 @@ def held_out(method: Deco, model: DecoModel, particles: ParticleSet) -> list[flo
     for batch in BatchLoader(particles, 128, shuffle=False, device=model.envelope.device).epoch(0):
         target = model.target(batch)
         q = disc.frequency @ slice_matrices(batch, method.pixel_size)[:, :2]
-        values = model.values(q, disc.radius, images.encode(model, batch))
+        values = model.values(q, q.norm(dim=-1) * model.box_size, images.encode(model, batch))
         error = torch.view_as_real(target.values) - target.ctf[..., None] * values
         out += error.square().sum(-1).mean(1).tolist()
     return out

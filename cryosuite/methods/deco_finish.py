@@ -65,11 +65,12 @@ def finish(
         folder.path.mkdir(parents=True)
         return classify(loaded.z, options, seed)
 
-    found = processes.first_does(first)
+    found = of_latents = processes.first_does(first)
     if options.settle:
         found = settled(run, loaded, found, options, seed, processes, device)
     processes.first_does(lambda: _write(run, folder, loaded, found, files))
-    resolution = _polish(run, loaded, found.labels, processes)
+    by_maps = found is not of_latents or options.poses != "known"
+    resolution = _polish(run, loaded, found.labels, by_maps, processes)
     return processes.first_does(lambda: _write_table(folder, found, _margins(run, loaded.epoch), resolution))
 
 
@@ -185,15 +186,25 @@ def _margins(run: RunDir, epoch: int) -> np.ndarray | None:
     return read_npz(path, ["margin"])["margin"]
 
 
-def _polish(run: RunDir, loaded: LoadedRun, labels: np.ndarray, processes: Processes = ALONE) -> dict[int, float]:
-    """Per-class maps in polish.N/ and their resolutions; nothing where the classes do not allow it."""
+def _polish(
+    run: RunDir, loaded: LoadedRun, labels: np.ndarray, by_maps: bool = False, processes: Processes = ALONE
+) -> dict[int, float]:
+    """Per-class maps in polish.N/ and their resolutions; nothing where the classes do not allow it.
+
+    by_maps: classes or poses were found with maps of these images, which is said.
+    """
     out: PolishDir = run_polish(run.path, loaded.epoch)
     say(f"maps of {labels.max() + 1} classes -> {out.path}")
+    if by_maps:
+        say(
+            "Classes or poses were found with maps of both half sets, which flatters the resolution of the half maps, "
+            "most of all in a class that is only a part of one state: refine a class anew before you report it."
+        )
     rows, wrong = [], None
     try:
         rows = polish_to(
             out, loaded.particles, ClassWeights.from_labels(labels), PolishOptions(), source=str(run.path.absolute()),
-            classes_from="latents", processes=processes,
+            classes_from="latents, then maps of both half sets" if by_maps else "latents", processes=processes,
         )  # fmt: skip
     except InputError as error:
         wrong = error

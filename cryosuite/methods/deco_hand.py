@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import torch
 
 from cryosuite.data.particles import ParticleSet
 from cryosuite.errors import InputError, notice
-from cryosuite.kernels.fourier import fourier_crop_volume
 from cryosuite.metrics.align import align_map
 from cryosuite.reconstruct.backproject import reconstruct_classes
 
@@ -55,18 +53,14 @@ def _other_hand(particles: ParticleSet, labels: np.ndarray) -> list[int]:
     if labels.max() < 1:
         return []
     box = min(WORK_BOX, particles.box_size)
-    maps = reconstruct_classes(particles, labels, halves=False, r_max=box // 2)
+    maps = reconstruct_classes(particles, labels, halves=False, map_box=box)
     largest = int(np.bincount(labels).argmax())
-    goal = _small(maps[largest].map, box)
+    goal = maps[largest].map
     found = []
     for k in sorted(set(maps) - {largest}):
         try:
-            if align_map(_small(maps[k].map, box), goal).mirrored:
+            if align_map(maps[k].map, goal).mirrored:
                 found.append(k)
         except InputError:  # an empty map has no hand
             continue
     return found
-
-
-def _small(volume: torch.Tensor, box: int) -> torch.Tensor:
-    return volume if volume.shape[-1] <= box else fourier_crop_volume(volume, box)

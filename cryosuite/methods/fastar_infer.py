@@ -200,7 +200,8 @@ def predict_search(
                 engine.advance()
                 bar.advance(engine.position - before)
         found = engine.found
-    out = Predicted(found.rotation, found.shift, found.score, found.margin, np.isfinite(found.score))
+    out = Predicted(found.rotation, found.shift, found.score, found.margin, found.good & np.isfinite(found.score))
+    out.facts["joint_maps_to_A"] = particles.box_size * float(np.median(particles.pixel_size)) / engine.joint_radius
     if guess is None:
         return out
     posed = replace(particles, rotation=found.rotation, shift=found.shift)

@@ -108,8 +108,8 @@ def write_maps(
 ) -> tuple[FscTable | None, dict[str, Any]]:
     """The map, half maps, mask and FSC; what they come to as numbers.
 
-    biased_to: resolution in Angstrom down to which the reference the poses come from may have made the half maps agree;
-    None where there was no reference, 0 where all of it was used.
+    biased_to: resolution in Angstrom down to which what the poses come from (a reference, or maps of all images) may
+    have made the half maps agree; None where there was neither, 0 where all of a reference was used.
     """
     write_map(out.map, one.map.numpy(), one.pixel_size)
     if flipped:

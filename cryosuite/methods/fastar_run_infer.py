@@ -252,7 +252,8 @@ def _write(
         "confidence_median": float(np.median(result.judged.confidence[:, 0])),
     }  # fmt: skip
     if result.reconstruction is not None:
-        biased = None if options.mode != "target" else request.low_pass
+        # poses of a search from nothing come from maps of all images; refinement begins with them
+        biased = request.low_pass if options.mode == "target" else result.predicted.facts.get("joint_maps_to_A")
         title = f"half maps, {result.reconstruction.count} particles"
         facts["map"] = output.write_maps(out, result.reconstruction, biased, unknown, title)[1]
         with _stage(result, "check"):

@@ -80,7 +80,7 @@ class Hype:
         chosen, weight = self._choose(model, disc, count, step)
         with torch.autocast(device.type, enabled=False):
             q = slice_frequencies(disc.frequency[chosen], slice_matrices(batch, self.pixel_size))
-        values = model.values(q, disc.radius[chosen], condition)
+        values = model.values(q, q.norm(dim=-1) * model.box_size, condition)
         with torch.autocast(device.type, enabled=False):
             difference = torch.view_as_real(target.values[:, chosen]) - target.ctf[:, chosen, None] * values
             error = difference.square().sum(-1)

@@ -88,10 +88,10 @@ class HypeModel(nn.Module):
         return self.hyper(tokens), [base.bias for base in self.hyper.bases]
 
     def values(self, q: Tensor, radius: Tensor, condition: tuple[list[Tensor], list[Tensor]]) -> Tensor:
-        """The volumes' transform at q: (b, P, 3) cycles/px, (P,) radius in Fourier px -> (b, P, 2) Re, Im, float32."""
-        return self.field(q, *condition) * self.amplitude(radius)[:, None]
+        """The volumes' transform at q: (b, P, 3) cycles/px, |q| D (P,) or (b, P) -> (b, P, 2) Re, Im, float32."""
+        return self.field(q, *condition) * self.amplitude(radius)[..., None]
 
-    def amplitude(self, radius: Tensor) -> Tensor:  # (P,) -> (P,)
+    def amplitude(self, radius: Tensor) -> Tensor:  # (..., P) -> (..., P)
         """The data's radial amplitude, linear between shells."""
         low = radius.floor().long().clamp(0, self.box_size // 2 - 1)
         return torch.lerp(self.envelope[low], self.envelope[low + 1], (radius - low).clamp(0, 1))

@@ -47,9 +47,10 @@ ROOM = 8  # pixels that a map's box is larger than twice its radius
 
 @dataclass
 class Found:
-    """What was found: rotation (N, 3, 3), shift (N, 2) fraction of the box, label (N,), score and margin (N,).
+    """What was found: rotation (N, 3, 3), shift (N, 2) fraction of the box, label, score, margin and good (N,).
 
-    score: gain in log-likelihood over an empty image. margin: of the best pose over the best one elsewhere.
+    score: gain in log-likelihood over an empty image. margin: of the best pose over the best one elsewhere. good: False
+    where an image is broken, so that its pose means nothing.
     """
 
     rotation: np.ndarray
@@ -57,6 +58,7 @@ class Found:
     label: np.ndarray
     score: np.ndarray
     margin: np.ndarray
+    good: np.ndarray
 
 
 class AbInitio:
@@ -151,6 +153,12 @@ class AbInitio:
         self._maps = self._restarts = None
 
     @property
+    def joint_radius(self) -> int:
+        """Fourier pixels up to which poses are found in maps of ALL images: half maps made with them agree up to there
+        by their noise, too."""
+        return max(radius for radius, mode in self.rounds if mode != ANEW[1])
+
+    @property
     def found(self) -> Found:
         """The poses and classes of all particles."""
         poses = self.state["poses"]
@@ -158,7 +166,7 @@ class AbInitio:
         best = Candidates(poses["rotation"], poses["shift"], poses["score"])
         return Found(
             best.rotation[rows, 0].numpy(), best.shift[rows, 0].numpy(), poses["label"].numpy(),
-            best.score[:, 0].numpy(), pose_search.margin(best).numpy(),
+            best.score[:, 0].numpy(), pose_search.margin(best).numpy(), ~self.loader.broken.rows,
         )  # fmt: skip
 
     # --- classes anew ------------------------------------------------------------------------------------------------

@@ -91,15 +91,16 @@ class Restarts:
         return self._starts[1]
 
     def _end_class(self, starts: Starts) -> None:
-        """Keep the better of the fresh map and the present one, in the small box of the starts."""
+        """Keep the better of the fresh map and the present one, in a box that all classes share."""
         s, k = self.state, self.state["class"]
-        kept = cropped(self.volumes[k], starts.small)
+        size = min(starts.small, self.volumes.shape[-1])
+        kept = cropped(self.volumes[k], size)
         if len(self._rows()) >= FEWEST:
             fresh = starts.state["volumes"][0]
             found = [self._evidence(starts, volume) for volume in (kept, fresh)]
             old, new = self.processes.first_does(lambda: found)
             if new > old + BETTER * abs(old):
-                kept = fresh
+                kept = cropped(fresh, size)
                 s["renewed"].append(k)
             self.log(
                 f"class {k} anew: log-likelihood per image {old:.2f}, {new:.2f} from the start",

@@ -150,7 +150,7 @@ def reconstruct_classes(
             sums = accumulator.run(key, bar)
             for label in part if processes.first else ():
                 pair = [sums.get(2 * int(label) + h) for h in (0, 1)]
-                own = labels == label
+                own = (labels == label) & ~accumulator.broken.rows
                 counts = [int((own & (half == h)).sum()) for h in (0, 1)]
                 found[int(label)] = accumulator.finish(pair, counts, halves, regularise, passes)
     return found

@@ -35,7 +35,7 @@ def local_resolution(
     found = torch.full((D,) * 3, math.nan)
     before = torch.ones(D, D, D)
     coarsest = min(4 * window_A, D * pixel_size / 2)
-    first = next(i for i, centre in enumerate(centres) if centre >= D * pixel_size / coarsest)
+    first = next((i for i, centre in enumerate(centres) if centre >= D * pixel_size / coarsest), len(centres))
     for number in range(max(first, 1), len(centres)):
         a, b = (torch.fft.irfftn(one * weights[number], s=(D,) * 3) for one in transforms)
         powers = [gaussian_blur(one.square(), sigma).clamp(min=0) for one in (a, b)]

@@ -25,8 +25,9 @@ from cryosuite.data.spectra import Target, measure_spectra, whitened
 from cryosuite.errors import InputError
 from cryosuite.kernels import fourier, pose_search, shells
 from cryosuite.kernels.memory import Portions
-from cryosuite.kernels.pose_search import Candidates, SearchOptions, VolumeSource
+from cryosuite.kernels.pose_search import Candidates, MagnifiedSource, SearchOptions, SliceSource, VolumeSource
 from cryosuite.kernels.rotations import expmap, geodesic_deg
+from cryosuite.reconstruct.abinitio_rounds import image_scales
 from cryosuite.reconstruct.backproject import Reconstruction, reconstruct
 from cryosuite.reconstruct.masks import half_map_mask
 from cryosuite.reconstruct.solve import cropped
@@ -182,18 +183,22 @@ def search_everywhere(
     disc, window = fourier.half_disc(box, radius, device), fourier.window_mask(box).to(device)
     found: list[tuple[Tensor, ...]] = []
     mine, portions = processes.mine(rows, CHUNK), Portions("images")
-    for batch in _batches(particles, mine, CHUNK, device):
-        target = whitened(batch, disc, amplitude, particles.ctf_premultiplied, window)
 
-        def searched(some: slice, batch: Batch = batch, target: Target = target) -> tuple[Tensor, ...]:
-            index = batch.index[some]
-            poses = pose_search.search(source, target.values[some], target.ctf[some], index, options, prepared=ready)
-            return poses.rotation[:, :keep].cpu(), poses.shift[:, 0].cpu() / size, poses.score[:, 0].cpu()
+    def all_mine() -> None:
+        for batch in _batches(particles, mine, CHUNK, device):
+            target = whitened(batch, disc, amplitude, particles.ctf_premultiplied, window)
 
-        for some, part in portions.over(searched, len(batch)):
-            found.append(part)
-            if advance is not None:
-                advance(some.stop - some.start)
+            def searched(some: slice, batch: Batch = batch, target: Target = target) -> tuple[Tensor, ...]:
+                images = target.values[some], target.ctf[some], batch.index[some]
+                poses = pose_search.search(source, *images, options, prepared=ready)
+                return poses.rotation[:, :keep].cpu(), poses.shift[:, 0].cpu() / size, poses.score[:, 0].cpu()
+
+            for some, part in portions.over(searched, len(batch)):
+                found.append(part)
+                if advance is not None:
+                    advance(some.stop - some.start)
+
+    processes.each(all_mine)  # an image that one cannot read ends all of them
     found = found or [(torch.zeros(0, keep, 3, 3), torch.zeros(0, 2), torch.zeros(0))]
     rotation, moves, score = (processes.joined(torch.cat(part).numpy()) for part in zip(*found, strict=True))
     return rotation, moves, score
@@ -249,6 +254,8 @@ class _Refiner:
         self.limit = min(options.r_max or self.box // 2, self.box // 2)
         self.amplitude = measure_spectra(particles, True).noise.sqrt().to(device)
         self.window = fourier.window_mask(self.box).to(device)
+        self.place, self.reach = image_scales(particles)
+        self.place = None if self.place is None else self.place.to(device)
         self.mine = processes.mine(np.arange(n), options.batch)
         self.score, self.margin = np.zeros(n, np.float32), np.zeros(n, np.float32)
 
@@ -277,24 +284,31 @@ class _Refiner:
         """Search for all particles around their poses and keep the best; what happened as numbers."""
         cone = self.options.cone_of(number)
         radius, pair = self._first(start) if start is not None else self._filtered(reconstruction)
-        size = min(self.box, 2 * radius + ROOM)
-        source = VolumeSource(
+        reach = min(math.ceil(self.reach * radius), self.box // 2)  # of the images' points in the maps
+        size = min(self.box, 2 * reach + ROOM)
+        source: SliceSource = VolumeSource(
             torch.stack([cropped(one, size) for one in pair]).to(self.device),
-            torch.from_numpy(self.half.astype(np.int64)).to(self.device), r_max=radius,
+            torch.from_numpy(self.half.astype(np.int64)).to(self.device), r_max=reach,
         )  # fmt: skip
+        if self.place is not None:
+            source = MagnifiedSource(source, self.place)
         options = self._search(cone, radius, size, number, start is not None)
         turns = expmap(ball(cone, cone / 2.5)).to(self.device)
         before = self.rotation.copy()
         disc = fourier.half_disc(self.box, radius, self.device)
-        for batch in _batches(self.particles, self.mine, self.options.batch, self.device):
-            index = batch.index + int(self.mine[0])
-            target = whitened(batch, disc, self.amplitude, self.particles.ctf_premultiplied, self.window)
 
-            def searched(some: slice, index: Tensor = index, target: Target = target) -> Candidates:
-                return self._around(index[some], target.values[some], target.ctf[some], source, options, turns)
+        def all_mine() -> None:
+            for batch in _batches(self.particles, self.mine, self.options.batch, self.device):
+                index = batch.index + int(self.mine[0])
+                target = whitened(batch, disc, self.amplitude, self.particles.ctf_premultiplied, self.window)
 
-            for some, found in self.portions.over(searched, len(index)):
-                self._keep(index[some], found, size)
+                def searched(some: slice, index: Tensor = index, target: Target = target) -> Candidates:
+                    return self._around(index[some], target.values[some], target.ctf[some], source, options, turns)
+
+                for some, found in self.portions.over(searched, len(index)):
+                    self._keep(index[some], found, size)
+
+        self.processes.each(all_mine)  # an image that one cannot read ends all of them
         for values in (self.rotation, self.shift, self.score, self.margin):
             values[:] = self.processes.joined(values[self.mine])
         self.tried = None
@@ -318,7 +332,7 @@ class _Refiner:
         index: Tensor,
         values: Tensor,
         transfer: Tensor,
-        source: VolumeSource,
+        source: SliceSource,
         options: SearchOptions,
         turns: Tensor,
     ) -> Candidates:
