@@ -19,6 +19,7 @@ from cryosuite.reconstruct import polish_gain
 from cryosuite.reconstruct.class_sums import accumulate
 from cryosuite.reconstruct.masks import soft_sphere, union_mask
 from cryosuite.reconstruct.polish import PolishOptions, polish, raw_fsc, raw_maps
+from cryosuite.reconstruct.views import LARGE, view_share
 from cryosuite.reconstruct.weights import ClassWeights
 
 D = 32
@@ -191,6 +192,31 @@ def test_classes_without_a_half_get_the_mean_of_the_others(noisy):
     assert bool(torch.isfinite(found.maps).all())
     share = torch.tensor(found.counts[:2].sum(1) / found.counts[:2].sum()).float()
     torch.testing.assert_close(found.maps[3], torch.tensordot(share, found.maps[:2], 1))
+
+
+def test_classes_that_are_views_of_one_shape_get_its_map():
+    particles = toy.particles(900, D, 3.0)
+    axis = particles.rotation[:, 2] ** 2
+    views = axis.argmax(1)  # seen mostly along x, along y, along z
+    truth = toy.volume(D, toy.CENTRES)[None].expand(3, -1, -1, -1)
+    mask = union_mask(truth)
+    found = {}
+    for name, classes in (("views", views), ("random", np.random.default_rng(0).permutation(views))):
+        weights = ClassWeights.from_labels(classes)
+        found[name] = score(polish(accumulate(particles, weights)).maps, truth, mask).min()
+        assert (view_share(weights, particles.rotation) > LARGE) == (name == "views")
+    assert found["views"] > found["random"] - 0.02, found
+
+
+def test_view_share_of_soft_shares_and_of_one_class():
+    rotation = toy.particles(600, D, 1.0).rotation
+    front = (rotation[:, 2, 2] > 0).astype(np.float32)
+    # two caps: the mean direction of a half sphere is 1/2, of a variance of 1/3 in z and 1 in all
+    hard = view_share(ClassWeights.from_labels(front.astype(int)), rotation)
+    assert hard == pytest.approx(0.25, abs=0.02)
+    half = np.stack([0.25 + 0.5 * front, 0.75 - 0.5 * front], 1)
+    assert view_share(ClassWeights.from_dense(half), rotation) == pytest.approx(hard / 4, abs=0.01)
+    assert view_share(ClassWeights.from_labels(np.zeros(600, int)), rotation) == 0
 
 
 def test_one_half_set_only_is_refused_in_words(noisy):

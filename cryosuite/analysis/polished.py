@@ -30,6 +30,7 @@ from cryosuite.reconstruct.polish import Polished, PolishOptions, polish, raw_fs
 from cryosuite.reconstruct.polish_kernel import kernel_maps
 from cryosuite.reconstruct.polish_prior import prior_mean
 from cryosuite.reconstruct.shifts import refined_within_classes
+from cryosuite.reconstruct.views import LARGE, view_share
 from cryosuite.reconstruct.weights import ClassWeights
 
 MODES = ("modal", "kernel", "prior")
@@ -84,7 +85,9 @@ def polish_to(
         processes = Processes(processes.rank)
     if refine_shifts and (processes.first or processes.count > 1):
         particles = _with_refined_shifts(particles, weights, processes, notes)
-    if not processes.first:
+    if processes.first:
+        notes["view_told_by_class"] = _warned_of_views(particles, weights)
+    else:
         if processes.count > 1:
             accumulate(particles, weights, box=box, memory_gib=memory_gib, processes=processes).close()
         return []
@@ -111,6 +114,18 @@ def _with_refined_shifts(
         done = "for these maps, each half set by itself; poses.pkl beside them has them"
         notice(found.said(float(np.mean(particles.pixel_size)), done))
     return particles
+
+
+def _warned_of_views(particles: ParticleSet, weights: ClassWeights) -> float:
+    """How much of the view the class tells; said where it is much."""
+    told = view_share(weights, particles.rotation)
+    if told > LARGE:
+        notice(
+            f"the class of a particle tells {told:.0%} of the side it was seen from: these classes may be views of one "
+            "shape and not shapes. Where a class shows nothing its map is that of all particles together; trust no "
+            "difference between maps before cryosuite report has shown what the latents follow"
+        )
+    return round(told, 4)
 
 
 def check_classes(particles: ParticleSet, weights: ClassWeights) -> None:

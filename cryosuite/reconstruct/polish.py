@@ -1,8 +1,9 @@
 """Latent to map: the iterated local modal Wiener filter that turns classes of particles into maps (BENCHMARKS, 5).
 
 Every class has two half maps. A pass makes them from the sums of the backprojection with the result of the pass before
-as prior, finds the eigenmodes of what the halves share across classes, and keeps of every mode, in every window and
-band, what the halves agree on. Related states lend each other what they have in common; unrelated ones are left alone.
+as prior (before the first: one map for all classes), finds the eigenmodes of what the halves share across classes, and
+keeps of every mode, in every window and band, what the halves agree on. Related states lend each other what they have
+in common; unrelated ones are left alone.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ PADDED_GRIDS = 6  # values that one map takes at a time while it is made, in gri
 class PolishOptions:
     """How maps are polished; the defaults need no tuning.
 
-    passes: after the first one, each with the maps of the one before as prior. first_prior, prior: weight of the
-    regulariser and of the prior, in units of the shell mean of W. window_A: standard deviation of the window, Angstrom.
+    passes: after the first one, each with the maps of the one before as prior. first_prior, prior: weight of the prior,
+    one map for all classes in the first pass, in units of the shell mean of W. window_A: standard deviation of the
+    window, Angstrom.
     basis: "modal", "class", or "auto": whichever is expected to leave the smaller error. chance: agreement of the
     halves is doubted below this many standard deviations of what noise alone would show.
     """
@@ -92,7 +94,8 @@ def polish(
 
     Args:
         sums: of `class_sums.accumulate`.
-        prior: (K, D, D, D) maps of another origin (a network's) used as prior of the first pass.
+        prior: (K, D, D, D) maps of another origin (a network's) used as prior of the first pass, with the weight of the
+            later ones; default: each half set's own map of all classes together.
         progress: label of a progress display.
         threads: that share the classes; 0: as many as torch has. The maps do not depend on their number.
 
@@ -116,13 +119,12 @@ def polish(
         if bar is not None:
             bar.__enter__()
         for number in range(options.passes + 1):
-            foreign = None if prior is None or number else prior[used]
             weight = options.first_prior if number == 0 and prior is None else options.prior
 
-            def fill(bar: Progress | None, foreign: Tensor | None = foreign, weight: float = weight) -> None:
-                if foreign is not None:
-                    halves[:] = foreign
-                fill_halves(halves, sums, used, weight, foreign is not None or number > 0, mask, bar, threads)  # noqa: B023
+            def fill(bar: Progress | None, number: int = number, weight: float = weight) -> None:
+                if number == 0:
+                    halves[:] = one_for_all(sums, used, weight)[:, None] if prior is None else prior[used]
+                fill_halves(halves, sums, used, weight, mask, bar, threads)  # noqa: B023
 
             fill(bar)
             found, basis = _gained(halves, mask, window, basis, fill, options.chance, threads)
@@ -147,7 +149,6 @@ def fill_halves(
     sums: ClassSums,
     classes: np.ndarray,
     weight: float,
-    prior: bool,
     mask: Tensor,
     bar: Progress | None = None,
     threads: int = 0,
@@ -155,7 +156,7 @@ def fill_halves(
     """Y = F^-1[(B + lam Wm P) / (W + lam Wm)] x mask for both halves, P being what ``halves`` (2, K, D, D, D) holds.
 
     Args:
-        weight: lam. prior: False for P = 0. threads: as `in_threads`; the result does not depend on them.
+        weight: lam. threads: as `in_threads`; the result does not depend on them.
     """
     D = sums.box_size
     correction, grid = gridding(D), PaddedGrid(D)
@@ -164,10 +165,8 @@ def fill_halves(
         place, h = place_and_half
         found = Sums(sums.load(int(classes[place]), h), grid)
         level = found.regulariser(weight)
-        values = found.B
-        if prior:
-            # a shell without data, and the mean, come from the prior alone
-            values = values + level * torch.fft.rfftn(pad_map(halves[h, place] * correction, found.pad))
+        # a shell without data, and the mean, come from the prior alone
+        values = found.B + level * torch.fft.rfftn(pad_map(halves[h, place] * correction, found.pad))
         padded = torch.fft.irfftn(values / (found.W + level), s=(D * found.pad,) * 3)
         return place, h, crop_padded(padded, D) / correction * mask
 
@@ -176,6 +175,22 @@ def fill_halves(
         halves[h, place] = volume
         if bar is not None:
             bar.advance()
+
+
+def one_for_all(sums: ClassSums, classes: np.ndarray, weight: float) -> Tensor:
+    """(2, D, D, D) what each half set says of all classes together, the prior of classes that say nothing themselves.
+
+    The particles of a class may show it from some sides only: latents of a network that knows the poses often follow
+    the view, and a rare state has few views. Without a prior both of its half maps lack the same directions, and the
+    filter, which believes what the halves share, takes that for signal.
+    """
+    out = torch.empty(2, *(sums.box_size,) * 3)
+    for h in (0, 1):
+        total = sums.load(int(classes[0]), h)
+        for k in classes[1:]:
+            total = total + sums.load(int(k), h)
+        out[h] = solve(total, weight, passes=0)
+    return out
 
 
 def _gained(
