@@ -19,8 +19,8 @@ RENAMED = {"inr_dim": "inr_width", "features": "n_frequencies", "march": "march_
 METHOD = (
     "dim", "depth", "heads", "patch", "pos_embed", "groups", "hyper", "conditioning", "inr", "inr_dim", "inr_layers",
     "features", "feat_sigma", "field", "loss", "march", "march_over", "sample_coefficients", "encoder_input",
-    "encoder_scale", "encoder_rmax", "encoder_lowpass", "encoder_align", "encoder_drop", "pose_context", "window",
-    "low_memory", "latent", "volume_from", "knn",
+    "encoder_scale", "encoder_rmax", "encoder_lowpass", "encoder_align", "encoder_drop", "other_views", "pose_context",
+    "window", "low_memory", "latent", "volume_from", "knn",
 )  # fmt: skip
 TRAIN = {
     "num_epochs": "epochs", "batch_size": "batch_size", "lr": "lr", "warmup": "warmup", "wd": "weight_decay",
@@ -131,6 +131,12 @@ def main(
     ),
     encoder_drop: float = _option(
         None, help="Share of the Fourier coefficients hidden in each step, against learning noise.", panel=ENCODER
+    ),
+    other_views: float = _option(
+        None,
+        help="Share of the images, in each step, whose volume is read in part from a particle like them that is "
+        "seen from another side, so that latents tell molecules and not views; 0: none.",
+        panel=ENCODER,
     ),
     pose_context: bool = _option(
         None, "--pose-context/--no-pose-context", help="Tell the encoder the viewing direction.", panel=ENCODER

@@ -21,6 +21,7 @@ from cryosuite.kernels import fourier
 from cryosuite.methods.hype_latent import LatentSpace, TokensFromImages, build_bank, principal_axes, subset_rows
 from cryosuite.methods.hype_model import HypeModel
 from cryosuite.methods.hype_options import HypeOptions
+from cryosuite.methods.hype_views import BEGIN
 from cryosuite.reconstruct.backproject import common_pixel_size
 from cryosuite.training.inference import encode_all
 from cryosuite.training.method import Step
@@ -65,12 +66,19 @@ class Hype:
         self._chances.clear()
         self.pixel_size = common_pixel_size(particles.pixel_size)
         spectra = measure_spectra(particles, self.options.window)
-        return HypeModel(particles.box_size, self.options, spectra, particles.ctf_premultiplied)
+        model = HypeModel(particles.box_size, self.options, spectra, particles.ctf_premultiplied)
+        if self.options.other_views > 0:
+            model.remember_views()
+        return model
 
     def loss(self, model: HypeModel, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Whitened squared error per coefficient of the half disc: 1 for pure noise."""
         target, image = model.prepare(batch)
-        condition = model.condition(model.tokens(image, batch))
+        tokens = model.tokens(image, batch)
+        if model.other_views is not None:
+            share = self.options.other_views if step.fraction >= BEGIN else 0.0
+            tokens = model.other_views.blended(tokens, model.pool(tokens.detach()), batch.rotation[:, 2], share)
+        condition = model.condition(tokens)
         device = batch.images.device
         disc = fourier.half_disc(model.box_size, device=device)
         half = model.box_size / 2

@@ -11,6 +11,7 @@ from cryosuite.kernels import fourier
 from cryosuite.kernels.ball import half_ball, volume_of_half_ball
 from cryosuite.methods.hype_input import EncoderInput, view_direction
 from cryosuite.methods.hype_options import HypeOptions
+from cryosuite.methods.hype_views import OtherViews
 from cryosuite.nets.hypernet import build_hypernet, layer_shapes
 from cryosuite.nets.inr import ConcatField, FourierFeatures, HyperField
 from cryosuite.nets.triplane import TriplaneFeatures
@@ -64,6 +65,14 @@ class HypeModel(nn.Module):
         total = (spectra.signal + spectra.noise.mean(0))[1:].mean().expand_as(spectra.signal)
         self.register_buffer("noise_amplitude", mean_noise.expand_as(spectra.noise).sqrt().clone())
         self.register_buffer("envelope", (spectra.signal if whitened else total).sqrt().clone())
+        self.other_views: OtherViews | None = None
+
+    def remember_views(self) -> None:
+        """Remember the tokens of images from now on: part of the training, and of its checkpoints, but not of a run."""
+        pooled = self.pool(torch.zeros(1, sum(self.layer_tokens), self.options.dim)).shape[1]
+        self.other_views = OtherViews(sum(self.layer_tokens), self.options.dim, pooled)
+        self.not_in_weights = "other_views."
+        self.not_sent_around = [f"other_views.{name}" for name, _ in self.other_views.named_buffers()]
 
     # data ------------------------------------------------------------------------------------------------------------
 
