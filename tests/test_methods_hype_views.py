@@ -72,6 +72,20 @@ def test_what_is_moved_and_what_learns():
     assert int(memory.seen) == 502 and torch.equal(memory.axis[2:502], Z.expand(500, 3))
 
 
+def test_half_precision_changes_nothing_of_who_is_like_whom():
+    axis, tokens = directions(300), torch.randn(300, 2, 3)
+    pooled = torch.randn(300, 4) + 300 * axis[:, 2:] ** 2  # to be told apart beneath what the view adds
+    found = []
+    for half in (False, True):
+        memory = OtherViews(2, 3, 4)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            for rows in (slice(0, 200), slice(200, 300)):
+                torch.manual_seed(0)
+                moved = memory.blended(tokens[rows].to(torch.bfloat16), pooled[rows], axis[rows], 0.9)
+        found.append(moved)
+    assert found[0].dtype == torch.bfloat16 and torch.equal(*found)
+
+
 def test_the_oldest_are_forgotten():
     memory = OtherViews(2, 3, 1)
     length = len(memory.axis)

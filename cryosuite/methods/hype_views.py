@@ -48,7 +48,7 @@ class OtherViews(nn.Module):
         Afterwards the images are among those remembered. No gradient goes to the likeness. All processes that share a
         batch remember the same images, and no number is read back from the device.
         """
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(axis.device.type, enabled=False):
             pooled, axis = pooled.float(), axis.float()
             other, found = self.likeness(pooled, axis)
             moved, way = chance.rand(len(tokens), 2, device=tokens.device).unbind(1)
