@@ -1,7 +1,8 @@
 """CryoHype (arXiv 2512.06332): a transformer reads a particle and writes the weights of that particle's own volume.
 
 Poses and CTF are known. What differs from the paper by default: complex field on the half disc, whitened loss, learnt
-positions, frequency marching, averaged tokens for volumes; ``--preset paper`` goes back.
+positions, frequency marching, averaged tokens for volumes, some volumes read in part from another image (hype_views);
+``--preset paper`` goes back.
 """
 
 from __future__ import annotations

@@ -65,7 +65,8 @@ class OtherViews(nn.Module):
         known = torch.arange(len(self.axis), device=axis.device) < self.seen
         own, kept = even_harmonics(axis), even_harmonics(self.axis) * known[:, None]
         unit = torch.eye(kept.shape[1], device=axis.device)
-        told = torch.linalg.solve(kept.T @ kept + (RIDGE * known.sum() + RIDGE) * unit, kept.T @ self.pooled)
+        normal = kept.T @ kept + RIDGE * (1 + known.sum()) * unit
+        told = torch.linalg.solve_ex(normal, kept.T @ self.pooled)[0]  # never singular: a GPU need not be waited for
         distance = torch.cdist(pooled - own @ told, self.pooled - kept @ told)
         fits = known & ((axis @ self.axis.T).abs() < OTHER_SIDE)
         least, other = distance.masked_fill(~fits, torch.inf).min(1)
@@ -82,8 +83,8 @@ class OtherViews(nn.Module):
 
 def even_harmonics(axis: Tensor) -> Tensor:  # (n, 3) -> (n, 15)
     """Functions of a direction that do not tell front from back, as far as degree 4: all monomials of degree 4."""
-    which = torch.tensor(list(combinations_with_replacement(range(3), 4)), device=axis.device)
-    return axis[:, which].prod(-1)
+    which = combinations_with_replacement(axis.unbind(1), 4)
+    return torch.stack([a * b * c * d for a, b, c, d in which], 1)
 
 
 def of_whole_batch(values: Tensor) -> Tensor:
