@@ -58,6 +58,17 @@ def test_an_image_without_a_likeness_keeps_its_tokens():
     assert int(memory.seen) == 4
 
 
+def test_a_step_that_went_wrong_does_not_spread():
+    """NaN tokens of a step that the training leaves out are nobody's likeness."""
+    memory, axis = OtherViews(2, 3, 1), directions(64)
+    memory.remember(torch.full((64, 2, 3), torch.nan), torch.full((64, 1), torch.nan), axis)
+    tokens = torch.randn(64, 2, 3, requires_grad=True)
+    found = memory.blended(tokens, torch.zeros(64, 1), axis.flip(0), 0.99)
+    assert torch.equal(found, tokens)
+    found.sum().backward()
+    assert torch.equal(tokens.grad, torch.ones_like(tokens))
+
+
 def test_what_is_moved_and_what_learns():
     memory = OtherViews(2, 3, 1)
     memory.remember(torch.full((2, 2, 3), 2.0), torch.zeros(2, 1), torch.stack([X, Y]))

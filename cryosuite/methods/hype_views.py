@@ -55,7 +55,8 @@ class OtherViews(nn.Module):
             way = torch.where(found & (moved < share), way, 0).to(tokens.dtype)
             goal = self.tokens[other].to(tokens.dtype)
             self.remember(tokens, pooled, axis)
-        return torch.lerp(tokens, goal, way[:, None, None])
+        way = way[:, None, None]
+        return torch.where(way > 0, torch.lerp(tokens, goal, way), tokens)  # nothing of a goal that is not taken
 
     def likeness(self, pooled: Tensor, axis: Tensor) -> tuple[Tensor, Tensor]:
         """Who of those remembered is nearest among those seen from another side (b,), and whether there is any (b,).
