@@ -11,7 +11,7 @@ from test_methods_iev import SMALL, stacks
 from typer.testing import CliRunner
 
 from cryosuite.cli import app
-from cryosuite.commands.pretrain_iev import count, rounds
+from cryosuite.commands.training_options import count, rounds
 from cryosuite.data.encoder_weights import load_encoder, save_encoder
 from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError, UserNotice

@@ -9,7 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from cryosuite.cli import app
-from cryosuite.commands.pretrain_lvm import list_maps, span
+from cryosuite.commands.pretrain_lvm import list_maps
+from cryosuite.commands.training_options import ends
 from cryosuite.data.map_weights import load_map_encoder
 from cryosuite.data.workdir import RunDir
 from cryosuite.errors import InputError
@@ -86,7 +87,7 @@ def test_maps_and_spans(tmp_path: Path) -> None:
     write_map(tmp_path / "a.mrc", np.zeros((4, 4, 4), np.float32), 1.0)
     (tmp_path / "notes.txt").write_text("no map")
     assert list_maps([tmp_path]) == (str(tmp_path / "a.mrc"),) == list_maps([tmp_path / "a.mrc"])
-    assert list_maps(None) == () and span("2.5:8", "--x") == (2.5, 8) and span("3", "--x") == (3, 3)
+    assert list_maps(None) == () and ends("2.5:8", "--x") == (2.5, 8) and ends("3", "--x") == (3, 3)
     (tmp_path / "empty").mkdir()
     for wrong in (tmp_path / "empty", tmp_path / "absent.mrc"):
         with pytest.raises(InputError, match=wrong.name):

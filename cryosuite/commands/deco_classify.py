@@ -7,12 +7,12 @@ from typing import Any
 
 import typer
 
-from cryosuite.commands.options import say_without_effect
+from cryosuite.commands import training_options as shared
+from cryosuite.commands.options import Apix, Ctf, Datadir, Ind, Poses, Threads, say_without_effect
+from cryosuite.commands.training_options import ENGINE, TRAINING, option, precision, typed_again, typed_values
 from cryosuite.data.typed import typed
 
-INPUT, POSES, CLASSES, TRAINING, MODEL, MACHINE = (
-    "Particles", "Poses", "Classes", "Training", "Model (the preset decides unless given)", "Machine",
-)  # fmt: skip
+POSES, CLASSES, MODEL = "Poses", "Classes", "Model (the preset decides unless given)"
 
 RENAMED = {"dim": "width", "features": "n_frequencies", "march": "march_from", "hps_epochs": "search_epochs",
            "re_search": "research_every"}  # fmt: skip
@@ -22,153 +22,133 @@ METHOD = (
     "classes", "starts", "warmup_images", "hps_epochs", "hold_poses", "re_search", "shift_extent", "search",
     "cached_volumes", "cluster", "settle", "hand", "low_memory",
 )  # fmt: skip
-TRAIN = {
-    "num_epochs": "epochs", "batch_size": "batch_size", "lr": "lr", "warmup": "warmup", "wd": "weight_decay",
-    "ema": "ema", "seed": "seed", "max_minutes": "max_minutes", "checkpoint": "save_every",
-    "checkpoint_minutes": "checkpoint_every_minutes", "precision": "precision", "accelerator": "accelerator",
-    "devices": "devices", "num_nodes": "num_nodes", "log_interval": "log_every", "requeue": "requeue",
+TRAIN = ENGINE | {
+    "num_epochs": "epochs", "warmup": "warmup", "wd": "weight_decay", "ema": "ema", "checkpoint": "save_every",
+    "log_interval": "log_every", "precision": "precision",
 }  # fmt: skip
 NETWORK_START = ("hps_epochs", "warmup_images")  # what nothing else makes use of
 WAYS_IN = ("poses", "ctf", "ind", "datadir", "pixel_size")
 
 
-def _option(default: Any, *names: str, help: str, panel: str, **more: Any) -> Any:
-    return typer.Option(default, *names, help=help, rich_help_panel=panel, show_default=default is not None, **more)
-
-
 def main(
     context: typer.Context,
-    particles: Path = typer.Argument(
-        ..., help="Work folder of preprocess or simulate; or a .star, .cs or .mrcs file.", metavar="PARTICLES"
-    ),
-    outdir: Path = typer.Option(..., "-o", "--outdir", help="Folder of the run, made by this command."),
+    particles: shared.Particles,
+    outdir: shared.RunFolder,
     preset: str = typer.Option(
         "auto",
         help="small: for a laptop. default: for a GPU. paper: as published (CryoDECO). auto: default where there is "
         "a GPU, else small.",
     ),
-    resume: bool = typer.Option(False, "--resume", help="Go on where the run in this folder stopped."),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Replace the run that is in the folder."),
-    poses: Path = _option(None, help="Poses as cryoDRGN writes them (poses.pkl).", panel=INPUT),
-    ctf: Path = _option(None, help="CTF parameters as cryoDRGN writes them (ctf.pkl).", panel=INPUT),
-    ind: Path = _option(None, help="Use only these particles (a .pkl of indices).", panel=INPUT),
-    datadir: Path = _option(None, help="Folder in which the image stacks lie.", panel=INPUT),
-    pixel_size: float = _option(None, "--Apix", help="Pixel size in Angstrom, where no file says it.", panel=INPUT),
-    invert_data: bool = _option(False, "--invert-data", help="Particles are dark in the images.", panel=INPUT),
-    ab_initio: bool = _option(
+    resume: shared.Resume = False,
+    overwrite: shared.Replace = False,
+    poses: Poses = None,
+    ctf: Ctf = None,
+    ind: Ind = None,
+    datadir: Datadir = None,
+    pixel_size: Apix = None,
+    invert_data: shared.InvertData = False,
+    ab_initio: bool = option(
         False, "--ab-initio", help="Find the poses, even where the particles have some.", panel=POSES
     ),
-    refine_poses: bool = _option(
+    refine_poses: bool = option(
         None, "--refine-poses/--fixed-poses", help="Let known poses move with the training.", panel=POSES
     ),
-    classes: int = _option(
+    classes: int = option(
         None, "--classes", help="Ab initio: maps the first poses are searched with. Default: --k, else 1.", panel=POSES
     ),
-    start: str = _option(
-        None, help="Ab initio: voxel (closed-form maps first) or network (as published).", panel=POSES
-    ),
-    starts: int = _option(None, help="Voxel start: random starts, of which the most likely is kept.", panel=POSES),
-    shift_extent: float = _option(None, help="Largest shift searched for, as a fraction of the box.", panel=POSES),
-    search: str = _option(
+    start: str = option(None, help="Ab initio: voxel (closed-form maps first) or network (as published).", panel=POSES),
+    starts: int = option(None, help="Voxel start: random starts, of which the most likely is kept.", panel=POSES),
+    shift_extent: float = option(None, help="Largest shift searched for, as a fraction of the box.", panel=POSES),
+    search: str = option(
         None,
         help="Searches with the network: exact, in each particle's own volume (default), or cached, in the volumes of "
         "groups of particles, which is faster. Needs --start network or --re-search.",
         panel=POSES,
     ),
-    cached_volumes: int = _option(None, help="Number of these groups, 64 to 512.", panel=POSES),
-    hps_epochs: int = _option(None, help="Network start: epochs of hierarchical pose search.", panel=POSES),
-    warmup_images: int = _option(None, help="Network start: images with random poses before.", panel=POSES),
-    hold_poses: float = _option(
+    cached_volumes: int = option(None, help="Number of these groups, 64 to 512.", panel=POSES),
+    hps_epochs: int = option(None, help="Network start: epochs of hierarchical pose search.", panel=POSES),
+    warmup_images: int = option(None, help="Network start: images with random poses before.", panel=POSES),
+    hold_poses: float = option(
         None, help="Fraction of the training in which given or found poses are not refined yet.", panel=POSES
     ),
-    re_search: int = _option(
+    re_search: int = option(
         None, help="Search anew for the worst 5 % of the poses every so many epochs; 0: never.", panel=POSES
     ),
-    hand: str = _option(
+    hand: str = option(
         None,
         help="Hand of the maps. auto: classes agree with the largest. flip: likewise, all of the other hand. keep: as "
         "found.",
         panel=POSES,
     ),
-    k: str = _option("auto", "-k", "--k", help="Number of classes, or auto (BIC, shown in bic.png).", panel=CLASSES),
-    cluster: str = _option(
+    k: str = option("auto", "-k", "--k", help="Number of classes, or auto (BIC, shown in bic.png).", panel=CLASSES),
+    cluster: str = option(
         None, help="How latents are clustered: gmm-umap16 (as published), gmm-direct or kmeans.", panel=CLASSES
     ),
-    settle: bool = _option(
+    settle: bool = option(
         None,
         "--settle/--no-settle",
         help="Let the images choose their classes anew, by half maps they have no part in; default: where all "
         "classes share one frame, except with --preset paper.",
         panel=CLASSES,
     ),  # fmt: skip
-    num_epochs: int = _option(
-        None, "-n", "--num-epochs", help="Epochs: how often all images are seen.", panel=TRAINING
-    ),
-    batch_size: int = _option(None, "-b", "--batch-size", help="Images per step, over all GPUs.", panel=TRAINING),
-    lr: float = _option(None, help="Learning rate of the decoder.", panel=TRAINING),
-    lr_encoder: float = _option(None, help="Learning rate of the encoder, as a multiple of --lr.", panel=TRAINING),
-    lr_poses: float = _option(None, help="Learning rate of the poses, as a multiple of --lr.", panel=TRAINING),
-    warmup: float = _option(None, help="Fraction of the training in which the learning rate rises.", panel=TRAINING),
-    wd: float = _option(None, help="Weight decay of the matrices.", panel=TRAINING),
-    ema: float = _option(None, help="Decay of the running average of the weights; 0: none.", panel=TRAINING),
-    finetune: str = _option(
+    num_epochs: shared.NumEpochs = None,
+    batch_size: shared.BatchSize = None,
+    lr: float = option(None, help="Learning rate of the decoder.", panel=TRAINING),
+    lr_encoder: float = option(None, help="Learning rate of the encoder, as a multiple of --lr.", panel=TRAINING),
+    lr_poses: float = option(None, help="Learning rate of the poses, as a multiple of --lr.", panel=TRAINING),
+    warmup: shared.Warmup = None,
+    wd: shared.WeightDecay = None,
+    ema: shared.Ema = None,
+    finetune: str = option(
         None,
         help="What of the encoder is trained: all, last-3 blocks (or another number), head, none.",
         panel=TRAINING,
     ),  # fmt: skip
-    max_minutes: float = _option(
-        None, help="Stop after so many minutes with a checkpoint; go on with --resume.", panel=TRAINING
-    ),
-    checkpoint: int = _option(
-        None, help="Write latents and weights every so many epochs; default: four times in all.", panel=TRAINING
-    ),
-    checkpoint_minutes: float = _option(10.0, help="Minutes between two saves of what --resume needs.", panel=TRAINING),
-    log_interval: int = _option(50, help="Steps between two lines of metrics.jsonl.", panel=TRAINING),
-    seed: int = _option(0, help="Random seed: the same seed gives the same result (on one machine).", panel=TRAINING),
-    encoder: str = _option(
+    max_minutes: shared.MaxMinutes = None,
+    checkpoint: shared.Checkpoint = None,
+    checkpoint_minutes: shared.CheckpointMinutes = 10.0,
+    log_interval: shared.LogInterval = 50,
+    seed: shared.Seed = 0,
+    encoder: str = option(
         None,
         help="First encoder: random (preset small), iev-tiny (shipped), or a weights file (Cryo-IEF, pretrain-iev).",
         panel=MODEL,
     ),
-    encoder_size: str = _option(None, help="Size of a random encoder: micro, vit_tiny or vit_small.", panel=MODEL),
-    encoder_input: str = _option(
+    encoder_size: str = option(None, help="Size of a random encoder: micro, vit_tiny or vit_small.", panel=MODEL),
+    encoder_input: str = option(
         None,
         help="Images the encoder sees: raw, flipped (CTF signs undone), upright (turned by the known angle too), auto.",
         panel=MODEL,
     ),  # fmt: skip
-    bn: str = _option(None, help="Batch norms of the encoder: frozen or train (as published).", panel=MODEL),
-    zdim: str = _option(None, help="Length of the latent; auto tries 4 to 128 on held-out images.", panel=MODEL),
-    dim: int = _option(None, help="Neurons in each layer of the volume network.", panel=MODEL),
-    layers: int = _option(None, help="Residual layers of the volume network.", panel=MODEL),
-    features: int = _option(None, help="Random frequencies that coordinates are given as.", panel=MODEL),
-    feat_sigma: float = _option(None, help="Spread of the random frequencies, in units of half the box.", panel=MODEL),
-    layer_norm: bool = _option(
+    bn: str = option(None, help="Batch norms of the encoder: frozen or train (as published).", panel=MODEL),
+    zdim: str = option(None, help="Length of the latent; auto tries 4 to 128 on held-out images.", panel=MODEL),
+    dim: int = option(None, help="Neurons in each layer of the volume network.", panel=MODEL),
+    layers: int = option(None, help="Residual layers of the volume network.", panel=MODEL),
+    features: int = option(None, help="Random frequencies that coordinates are given as.", panel=MODEL),
+    feat_sigma: float = option(None, help="Spread of the random frequencies, in units of half the box.", panel=MODEL),
+    layer_norm: bool = option(
         None, "--layer-norm/--no-layer-norm", help="Layer norms in the volume network (as published).", panel=MODEL
     ),
-    field: str = _option(
+    field: str = option(
         None, help="Values of the Fourier field: complex (half the work) or hartley (as published).", panel=MODEL
     ),
-    loss: str = _option(None, help="Loss: whitened (weighs by the noise) or mse (as published).", panel=MODEL),
-    march: float = _option(
+    loss: str = option(None, help="Loss: whitened (weighs by the noise) or mse (as published).", panel=MODEL),
+    march: float = option(
         None, help="Begin with this part of the Fourier disc and let it grow; 1: all from the start.", panel=MODEL
     ),
-    march_over: float = _option(
+    march_over: float = option(
         None, help="Fraction of the training in which that part of the disc grows.", panel=MODEL
     ),
-    window: bool = _option(
+    window: bool = option(
         None, "--window/--no-window", help="Mask the corners of the images, outside the particle's circle.", panel=MODEL
     ),
-    precision: str = _option(
-        "auto", help="Precision of numbers: 32 or bf16; auto: bf16 where the machine is fast at it.", panel=MACHINE
-    ),
-    low_memory: bool = _option(
-        None, "--low-memory/--keep-activations", help="Need less memory and a third more time.", panel=MACHINE
-    ),
-    threads: int = _option(0, "--threads", help="Processor threads to use; 0: all.", panel=MACHINE),
-    accelerator: str = _option("auto", help="Where to compute: auto, cpu or gpu.", panel=MACHINE),
-    devices: int = _option(1, help="GPUs on each machine (processes without GPUs).", panel=MACHINE),
-    num_nodes: int = _option(1, help="Machines that train together.", panel=MACHINE),
-    requeue: bool = _option(False, "--requeue", help="Under SLURM: put the job back into the queue.", panel=MACHINE),
+    precision: shared.Precision = "auto",
+    low_memory: shared.LowMemory = None,
+    threads: Threads = 0,
+    accelerator: shared.Accelerator = "auto",
+    devices: shared.Devices = 1,
+    num_nodes: shared.NumNodes = 1,
+    requeue: shared.Requeue = False,
 ) -> None:
     """Sort particles into classes, with known poses or without any (CryoDECO).
 
@@ -186,10 +166,7 @@ def main(
 
         cryosuite deco-classify work/ -o run/ --resume
     """
-    values = dict(context.params)
-    # by name: Typer may bring its own copy of click, whose enumeration is another class
-    sources = {name: getattr(context.get_parameter_source(name), "name", "DEFAULT") for name in values}
-    typed = {name for name, source in sources.items() if not source.startswith("DEFAULT")}
+    values, typed = typed_values(context)
     raise typer.Exit(_train(values, typed))
 
 
@@ -197,12 +174,11 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     """Open, train, write, print; returns the exit code."""
     import torch
 
-    from cryosuite.commands.train_hype import tune_process
     from cryosuite.data.workdir import RunDir
     from cryosuite.errors import notice
     from cryosuite.methods.deco_options import DecoOptions
     from cryosuite.methods.deco_run import can_resume, check, open_for, train
-    from cryosuite.training.launch import process_rank, was_restarted
+    from cryosuite.training.launch import process_rank, tune_process, was_restarted
     from cryosuite.training.runs import (
         begin_run,
         make_config,
@@ -235,7 +211,7 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
         )
         config = begin_run(run, config, training, resume=values["resume"], overwrite=values["overwrite"])
         resume = False
-    again = {to: values[key] for key, to in TRAIN.items() if key in typed} if resume else {}
+    again = typed_again(values | {"resume": resume}, typed, TRAIN)
     result = train(particles, run, DecoOptions.from_dict(config["options"]), train_options(config, **again), resume)
     if process_rank() == 0:
         _report(run, values["particles"], result)
@@ -247,7 +223,7 @@ def _options(values: dict[str, Any], particles: Any) -> tuple[Any, Any, str]:
     from cryosuite.errors import InputError, notice
     from cryosuite.methods.deco_options import preset
     from cryosuite.methods.deco_run import available_encoder
-    from cryosuite.training.launch import fast_bf16, resolve_accelerator
+    from cryosuite.training.launch import resolve_accelerator
     from cryosuite.training.options import TrainOptions
 
     if values["cached_volumes"] is not None and values["search"] != "cached":
@@ -275,11 +251,7 @@ def _options(values: dict[str, Any], particles: Any) -> tuple[Any, Any, str]:
         reason = "a GPU is here" if gpu else "no GPU is used"
         notice(f"--preset {name} was chosen because {reason}; --preset small, default or paper decides otherwise")
     given = {to: values[key] for key, to in TRAIN.items() if values[key] is not None}
-    if values["precision"] == "auto":
-        given["precision"] = chosen.training.get("precision", "auto")
-        if not gpu and fast_bf16():
-            given["precision"] = "bf16"
-    merged = chosen.training | given
+    merged = chosen.training | given | {"precision": precision(values, chosen.training.get("precision"), gpu)}
     merged.setdefault("save_every", max(1, -(-merged["epochs"] // 4)))
     return chosen.options, TrainOptions(**merged), name
 

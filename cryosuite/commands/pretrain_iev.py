@@ -7,141 +7,137 @@ from typing import Any
 
 import typer
 
-from cryosuite.commands.options import say_not_used, say_without_effect
+from cryosuite.commands import training_options as shared
+from cryosuite.commands.options import Apix, Datadir, say_not_used, say_without_effect
+from cryosuite.commands.training_options import (
+    ENGINE,
+    MACHINE,
+    TRAINING,
+    lengths,
+    longer,
+    option,
+    precision,
+    typed_again,
+    typed_values,
+)
 from cryosuite.data.typed import typed
 
-DATA, SIMULATE, MODEL, TRAINING, ENCODE, SPEED = (
-    "Particles", "Simulated particles", "Model (the preset decides unless given)", "Training",
-    "Features instead of training", "Machine",
+DATA, SIMULATE, MODEL, ENCODE = (
+    "Particles", "Simulated particles", "Model (the preset decides unless given)", "Features instead of training",
 )  # fmt: skip
 METHOD = {
     "size": "size", "norm2": "norm2", "prep": "prep", "tau": "tau", "momentum": "momentum", "m_cos": "m_cos",
     "hidden": "hidden", "train_patch": "train_patch", "positives": "positives", "circle": "circle",
     "low_memory": "low_memory", "keep": "keep", "patch_start": "patch_start", "guide": "guide",
 }  # fmt: skip
-TRAIN = {
-    "batch_size": "batch_size", "lr": "lr", "warmup": "warmup", "wd": "weight_decay", "seed": "seed",
-    "max_minutes": "max_minutes",
-    "checkpoint_minutes": "checkpoint_every_minutes", "accelerator": "accelerator", "devices": "devices",
-    "num_nodes": "num_nodes", "log_interval": "log_every", "requeue": "requeue",
-}  # fmt: skip
-
-
-def _option(default: Any, *names: str, help: str, panel: str, **more: Any) -> Any:
-    return typer.Option(default, *names, help=help, rich_help_panel=panel, show_default=default is not None, **more)
+TRAIN = ENGINE | {"warmup": "warmup", "wd": "weight_decay", "log_interval": "log_every"}
 
 
 def main(
     context: typer.Context,
+    outdir: shared.RunFolder,
     sets: list[Path] = typer.Argument(
         None, help="Work folders, .star, .cs or .mrcs files, folders of them, or a .yaml list.", metavar="[SETS]..."
     ),
-    outdir: Path = typer.Option(..., "-o", "--outdir", help="Folder of the run, made by this command."),
     preset: str = typer.Option(
         "auto",
         help="tiny: 3 M parameters, 112 pixels, for a CPU or a short time. default: small encoder for a GPU. paper: as "
         "published (Cryo-IEF), many GPUs. auto: default where there is a GPU, else tiny.",
     ),
-    resume: bool = typer.Option(False, "--resume", help="Go on where the run in this folder stopped."),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Replace the run that is in the folder."),
-    datadir: Path = _option(None, help="Folder in which the image stacks lie.", panel=DATA),
-    pixel_size: float = _option(None, "--Apix", help="Pixel size in Angstrom, where no file says it.", panel=DATA),
-    invert_data: bool = _option(False, "--invert-data", help="Particles are dark in the images.", panel=DATA),
-    cache: bool = _option(
+    resume: shared.Resume = False,
+    overwrite: shared.Replace = False,
+    datadir: Datadir = None,
+    pixel_size: Apix = None,
+    invert_data: shared.InvertData = False,
+    cache: bool = option(
         False, "--cache", help="Keep prepared images in the run folder (12 to 50 kB each): faster passes.", panel=DATA
     ),
-    simulate: str = _option(
+    simulate: str = option(
         None,
         help="Also (or only) simulated particles: phantom:N, a folder of PDB or mmCIF files, or both, separated "
         "by commas.",
         panel=SIMULATE,
     ),  # fmt: skip
-    hold_out: str = _option("8", help="Molecules kept out to test on: how many, or names.", panel=SIMULATE),
-    share: float = _option(None, help="Share of simulated images; default: all, or half beside sets.", panel=SIMULATE),
-    views: int = _option(200, help="Directions in which each molecule is projected beforehand.", panel=SIMULATE),
-    field: float = _option(320.0, help="Edge of simulated images in Angstrom.", panel=SIMULATE),
-    snr: str = _option(
+    hold_out: str = option("8", help="Molecules kept out to test on: how many, or names.", panel=SIMULATE),
+    share: float = option(None, help="Share of simulated images; default: all, or half beside sets.", panel=SIMULATE),
+    views: int = option(200, help="Directions in which each molecule is projected beforehand.", panel=SIMULATE),
+    field: float = option(320.0, help="Edge of simulated images in Angstrom.", panel=SIMULATE),
+    snr: str = option(
         "0.003:0.2", help="Signal to noise ratio of simulated images, from:to, at 128 pixels.", panel=SIMULATE
     ),
-    boxes: str = _option(
-        "32,48,64,96,128", help="Box sizes in pixels that simulated images come from.", panel=SIMULATE
-    ),
-    positives: str = _option(
+    boxes: str = option("32,48,64,96,128", help="Box sizes in pixels that simulated images come from.", panel=SIMULATE),
+    positives: str = option(
         None,
         help="What two simulated views share: augment (one image), same-view (molecule and pose), "
         "same-structure (molecule) or mixed.",
         panel=SIMULATE,
     ),  # fmt: skip
-    guide: float = _option(
+    guide: float = option(
         None,
         help="Weight of a second loss: features must tell the shape of the clean picture; 0: none.",
         panel=SIMULATE,
     ),
-    size: str = _option(None, help="Size of the encoder: vit_tiny, vit_small or vit_base.", panel=MODEL),
-    norm2: str = _option(
+    size: str = option(None, help="Size of the encoder: vit_tiny, vit_small or vit_base.", panel=MODEL),
+    norm2: str = option(
         None, help="Second norm of a block: bn (as the released files) or ln (for small batches).", panel=MODEL
     ),
-    prep: str = _option(None, help="Grey values: standard or robust (ours), ief (as published).", panel=MODEL),
-    hidden: int = _option(None, help="Neurons of projector and predictor.", panel=MODEL),
-    patch_start: str = _option(
+    prep: str = option(None, help="Grey values: standard or robust (ours), ief (as published).", panel=MODEL),
+    hidden: int = option(None, help="Neurons of projector and predictor.", panel=MODEL),
+    patch_start: str = option(
         None, help="Start of the patch projection: random (as published), or smooth (low-pass patterns).", panel=MODEL
     ),
-    train_patch: bool = _option(
+    train_patch: bool = option(
         None, "--train-patch/--frozen-patch", help="Also train the patch projection.", panel=MODEL
     ),
-    circle: bool = _option(
+    circle: bool = option(
         None, "--circle/--no-circle", help="Hide what lies outside the particle's circle.", panel=MODEL
     ),
-    keep: float = _option(
+    keep: float = option(
         None, help="Share of the patches shown in all but the last tenth of the training.", panel=TRAINING
     ),
-    tau: float = _option(None, help="Temperature of the contrastive loss.", panel=TRAINING),
-    momentum: float = _option(None, help="How slowly the momentum copy follows.", panel=TRAINING),
-    m_cos: bool = _option(None, "--m-cos/--m-constant", help="Let the momentum rise to 1.", panel=TRAINING),
-    aug: str = _option(
+    tau: float = option(None, help="Temperature of the contrastive loss.", panel=TRAINING),
+    momentum: float = option(None, help="How slowly the momentum copy follows.", panel=TRAINING),
+    m_cos: bool = option(None, "--m-cos/--m-constant", help="Let the momentum rise to 1.", panel=TRAINING),
+    aug: str = option(
         None,
         help="Augmentations, separated by commas: rotate, flip, shift, crop, blur, noise, contrast, defocus, "
         "sign; or none.",
         panel=TRAINING,
     ),  # fmt: skip
-    no_flip: bool = _option(
-        False, "--no-flip", help="Without mirror images: features then know hands.", panel=TRAINING
-    ),
-    images: str = _option(None, help="Images seen in all, such as 300k or 10M.", panel=TRAINING),
-    every: str = _option(
+    no_flip: bool = option(False, "--no-flip", help="Without mirror images: features then know hands.", panel=TRAINING),
+    images: str = option(None, help="Images seen in all, such as 300k or 10M.", panel=TRAINING),
+    every: str = option(
         None, help="Test and write the encoder every so many images; default: 20 times.", panel=TRAINING
     ),
-    batch_size: int = _option(
+    batch_size: int = option(
         None, "-b", "--batch-size", help="Images per step over all GPUs; each is told from all others.", panel=TRAINING
     ),
-    lr: float = _option(None, help="Learning rate for this batch size; default: grows with the batch.", panel=TRAINING),
-    warmup: float = _option(None, help="Fraction of the training in which the learning rate rises.", panel=TRAINING),
-    wd: float = _option(None, help="Weight decay of matrices.", panel=TRAINING),
-    max_minutes: float = _option(None, help="Stop after so many minutes with a checkpoint.", panel=TRAINING),
-    checkpoint_minutes: float = _option(10.0, help="Minutes between two saves of what --resume needs.", panel=TRAINING),
-    log_interval: int = _option(20, help="Steps between two lines of metrics.jsonl.", panel=TRAINING),
-    seed: int = _option(0, help="Random seed: the same seed gives the same result (on one machine).", panel=TRAINING),
-    encode: bool = _option(
+    lr: float = option(None, help="Learning rate for this batch size; default: grows with the batch.", panel=TRAINING),
+    warmup: shared.Warmup = None,
+    wd: float = option(None, help="Weight decay of matrices.", panel=TRAINING),
+    max_minutes: shared.MaxMinutes = None,
+    checkpoint_minutes: shared.CheckpointMinutes = 10.0,
+    log_interval: shared.LogInterval = 20,
+    seed: shared.Seed = 0,
+    encode: bool = option(
         False,
         "--encode",
         help="Train nothing: write the features of one set, to be looked at with analyze.",
         panel=ENCODE,
     ),  # fmt: skip
-    weights: str = _option(
+    weights: str = option(
         None, help="iev-tiny (comes with cryosuite), or a .safetensors file: Cryo-IEF's or ours.", panel=ENCODE
     ),
-    low_memory: bool = _option(
-        None, "--low-memory/--keep-activations", help="Need less memory and a third more time.", panel=SPEED
-    ),
-    precision: str = _option(
+    low_memory: shared.LowMemory = None,
+    precision: str = option(
         "auto",
         help="Precision of numbers: 32 or bf16; auto: bf16 where the machine is fast at it (--encode: on a GPU only).",
-        panel=SPEED,
+        panel=MACHINE,
     ),
-    accelerator: str = _option("auto", help="Where to compute: auto, cpu or gpu.", panel=SPEED),
-    devices: int = _option(1, help="GPUs on each machine (processes without GPUs).", panel=SPEED),
-    num_nodes: int = _option(1, help="Machines that train together.", panel=SPEED),
-    requeue: bool = _option(False, "--requeue", help="SLURM: put the job back into the queue.", panel=SPEED),
+    accelerator: shared.Accelerator = "auto",
+    devices: shared.Devices = 1,
+    num_nodes: shared.NumNodes = 1,
+    requeue: shared.Requeue = False,
 ) -> None:
     """Train an encoder of particle images without labels (MoCo v3), for deco-classify and a first look at a set.
 
@@ -157,51 +153,20 @@ def main(
 
         cryosuite analyze features/
     """
-    values = dict(context.params)
-    sources = {name: getattr(context.get_parameter_source(name), "name", "DEFAULT") for name in values}
-    typed = {name for name, source in sources.items() if not source.startswith("DEFAULT")}
+    values, typed = typed_values(context)
     if resume and not encode:
         say_not_used(context, (*TRAIN, "images"))
     raise typer.Exit(_encode(values) if encode else _train(values, typed))
 
 
-def count(text: str, option: str) -> int:
-    """A number of images as people write it: 5000, 300k, 10M.
-
-    Raises InputError for anything else.
-    """
-    from cryosuite.errors import InputError
-
-    factors = {"k": 10**3, "m": 10**6, "g": 10**9}
-    factor = factors.get(text[-1:].lower(), 1)
-    try:
-        number = int(round(float(text[:-1] if factor > 1 else text) * factor))
-    except (ValueError, OverflowError):
-        number = 0
-    if number < 1:
-        raise InputError(f"{option} {text}: expected a number of images such as 5000, 300k or 10M")
-    return number
-
-
-def rounds(total: int, every: int, batch: int) -> tuple[int, int]:
-    """(epochs, images of one) for ``total`` images, a multiple of the batch, and a test about every so many.
-
-    Epochs are whole and as long as each other: they are made longer rather than that images are left out.
-    """
-    epochs = max(1, total // max(batch, every - every % batch))
-    every = total // epochs
-    return epochs, every - every % batch
-
-
 def _train(values: dict[str, Any], typed: set[str]) -> int:
     """Open, train, write, print; returns the exit code."""
-    from cryosuite.commands.train_hype import tune_process
     from cryosuite.data.workdir import RunDir
     from cryosuite.errors import InputError
     from cryosuite.methods.iev import Guard, Iev, after_epoch, encoder_file
     from cryosuite.methods.iev_options import IevOptions
     from cryosuite.methods.iev_run import make_corpus, sets_from, simulated_from
-    from cryosuite.training.launch import meet, process_rank, resolve_accelerator
+    from cryosuite.training.launch import meet, process_rank, resolve_accelerator, tune_process
     from cryosuite.training.loop import fit
     from cryosuite.training.runs import begin_run, make_config, train_options
 
@@ -225,12 +190,8 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     if not run.checkpoint.exists() and process_rank() == 0:
         encoder_file(run).unlink(missing_ok=True)  # of a run that was replaced
     chosen = IevOptions.from_dict(config["options"])
-    again = {to: values[key] for key, to in TRAIN.items() if key in typed} if values["resume"] else {}
-    command = config["command"]
-    if values["resume"] and values["images"] is not None:  # a longer training: the learning rate rises again
-        again["epochs"] = max(1, count(values["images"], "--images") // config["epoch_images"])
-        command += f" (then --resume --images {values['images']})"
-    training = train_options(config, **again)
+    longer_by, command = longer(values, config)  # then the learning rate rises again
+    training = train_options(config, **typed_again(values, typed, TRAIN), **longer_by)
     processes = meet(training)  # which share the making of the files
     device = resolve_accelerator(values["accelerator"])
     corpus, held = make_corpus(
@@ -255,7 +216,7 @@ def _options(values: dict[str, Any]) -> tuple[Any, Any, str, int, list[dict], di
     from cryosuite.errors import notice
     from cryosuite.methods.iev_options import preset
     from cryosuite.methods.iev_run import describe_simulated, list_sets, plain_sets
-    from cryosuite.training.launch import fast_bf16, resolve_accelerator
+    from cryosuite.training.launch import resolve_accelerator
     from cryosuite.training.options import TrainOptions
 
     gpu = resolve_accelerator(values["accelerator"]) == "cuda"
@@ -274,15 +235,10 @@ def _options(values: dict[str, Any]) -> tuple[Any, Any, str, int, list[dict], di
         notice(f"--preset {name} was chosen because {reason}; --preset tiny, default or paper decides otherwise")
     given = {to: values[key] for key, to in TRAIN.items() if values[key] is not None}
     merged = chosen.training | {"ema": 0.0, "lr_final": 0.0} | given
-    total = chosen.images if values["images"] is None else count(values["images"], "--images")
     batch = merged["batch_size"]
-    total = max(batch, total - total % batch)
-    every = max(total // 20, batch) if values["every"] is None else count(values["every"], "--every")
-    epochs, every = rounds(total, every, batch)
+    epochs, every = lengths(values, chosen.images, batch, tests=20)
     merged["lr"] = chosen.lr_256 * batch / 256 if values["lr"] is None else values["lr"]
-    merged["precision"] = values["precision"]
-    if values["precision"] == "auto" and not gpu and fast_bf16():
-        merged["precision"] = "bf16"
+    merged["precision"] = precision(values, None, gpu)
     sign = -1 if values["invert_data"] else None
     lists = plain_sets(list_sets(values["sets"] or []), values["datadir"], values["pixel_size"], sign)
     return (

@@ -7,18 +7,10 @@ from typing import Any
 
 import typer
 
-from cryosuite.commands.pretrain_lvm import (
-    DATA,
-    LEARNT,
-    SPEED,
-    TRAINING,
-    _option,
-    again,
-    common_options,
-    given,
-    lengths,
-    train_values,
-)
+from cryosuite.commands import lvm_training_options as maps_options
+from cryosuite.commands import training_options as shared
+from cryosuite.commands.lvm_training_options import DATA, LEARNT, again, common_options, train_values, values_of
+from cryosuite.commands.training_options import TRAINING, lengths, option
 from cryosuite.data.typed import typed
 
 OWN = (
@@ -39,7 +31,7 @@ LR, ENCODER_LR, FROZEN = 3e-4, 1e-4, 0.1  # of the decoder, of an encoder that w
 
 def main(
     context: typer.Context,
-    outdir: Path = typer.Option(..., "-o", "--outdir", help="Folder of the run, made by this command."),
+    outdir: shared.RunFolder,
     task: str = typer.Option(
         None,
         help="sharpen: a map as its model shows it. superres: at a better resolution than it has. wedge: a tomographic "
@@ -59,90 +51,73 @@ def main(
     preset: str = typer.Option(
         "default", help="Choice of options: default, or paper (loss and grey values as CryoLVM describes them)."
     ),
-    resume: bool = typer.Option(False, "--resume", help="Go on where the run in this folder stopped."),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Replace the run that is in the folder."),
-    structures: str = _option(
-        None,
-        help="Molecules to simulate maps of: phantom (made up, endless; default), a PDB or mmCIF file, a folder of "
-        "them, or both:FOLDER.",
-        panel=DATA,
-    ),
-    pairs: Path = _option(None, help="Your own pairs: a folder or table of maps and their models.", panel=DATA),
-    hold_out: str = _option(None, help="Structures kept out to test on: how many, or names.", panel=DATA),
-    crop: int = _option(None, help="Edge of the crops in voxels; default: 48 on a GPU, else 32.", panel=DATA),
-    volume: int = _option(None, help="Edge of what is simulated at once, in voxels.", panel=DATA),
-    crops_per_volume: int = _option(None, help="Crops cut from each simulated volume.", panel=DATA),
-    mix: int = _option(None, help="Simulated volumes that are shuffled together.", panel=DATA),
-    norm: str = _option(None, help="Grey values: robust (ours), paper or emready.", panel=DATA),
-    spectrum: str = _option(
+    resume: shared.Resume = False,
+    overwrite: shared.Replace = False,
+    structures: maps_options.Structures = None,
+    pairs: Path = option(None, help="Your own pairs: a folder or table of maps and their models.", panel=DATA),
+    hold_out: maps_options.HoldOut = None,
+    crop: maps_options.Crop = None,
+    volume: maps_options.Volume = None,
+    crops_per_volume: maps_options.CropsPerVolume = None,
+    mix: maps_options.Mix = None,
+    norm: maps_options.Norm = None,
+    spectrum: str = option(
         None,
         help="Amplitudes of the maps given: matched (they fall as those of a model's map of the same resolution; "
         "default, not of tomograms) or as-is.",
         panel=DATA,
     ),
-    resolution: str = _option(None, help="Resolution of the maps in A, from:to, such as 2.5:8.", panel=DATA),
-    noise_only: float = _option(None, help="Chance of a volume of noise, whose target is empty.", panel=DATA),
-    clean: float = _option(None, help="Chance of a map that needs no change.", panel=DATA),
-    size: str = _option(
+    resolution: maps_options.Resolution = None,
+    noise_only: float = option(None, help="Chance of a volume of noise, whose target is empty.", panel=DATA),
+    clean: float = option(None, help="Chance of a map that needs no change.", panel=DATA),
+    size: str = option(
         None,
         help="micro, small, default, medium or large (d = 8, 16, 24, 32 channels); default: that of --init or "
         "--weights, else default on a GPU and small on a CPU.",
         panel=LEARNT,
     ),
-    net: str = _option(None, help="Network: scunet (default), or vit to compare with.", panel=LEARNT),
-    drop_path: float = _option(
-        None, help="Stochastic depth, a share of blocks left out; default 0 up to small, else 0.1.", panel=LEARNT
-    ),
-    alpha: float = _option(
+    net: str = option(None, help="Network: scunet (default), or vit to compare with.", panel=LEARNT),
+    drop_path: maps_options.DropPath = None,
+    alpha: float = option(
         None,
         help="Share of the mean square error in the loss (default 0.9); the rest is the histogram's.",
         panel=LEARNT,
     ),
-    hist_mask: str = _option(
+    hist_mask: str = option(
         None, help="Voxels of the histogram: union (molecule in either map, default) or whole.", panel=LEARNT
     ),
-    hist_sample: int = _option(
-        None, help="Voxels of each crop that the histogram is taken from; 0: all.", panel=LEARNT
-    ),
-    cc: float = _option(None, help="Weight of 1 - correlation inside the molecule.", panel=LEARNT),
-    ssim: float = _option(None, help="Weight of a structural similarity loss.", panel=LEARNT),
-    fsc: float = _option(None, help="Weight of a Fourier shell correlation loss.", panel=LEARNT),
-    encoder_lr: float = _option(
+    hist_sample: int = option(None, help="Voxels of each crop that the histogram is taken from; 0: all.", panel=LEARNT),
+    cc: float = option(None, help="Weight of 1 - correlation inside the molecule.", panel=LEARNT),
+    ssim: float = option(None, help="Weight of a structural similarity loss.", panel=LEARNT),
+    fsc: float = option(None, help="Weight of a Fourier shell correlation loss.", panel=LEARNT),
+    encoder_lr: float = option(
         None, help="Learning rate of the encoder; default: 1e-4 if it was trained before, else --lr.", panel=LEARNT
     ),
-    frozen: float = _option(
+    frozen: float = option(
         None, help="Part of the training in which a pretrained encoder stays as it is (default 0.1).", panel=LEARNT
     ),
-    patience: int = _option(
+    patience: int = option(
         None, help="End early after so many tests without a better CC; the best weights are kept.", panel=TRAINING
     ),
-    images: str = _option(None, help="Crops seen in all, such as 60k or 1M.", panel=TRAINING),
-    every: str = _option(
-        None, help="Test and write the weights every so many crops; default: 10 times.", panel=TRAINING
-    ),
-    batch_size: int = _option(None, "-b", "--batch-size", help="Crops per step over all GPUs.", panel=TRAINING),
-    micro_batches: int = _option(1, help="Pieces a batch is computed in, for less memory.", panel=TRAINING),
-    lr: float = _option(None, help="Learning rate (of the decoder); default 3e-4.", panel=TRAINING),
-    schedule: str = _option(
-        None,
-        help="Learning rate over time: cosine, or flat (until the last fifth: --resume --images may move the end).",
-        panel=TRAINING,
-    ),  # fmt: skip
-    warmup: float = _option(None, help="Fraction of the training in which the learning rate rises.", panel=TRAINING),
-    ema: float = _option(0.999, help="Decay of the averaged weights.", panel=TRAINING),
-    max_minutes: float = _option(None, help="Stop after so many minutes; --resume goes on.", panel=TRAINING),
-    max_hours: float = _option(None, help="Stop after so many hours; --resume goes on.", panel=TRAINING),
-    checkpoint_minutes: float = _option(5.0, help="Minutes between two saves of what --resume needs.", panel=TRAINING),
-    log_interval: int = _option(20, help="Steps between two lines of metrics.jsonl.", panel=TRAINING),
-    seed: int = _option(0, help="Random seed: the same seed gives the same result (on one machine).", panel=TRAINING),
-    precision: str = _option(
-        "auto", help="Precision of numbers: 32 or bf16; auto: bf16 where the machine is fast at it.", panel=SPEED
-    ),
-    accelerator: str = _option("auto", help="Where to compute: auto, cpu or gpu.", panel=SPEED),
-    devices: int = _option(1, help="GPUs on each machine (processes without GPUs).", panel=SPEED),
-    num_nodes: int = _option(1, help="Machines that train together.", panel=SPEED),
-    compile: bool = _option(False, "--compile", help="Use torch.compile, for long trainings on a GPU.", panel=SPEED),
-    requeue: bool = _option(False, "--requeue", help="SLURM: put the job back into the queue.", panel=SPEED),
+    images: maps_options.Images = None,
+    every: maps_options.Every = None,
+    batch_size: maps_options.BatchSize = None,
+    micro_batches: maps_options.MicroBatches = 1,
+    lr: float = option(None, help="Learning rate (of the decoder); default 3e-4.", panel=TRAINING),
+    schedule: maps_options.Schedule = None,
+    warmup: shared.Warmup = None,
+    ema: float = option(0.999, help="Decay of the averaged weights.", panel=TRAINING),
+    max_minutes: shared.MaxMinutes = None,
+    max_hours: shared.MaxHours = None,
+    checkpoint_minutes: shared.CheckpointMinutes = 5.0,
+    log_interval: shared.LogInterval = 20,
+    seed: shared.Seed = 0,
+    precision: shared.Precision = "auto",
+    accelerator: shared.Accelerator = "auto",
+    devices: shared.Devices = 1,
+    num_nodes: shared.NumNodes = 1,
+    compile: shared.Compile = False,
+    requeue: shared.Requeue = False,
 ) -> None:
     """Train a network that restores density maps, on simulated pairs of maps or your own (CryoLVM).
 
@@ -157,18 +132,17 @@ def main(
 
         cryosuite lvm-sharpen map.mrc --weights run/weights.safetensors -o out.mrc
     """
-    raise typer.Exit(_train(*given(context)))
+    raise typer.Exit(_train(*values_of(context)))
 
 
 def _train(values: dict[str, Any], typed: set[str]) -> int:
     """Open, train, write, print; returns the exit code."""
-    from cryosuite.commands.train_hype import tune_process
     from cryosuite.data.workdir import RunDir
     from cryosuite.methods.lvm_options import TrainLvmOptions
     from cryosuite.methods.lvm_run import after_train_epoch, make_crops
     from cryosuite.methods.lvm_train import TrainLvm
     from cryosuite.methods.lvm_validate import Examiner
-    from cryosuite.training.launch import meet, process_rank
+    from cryosuite.training.launch import meet, process_rank, tune_process
     from cryosuite.training.loop import fit
     from cryosuite.training.runs import begin_run, make_config, train_options
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import logging
 import os
 import random
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -201,6 +203,23 @@ def _join_anew(accelerator: str) -> None:
     store = torch.distributed.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "nccl" if accelerator == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+
+
+def tune_process() -> None:
+    """Settings of this process that make training on a CPU faster and change no number that matters.
+
+    Denormal numbers count as zero, and the C library keeps freed memory instead of handing every tensor's pages back
+    to the system and asking for them again.
+    """
+    torch.set_flush_denormal(True)
+    if sys.platform != "linux":
+        return
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    for parameter, value in ((-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 64 << 20)):  # mmap, trim, top pad
+        mallopt(parameter, value)
 
 
 def seed_all(seed: int) -> None:

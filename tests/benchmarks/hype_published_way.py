@@ -22,14 +22,13 @@ import torch
 from common import save
 from torch import Tensor
 
-from cryosuite.commands.train_hype import tune_process
 from cryosuite.data.loader import Batch
 from cryosuite.kernels import fourier, rotations
 from cryosuite.kernels.ctf import CtfParams
 from cryosuite.methods.hype import Hype
 from cryosuite.methods.hype_model import HypeModel, Spectra
 from cryosuite.methods.hype_options import PRESETS
-from cryosuite.training.launch import fast_bf16
+from cryosuite.training.launch import fast_bf16, tune_process
 from cryosuite.training.method import Step
 
 FRACTIONS = (0.05, 0.15, 0.25, 0.35, 0.5, 0.7, 0.9)  # of the training; the schedule is flat after 0.4

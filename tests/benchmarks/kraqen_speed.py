@@ -24,10 +24,9 @@ import torch
 from common import RESULTS, save
 from hype_published_way import random_batch
 
-from cryosuite.commands.train_hype import tune_process
 from cryosuite.data.particles import ParticleSet
 from cryosuite.kernels import fourier, rotations
-from cryosuite.training.launch import fast_bf16
+from cryosuite.training.launch import fast_bf16, tune_process
 from cryosuite.training.method import Method, Step
 
 CODES, RANK, BOX = 100, 64, 128
