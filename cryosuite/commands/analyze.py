@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from cryosuite.commands import volume_options as shared
 from cryosuite.commands.options import check_seed
 from cryosuite.data.typed import typed
 
@@ -18,7 +19,7 @@ def _option(default: Any, *names: str, help: str, panel: str, **more: Any) -> An
 
 
 def main(
-    run: Path = typer.Argument(..., help="Folder of a training run, ours or cryoDRGN's.", metavar="RUN"),
+    run: shared.Run,
     epoch_number: int = typer.Argument(None, help="Epoch, as cryoDRGN takes it; the same as --epoch.", metavar="EPOCH"),
     epoch: int = typer.Option(None, "--epoch", help="Epoch, counted from 1; -1 or nothing: the last whole one."),
     outdir: Path = _option(None, "-o", "--outdir", help="Folder to write to; nothing: RUN/analyze.EPOCH.", panel=PLOTS),
@@ -44,30 +45,13 @@ def main(
     ),
     skip_umap: bool = _option(False, "--skip-umap", help="Leave out UMAP, the slowest plot.", panel=PLOTS),
     skip_vol: bool = _option(False, "--skip-vol", help="Leave out the volumes.", panel=VOLUMES),
-    apix: float = _option(
-        None, "--Apix", help="Pixel size in Angstrom of the trained box; nothing: the run's.", panel=VOLUMES
-    ),
-    flip: bool = _option(False, "--flip", help="Mirror the volumes (the other hand).", panel=VOLUMES),
-    invert: bool = _option(False, "--invert", help="Multiply the volumes by -1.", panel=VOLUMES),
-    downsample: int = _option(
-        None,
-        "-d",
-        "--downsample",
-        help="Crop the volumes to this box size in pixels; nothing: the run's box.",
-        panel=VOLUMES,
-    ),
-    low_pass: float = _option(
-        None,
-        "--low-pass",
-        help="Filter the volumes to this resolution in Angstrom; nothing: not filtered.",
-        panel=VOLUMES,
-    ),
-    vol_start_index: int = _option(
-        0, "--vol-start-index", help="Number of the first volume file; 1 as in cryoDRGN.", panel=VOLUMES
-    ),
-    mass_kda: float = _option(
-        None, "--mass-kda", help="Mass in kDa that the shown surface is to enclose.", panel=VOLUMES
-    ),
+    apix: shared.Apix = None,
+    flip: shared.Flip = False,
+    invert: shared.Invert = False,
+    downsample: shared.Downsample = None,
+    low_pass: shared.LowPass = None,
+    vol_start_index: shared.VolStartIndex = 0,
+    mass_kda: shared.MassKda = None,
     polish: bool = _option(
         False, "--polish", help="Also backproject and polish the particles of each cluster (see polish).", panel=VOLUMES
     ),
@@ -77,7 +61,7 @@ def main(
         help="Also write sharp_000.mrc ...: what lvm-sharpen makes of each volume (and polished map), a prediction.",
         panel=VOLUMES,
     ),
-    datadir: Path = _option(None, "--datadir", help="Folder of the image stacks, where they were moved.", panel=PLOTS),
+    datadir: shared.Datadir = None,
     no_report: bool = _option(
         False, "--no-report", help="Leave out report.html (`cryosuite report` writes it later).", panel=PLOTS
     ),

@@ -7,14 +7,14 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from cryosuite.commands import volume_options as shared
 from cryosuite.commands.options import check_seed
+from cryosuite.commands.volume_options import PLACE, VOLUMES
 from cryosuite.data.typed import typed
-
-VOLUMES, PLACE = "Volumes", "Where and how"
 
 
 def main(
-    run: Annotated[Path, typer.Argument(help="Folder of a training run, ours or cryoDRGN's.", metavar="RUN")],
+    run: shared.Run,
     count: Annotated[
         int, typer.Option("-N", "--sketch", help="Volumes that stand for all particles; each has to be decoded.")
     ] = 300,
@@ -37,40 +37,17 @@ def main(
             rich_help_panel=VOLUMES,
         ),
     ] = None,  # fmt: skip
-    apix: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option("--Apix", help="Pixel size in Angstrom; nothing: the run's.", rich_help_panel=VOLUMES),
-    ] = None,
-    flip: Annotated[
-        bool, typer.Option("--flip", help="Mirror the volumes (the other hand).", rich_help_panel=VOLUMES)
-    ] = False,
-    invert: Annotated[
-        bool, typer.Option("--invert", help="Multiply the volumes by -1.", rich_help_panel=VOLUMES)
-    ] = False,
-    low_pass: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(
-            "--low-pass",
-            help="Filter the volumes to this resolution in Angstrom; nothing: not filtered.",
-            rich_help_panel=VOLUMES,
-        ),
-    ] = None,
-    mass_kda: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option("--mass-kda", help="Mass in kDa that the surface is to enclose.", rich_help_panel=VOLUMES),
-    ] = None,
-    epoch: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--epoch", help="Epoch, counted from 1; nothing: the last whole one.", rich_help_panel=PLACE),
-    ] = None,
+    apix: shared.Apix = None,
+    flip: shared.Flip = False,
+    invert: shared.Invert = False,
+    low_pass: shared.LowPass = None,
+    mass_kda: shared.MassKda = None,
+    epoch: shared.Epoch = None,
     outdir: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option("-o", "--outdir", help="Folder; nothing: RUN/analyze.EPOCH/landscape.", rich_help_panel=PLACE),
     ] = None,
-    datadir: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--datadir", help="Folder of the image stacks, where they were moved.", rich_help_panel=PLACE),
-    ] = None,
+    datadir: shared.Datadir = None,
     seed: Annotated[
         int,
         typer.Option(

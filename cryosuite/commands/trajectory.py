@@ -7,21 +7,23 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from cryosuite.commands import volume_options as shared
 from cryosuite.commands.options import check_seed
+from cryosuite.commands.volume_options import PLACE, VOLUMES
 
 if TYPE_CHECKING:
     import numpy as np
 
     from cryosuite.analysis.trajectory import LatentPath
 
-WAY, VOLUMES, PLACE = "Which way", "Volumes", "Where and how"
+WAY = "Which way"
 HOW = ("graph", "direct")
 NEIGHBOURS = 10
 VOLUME_COUNT = 10
 
 
 def main(
-    run: Annotated[Path, typer.Argument(help="Folder of a training run, ours or cryoDRGN's.", metavar="RUN")],
+    run: shared.Run,
     start: Annotated[
         Optional[int],  # noqa: UP045  typer on Python 3.10 evaluates this
         typer.Option("--from", help="Particle to begin at: a row of the run, from 0.", rich_help_panel=WAY),
@@ -65,57 +67,24 @@ def main(
         Optional[int],  # noqa: UP045
         typer.Option("-n", "--volumes", help="Volumes along the path; nothing: 10.", rich_help_panel=VOLUMES),
     ] = None,
-    apix: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option("--Apix", help="Pixel size in Angstrom; nothing: the run's.", rich_help_panel=VOLUMES),
-    ] = None,
-    flip: Annotated[
-        bool, typer.Option("--flip", help="Mirror the volumes (the other hand).", rich_help_panel=VOLUMES)
-    ] = False,
-    invert: Annotated[
-        bool, typer.Option("--invert", help="Multiply the volumes by -1.", rich_help_panel=VOLUMES)
-    ] = False,
-    downsample: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(
-            "-d",
-            "--downsample",
-            help="Crop the volumes to this box size in pixels; nothing: the run's box.",
-            rich_help_panel=VOLUMES,
-        ),
-    ] = None,
-    low_pass: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(
-            "--low-pass",
-            help="Filter the volumes to this resolution in Angstrom; nothing: not filtered.",
-            rich_help_panel=VOLUMES,
-        ),
-    ] = None,
-    vol_start_index: Annotated[
-        int, typer.Option("--vol-start-index", help="Number of the first volume file.", rich_help_panel=VOLUMES)
-    ] = 0,
-    mass_kda: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option("--mass-kda", help="Mass in kDa that the surface is to enclose.", rich_help_panel=VOLUMES),
-    ] = None,
+    apix: shared.Apix = None,
+    flip: shared.Flip = False,
+    invert: shared.Invert = False,
+    downsample: shared.Downsample = None,
+    low_pass: shared.LowPass = None,
+    vol_start_index: shared.VolStartIndex = 0,
+    mass_kda: shared.MassKda = None,
     no_movie: Annotated[
         bool, typer.Option("--no-movie", help="Leave out movie.gif and movie.mp4.", rich_help_panel=PLACE)
     ] = False,
-    epoch: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--epoch", help="Epoch, counted from 1; nothing: the last whole one.", rich_help_panel=PLACE),
-    ] = None,
+    epoch: shared.Epoch = None,
     outdir: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
             "-o", "--outdir", help="Folder; nothing: RUN/analyze.EPOCH/trajectories/NAME.", rich_help_panel=PLACE
         ),
     ] = None,  # fmt: skip
-    datadir: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--datadir", help="Folder of the image stacks, where they were moved.", rich_help_panel=PLACE),
-    ] = None,
+    datadir: shared.Datadir = None,
     seed: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(
