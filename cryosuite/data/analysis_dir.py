@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
+from cryosuite.data.folder import Folder
 
-@dataclass(frozen=True)
-class AnalysisDir:
+
+class AnalysisDir(Folder):
     """A folder with the plots, clusters and volumes of one epoch, named as cryoDRGN users expect."""
-
-    path: Path
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "path", Path(self.path))
 
     @property
     def umap(self) -> Path:
@@ -103,11 +98,8 @@ class AnalysisDir:
         return self.path / "clusters" / f"cluster_{label:03d}.ind.pkl"
 
 
-@dataclass(frozen=True)
-class VolumeDir:
+class VolumeDir(Folder):
     """A folder of volumes decoded at latent points: vol_000.mrc, ... beside their z values."""
-
-    path: Path
 
     def volume(self, number: int) -> Path:
         """Volume of a number; numbers equal labels and count from 0."""
@@ -179,14 +171,8 @@ class VolumeDir:
         return self.path / f"{name}.png"
 
 
-@dataclass(frozen=True)
-class LandscapeDir:
+class LandscapeDir(Folder):
     """A folder with a landscape of volumes: states, counted from 0, and what they rest on."""
-
-    path: Path
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "path", Path(self.path))
 
     @property
     def labels(self) -> Path:

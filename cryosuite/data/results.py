@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
+from cryosuite.data.folder import Folder
 
-@dataclass(frozen=True)
-class MapsDir:
+
+class MapsDir(Folder):
     """A folder with one reconstruction, named as cryoDRGN's backproject_voxel names it where it has the file."""
-
-    path: Path
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "path", Path(self.path))
 
     @property
     def map(self) -> Path:
@@ -60,14 +55,8 @@ class MapsDir:
         return MapsDir(self.path / f"class_{label:03d}")
 
 
-@dataclass(frozen=True)
-class PolishDir:
+class PolishDir(Folder):
     """A folder with polished maps of K classes, counted from 0, and what they rest on."""
-
-    path: Path
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "path", Path(self.path))
 
     def map(self, k: int) -> Path:
         """The polished map of a class; named as ``analyze`` names its volumes."""
@@ -158,14 +147,8 @@ class PolishDir:
         return self.path / "polish.yaml"
 
 
-@dataclass(frozen=True)
-class ClustersDir:
+class ClustersDir(Folder):
     """A folder with the classes a run's particles fall into, counted from 0."""
-
-    path: Path
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "path", Path(self.path))
 
     @property
     def labels(self) -> Path:
@@ -196,14 +179,8 @@ class ClustersDir:
         return self.path / f"{name}.png"
 
 
-@dataclass(frozen=True)
-class PosesDir:
+class PosesDir(Folder):
     """A folder with the poses that ``fastar-infer`` found for a particle set, and the map they give."""
-
-    path: Path
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "path", Path(self.path))
 
     @property
     def poses(self) -> Path:
@@ -285,14 +262,8 @@ class PosesDir:
         return self.path / "infer.yaml"
 
 
-@dataclass(frozen=True)
-class ScoresDir:
+class ScoresDir(Folder):
     """A folder with the scores of two maps or of a run against its truth."""
-
-    path: Path
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "path", Path(self.path))
 
     @property
     def curves(self) -> Path:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cryosuite.data.analysis_dir import AnalysisDir, VolumeDir
+from cryosuite.data.folder import Folder
 from cryosuite.data.links import follow_config, follow_dataset
 from cryosuite.errors import InputError
 
@@ -22,14 +22,8 @@ DATASET = "dataset.yaml"
 CONFIG = "config.yaml"
 
 
-@dataclass(frozen=True)
-class WorkDir:
+class WorkDir(Folder):
     """A folder with one particle set in the form all commands take: stack, star, poses, CTF, noise, dataset.yaml."""
-
-    path: Path
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "path", Path(self.path))
 
     @property
     def particles(self) -> Path:
@@ -100,14 +94,8 @@ class WorkDir:
         return follow_dataset(read_yaml(self.dataset), self.path)
 
 
-@dataclass(frozen=True)
-class RunDir:
+class RunDir(Folder):
     """A folder with one training run: config, weights, latents and poses per epoch, logs, checkpoint."""
-
-    path: Path
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "path", Path(self.path))
 
     @property
     def config(self) -> Path:
