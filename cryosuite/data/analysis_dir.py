@@ -5,65 +5,31 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from cryosuite.data.folder import Folder
+from cryosuite.data.folder import File, Folder
 
 
 class AnalysisDir(Folder):
     """A folder with the plots, clusters and volumes of one epoch, named as cryoDRGN users expect."""
 
-    @property
-    def umap(self) -> Path:
-        """UMAP coordinates (N, 2)."""
-        return self.path / "umap.pkl"
-
-    @property
-    def labels(self) -> Path:
-        """Cluster of each particle, counted from 0."""
-        return self.path / "labels.pkl"
-
-    @property
-    def chimerax(self) -> Path:
-        """The ChimeraX script that shows the cluster volumes."""
-        return self.path / "view.cxc"
-
-    @property
-    def chimerax_overlay(self) -> Path:
-        """The ChimeraX script that shows them at one place, one at a time."""
-        return self.path / "clusters.cxc"
-
-    @property
-    def trajectories(self) -> Path:
-        """Folders of paths through latent space."""
-        return self.path / "trajectories"
+    umap = File("umap.pkl")  # UMAP coordinates (N, 2)
+    labels = File("labels.pkl")  # cluster of each particle, counted from 0
+    chimerax = File("view.cxc")  # the ChimeraX script that shows the cluster volumes
+    chimerax_overlay = File("clusters.cxc")  # the ChimeraX script that shows them at one place, one at a time
+    trajectories = File("trajectories")  # folders of paths through latent space
+    report = File("report.html")  # the page with all results
+    # one row per particle: all that is known of it (``particles_columns.csv`` says what each column is)
+    particles = File("particles.csv")
+    confounds = File("confounds.csv")  # what the latents and clusters have to do with microscope and view
+    summary = File("analyze.yaml")  # what was done, as YAML
 
     @property
     def landscape(self) -> LandscapeDir:
         """The folder of the landscape of volumes."""
         return LandscapeDir(self.path / "landscape")
 
-    @property
-    def report(self) -> Path:
-        """The page with all results."""
-        return self.path / "report.html"
-
-    @property
-    def particles(self) -> Path:
-        """One row per particle: all that is known of it (``particles_columns.csv`` says what each column is)."""
-        return self.path / "particles.csv"
-
-    @property
-    def confounds(self) -> Path:
-        """What the latents and clusters have to do with microscope and view."""
-        return self.path / "confounds.csv"
-
     def turntable(self, label: int, kind: str = "") -> Path:
         """Frames of a turning volume of a cluster side by side; ``kind``: "polished", ... for other maps of it."""
         return self.path / "turntable" / f"cluster_{label:03d}{'_' if kind else ''}{kind}.webp"
-
-    @property
-    def summary(self) -> Path:
-        """What was done, as YAML."""
-        return self.path / "analyze.yaml"
 
     def plot(self, name: str) -> Path:
         """A picture, e.g. ``plot("z_pca")`` -> z_pca.png."""
@@ -101,6 +67,16 @@ class AnalysisDir(Folder):
 class VolumeDir(Folder):
     """A folder of volumes decoded at latent points: vol_000.mrc, ... beside their z values."""
 
+    chimerax = File("view.cxc")  # the ChimeraX script that shows the volumes of this folder
+    morph = File("morph.cxc")  # the ChimeraX script that blends each volume of this folder into the next
+    # what a trajectory is of; written last, so its presence says that the folder is complete
+    summary = File("trajectory.yaml")
+    labels = File("labels.pkl")  # cluster of each particle, counted from 0
+    z_values = File("z_values.txt")  # latent points of the volumes, one row each
+    confidence = File("confidence.pkl")  # probability of each particle's label
+    centers = File("centers.txt")  # cluster centres
+    centers_index = File("centers_ind.txt")  # rows of the particles nearest to the cluster centres
+
     def volume(self, number: int) -> Path:
         """Volume of a number; numbers equal labels and count from 0."""
         return self.path / f"vol_{number:03d}.mrc"
@@ -121,50 +97,10 @@ class VolumeDir(Folder):
         """Picture of the central planes of that volume."""
         return self.path / f"vol_{number:03d}_slices.png"
 
-    @property
-    def chimerax(self) -> Path:
-        """The ChimeraX script that shows the volumes of this folder."""
-        return self.path / "view.cxc"
-
-    @property
-    def morph(self) -> Path:
-        """The ChimeraX script that blends each volume of this folder into the next."""
-        return self.path / "morph.cxc"
-
     def volumes(self) -> list[Path]:
         """The volumes present, in order of their numbers."""
         found = [(re.fullmatch(r"vol_(\d+)\.mrc", entry.name), entry) for entry in self.path.glob("vol_*.mrc")]
         return [entry for _, entry in sorted((int(match.group(1)), entry) for match, entry in found if match)]
-
-    @property
-    def summary(self) -> Path:
-        """What a trajectory is of; written last, so its presence says that the folder is complete."""
-        return self.path / "trajectory.yaml"
-
-    @property
-    def labels(self) -> Path:
-        """Cluster of each particle, counted from 0."""
-        return self.path / "labels.pkl"
-
-    @property
-    def z_values(self) -> Path:
-        """Latent points of the volumes, one row each."""
-        return self.path / "z_values.txt"
-
-    @property
-    def confidence(self) -> Path:
-        """Probability of each particle's label."""
-        return self.path / "confidence.pkl"
-
-    @property
-    def centers(self) -> Path:
-        """Cluster centres."""
-        return self.path / "centers.txt"
-
-    @property
-    def centers_index(self) -> Path:
-        """Rows of the particles nearest to the cluster centres."""
-        return self.path / "centers_ind.txt"
 
     def plot(self, name: str) -> Path:
         """A picture in this folder."""
@@ -174,30 +110,22 @@ class VolumeDir(Folder):
 class LandscapeDir(Folder):
     """A folder with a landscape of volumes: states, counted from 0, and what they rest on."""
 
-    @property
-    def labels(self) -> Path:
-        """State of every particle, counted from 0; -1 for those left out."""
-        return self.path / "labels.pkl"
-
-    @property
-    def coordinates(self) -> Path:
-        """Volume components of every particle, (N, c)."""
-        return self.path / "volume_pca.pkl"
-
-    @property
-    def table(self) -> Path:
-        """One row per state: particles with their interval, typical particle, level, colour."""
-        return self.path / "states.csv"
+    labels = File("labels.pkl")  # state of every particle, counted from 0; -1 for those left out
+    coordinates = File("volume_pca.pkl")  # volume components of every particle, (N, c)
+    table = File("states.csv")  # one row per state: particles with their interval, typical particle, level, colour
+    maps = File("maps")  # folder of the mean and standard deviation maps
+    mean_map = File("mean.mrc")  # mean of all volumes
+    mask = File("mask.mrc")  # where volumes are compared
+    chimerax = File("view.cxc")  # the ChimeraX script that shows the states side by side
+    overlay = File("clusters.cxc")  # the ChimeraX script that shows them at one place, one at a time
+    scratch = File(".sketch.raw")  # decoded volumes while they are compared
+    # what was done and found; written last, so its presence says that the folder is complete
+    summary = File("landscape.yaml")
 
     @property
     def states(self) -> VolumeDir:
         """The typical volume of each state: vol_000.mrc, ..."""
         return VolumeDir(self.path)
-
-    @property
-    def maps(self) -> Path:
-        """Folder of the mean and standard deviation maps."""
-        return self.path / "maps"
 
     def mean(self, k: int) -> Path:
         """Mean of the volumes of a state."""
@@ -207,40 +135,10 @@ class LandscapeDir(Folder):
         """Their standard deviation."""
         return self.maps / f"state_{k:03d}_sd.mrc"
 
-    @property
-    def mean_map(self) -> Path:
-        """Mean of all volumes."""
-        return self.path / "mean.mrc"
-
-    @property
-    def mask(self) -> Path:
-        """Where volumes are compared."""
-        return self.path / "mask.mrc"
-
     def walk(self, component: int) -> VolumeDir:
         """Maps along a volume component, counted from 1."""
         return VolumeDir(self.path / f"component{component}")
 
-    @property
-    def chimerax(self) -> Path:
-        """The ChimeraX script that shows the states side by side."""
-        return self.path / "view.cxc"
-
-    @property
-    def overlay(self) -> Path:
-        """The ChimeraX script that shows them at one place, one at a time."""
-        return self.path / "clusters.cxc"
-
-    @property
-    def scratch(self) -> Path:
-        """Decoded volumes while they are compared."""
-        return self.path / ".sketch.raw"
-
     def plot(self, name: str) -> Path:
         """A picture, e.g. ``plot("states")`` -> states.png."""
         return self.path / f"{name}.png"
-
-    @property
-    def summary(self) -> Path:
-        """What was done and found; written last, so its presence says that the folder is complete."""
-        return self.path / "landscape.yaml"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cryosuite.data.analysis_dir import AnalysisDir, VolumeDir
-from cryosuite.data.folder import Folder
+from cryosuite.data.folder import File, Folder
 from cryosuite.data.links import follow_config, follow_dataset
 from cryosuite.errors import InputError
 
@@ -25,54 +25,19 @@ CONFIG = "config.yaml"
 class WorkDir(Folder):
     """A folder with one particle set in the form all commands take: stack, star, poses, CTF, noise, dataset.yaml."""
 
-    @property
-    def particles(self) -> Path:
-        """The image stack."""
-        return self.path / "particles.mrcs"
-
-    @property
-    def star(self) -> Path:
-        """The particle table in RELION 3.1 form; image names are relative to this folder."""
-        return self.path / "particles.star"
-
-    @property
-    def poses(self) -> Path:
-        """Rotations and shifts as cryoDRGN writes them."""
-        return self.path / "poses.pkl"
-
-    @property
-    def ctf(self) -> Path:
-        """CTF table as cryoDRGN writes it."""
-        return self.path / "ctf.pkl"
-
-    @property
-    def rows(self) -> Path:
-        """What the poses and CTF do not say of each particle: a dict of arrays (N, ...).
-
-        ``index`` (position in the original set), ``optics_group`` (from 0), ``half`` and aberrations where known.
-        Absent in folders of other programs; then the star file is read.
-        """
-        return self.path / "rows.pkl"
-
-    @property
-    def noise(self) -> Path:
-        """Noise power per optics group and shell, (G, D//2 + 1) float32."""
-        return self.path / "noise.pkl"
-
-    @property
-    def dataset(self) -> Path:
-        """What this folder is and where it came from; written last, so its presence says the folder is complete."""
-        return self.path / DATASET
-
-    @property
-    def labels(self) -> Path:
-        """Ground-truth state of each particle (simulated sets only)."""
-        return self.path / "labels.pkl"
-
-    @property
-    def mask(self) -> Path:
-        """Ground-truth mask (simulated sets only)."""
-        return self.path / "mask.mrc"
+    particles = File("particles.mrcs")  # the image stack
+    star = File("particles.star")  # the particle table in RELION 3.1 form; image names are relative to this folder
+    poses = File("poses.pkl")  # rotations and shifts as cryoDRGN writes them
+    ctf = File("ctf.pkl")  # CTF table as cryoDRGN writes it
+    # what the poses and CTF do not say of each particle: a dict of arrays (N, ...). ``index`` (position in the
+    # original set), ``optics_group`` (from 0), ``half`` and aberrations where known. Absent in folders of other
+    # programs; then the star file is read.
+    rows = File("rows.pkl")
+    noise = File("noise.pkl")  # noise power per optics group and shell, (G, D//2 + 1) float32
+    # what this folder is and where it came from; written last, so its presence says the folder is complete
+    dataset = File(DATASET)
+    labels = File("labels.pkl")  # ground-truth state of each particle (simulated sets only)
+    mask = File("mask.mrc")  # ground-truth mask (simulated sets only)
 
     def volume(self, state: int) -> Path:
         """Ground-truth map of a state, counted from 0 (simulated sets only)."""
@@ -97,55 +62,18 @@ class WorkDir(Folder):
 class RunDir(Folder):
     """A folder with one training run: config, weights, latents and poses per epoch, logs, checkpoint."""
 
-    @property
-    def config(self) -> Path:
-        """The options of the run and the method's name."""
-        return self.path / CONFIG
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object per line: loss and rates."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def log(self) -> Path:
-        """What was printed."""
-        return self.path / "run.log"
-
-    @property
-    def checkpoint(self) -> Path:
-        """Everything needed to go on exactly where the run stopped."""
-        return self.path / "checkpoint.pt"
-
-    @property
-    def start(self) -> Path:
-        """The first poses of particles without poses, or how far the search for them is."""
-        return self.path / "start.pt"
-
-    @property
-    def zdim(self) -> Path:
-        """What `--zdim auto` tried and what came of it."""
-        return self.path / "zdim.json"
-
-    @property
-    def encoder_images(self) -> Path:
-        """The particles as an encoder sees them; kept while the run trains."""
-        return self.path / "encoder_images.u8"
-
-    @property
-    def network(self) -> Path:
-        """The averaged weights of a map network, half precision, as lvm-sharpen and train-lvm take them."""
-        return self.path / "weights.safetensors"
-
-    @property
-    def encoder(self) -> Path:
-        """A pre-trained map encoder, as ``train-lvm --init`` takes it."""
-        return self.path / "encoder.safetensors"
-
-    @property
-    def card(self) -> Path:
-        """What a network was trained on and how good it is, in words."""
-        return self.path / "model_card.md"
+    config = File(CONFIG)  # the options of the run and the method's name
+    metrics = File("metrics.jsonl")  # one JSON object per line: loss and rates
+    log = File("run.log")  # what was printed
+    checkpoint = File("checkpoint.pt")  # everything needed to go on exactly where the run stopped
+    start = File("start.pt")  # the first poses of particles without poses, or how far the search for them is
+    zdim = File("zdim.json")  # what `--zdim auto` tried and what came of it
+    encoder_images = File("encoder_images.u8")  # the particles as an encoder sees them; kept while the run trains
+    # the averaged weights of a map network, half precision, as lvm-sharpen and train-lvm take them
+    network = File("weights.safetensors")
+    encoder = File("encoder.safetensors")  # a pre-trained map encoder, as ``train-lvm --init`` takes it
+    card = File("model_card.md")  # what a network was trained on and how good it is, in words
+    index = File("index.pkl")  # original index of each row of the latents, (N,) int64
 
     def margins(self, epoch: int) -> Path:
         """How certain the pose of each particle is, after an epoch."""
@@ -190,11 +118,6 @@ class RunDir(Folder):
     def volumes(self) -> list[Path]:
         """The maps of codes that are present, in order of their numbers."""
         return VolumeDir(self.path).volumes()
-
-    @property
-    def index(self) -> Path:
-        """Original index of each row of the latents, (N,) int64."""
-        return self.path / "index.pkl"
 
     def epochs(self) -> list[int]:
         """Epochs with latents on disk, in order."""

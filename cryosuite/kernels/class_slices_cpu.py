@@ -10,32 +10,13 @@ for bit however they are shared.
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
+
+from .compiled import available, compiled
 
 __all__ = ["sums", "insert", "available"]
 
 FLUSH = 64  # points whose sum is kept in single precision before it is added in double precision
-
-
-@functools.cache
-def _compiled():
-    """The two compiled loops, or None where numba cannot be imported."""
-    try:
-        import numba
-    except ImportError:
-        return None
-    options = {"nogil": True, "fastmath": {"contract"}}
-    try:
-        return numba.njit(cache=True, **options)(_sums), numba.njit(cache=True, **options)(_insert)
-    except RuntimeError:  # no place on disk to keep the compiled code
-        return numba.njit(**options)(_sums), numba.njit(**options)(_insert)
-
-
-def available() -> bool:
-    """Whether the compiled loops can be used."""
-    return _compiled() is not None
 
 
 def sums(
@@ -51,7 +32,7 @@ def sums(
     """Whole-disc sums of every image with every class, or with every pair of them; see `class_slices`."""
     n, nx, classes = data.shape[1], data.shape[2], data.shape[4]
     gram = g.shape[1] == classes and classes > 1
-    _compiled()[0](data.reshape(-1), n, nx, classes, values, weights, xy, rotation, pad, h, g, gram)
+    compiled(_sums)(data.reshape(-1), n, nx, classes, values, weights, xy, rotation, pad, h, g, gram)
 
 
 def insert(
@@ -70,7 +51,7 @@ def insert(
     """Insert images by their shares into classes first .. last - 1; see `class_slices.insert_classes`."""
     n, nx = data.shape[2], data.shape[3]
     arrays = (values, weights, xy, rotation)
-    _compiled()[1](data.reshape(-1), n, nx, *arrays, pad, shares, classes, rows, first, last)
+    compiled(_insert)(data.reshape(-1), n, nx, *arrays, pad, shares, classes, rows, first, last)
 
 
 def _sums(flat, n, nx, K, values, weights, xy, rotation, pad, h, g, gram):

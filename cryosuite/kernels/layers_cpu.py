@@ -6,10 +6,11 @@ residual and ReLU. Everything is float32; the loops release the interpreter lock
 
 from __future__ import annotations
 
-import functools
 import math
 
 import numpy as np
+
+from .compiled import SUMS, available, compiled
 
 __all__ = ["available", "sincos", "norm_relu", "norm_relu_backward"]
 
@@ -21,33 +22,9 @@ _S3, _S5, _S7, _S9, _S11 = (np.float32((-1) ** (n // 2) / math.factorial(n)) for
 _C2, _C4, _C6, _C8, _C10, _C12 = (np.float32((-1) ** (n // 2) / math.factorial(n)) for n in (2, 4, 6, 8, 10, 12))
 
 
-@functools.cache
-def _compiled():
-    """The compiled loops, or None where numba cannot be imported."""
-    try:
-        import numba
-    except ImportError:
-        return None
-
-    def compiled(loop, fastmath):
-        try:
-            return numba.njit(cache=True, nogil=True, fastmath=fastmath)(loop)
-        except RuntimeError:  # no place on disk to keep the compiled code
-            return numba.njit(nogil=True, fastmath=fastmath)(loop)
-
-    # the range reduction must keep its order of operations; the sums of a norm need not
-    sums = {"contract", "reassoc", "nsz"}
-    return compiled(_sincos, {"contract"}), compiled(_norm_relu, sums), compiled(_norm_relu_backward, sums)
-
-
-def available() -> bool:
-    """Whether the compiled loops can be used."""
-    return _compiled() is not None
-
-
 def sincos(q: np.ndarray, frequencies: np.ndarray, out: np.ndarray) -> None:  # (n, 3), (3, m), (n, 2m)
     """out = [sin(q f), cos(q f)]; absolute error 2e-7 beside that of the float32 phase, for phases up to 10,000."""
-    _compiled()[0](q, frequencies, out)
+    compiled(_sincos)(q, frequencies, out)
 
 
 def norm_relu(
@@ -60,7 +37,7 @@ def norm_relu(
     stats: np.ndarray,  # (n, 2): mean and 1 / sd of each row
 ) -> None:
     """out = relu(LN(x) * gain + offset + residual)."""
-    _compiled()[1](x, residual, gain, offset, np.float32(eps), out, stats)
+    compiled(_norm_relu, SUMS)(x, residual, gain, offset, np.float32(eps), out, stats)
 
 
 def norm_relu_backward(
@@ -75,7 +52,7 @@ def norm_relu_backward(
     d_offset: np.ndarray,  # (w,), added to
 ) -> None:
     """Gradients of `norm_relu`."""
-    _compiled()[2](grad, out, x, stats, gain, d_x, d_residual, d_gain, d_offset)
+    compiled(_norm_relu_backward, SUMS)(grad, out, x, stats, gain, d_x, d_residual, d_gain, d_offset)
 
 
 # Rows are taken as arrays of their own: an index such as m + j, or an output that may be an input, would keep the

@@ -7,27 +7,20 @@ numba; `pose_scores.loops()` imports it when it is there.
 
 from __future__ import annotations
 
+import functools
+
 import numba
 import numpy as np
 
+from .compiled import SUMS, compiled
+
 __all__ = ["best_of_shifts", "score", "normal_equations"]
-
-# sums may be reordered, which vector registers need; NaN must keep its meaning in the range check
-_OPTIONS = {"nogil": True, "fastmath": {"contract", "reassoc", "nsz"}}
-
-
-def _compiled(function):
-    """The function, compiled; without a place on disk to keep the code it is compiled anew in every process."""
-    try:
-        return numba.njit(cache=True, **_OPTIONS)(function)
-    except RuntimeError:
-        return numba.njit(**_OPTIONS)(function)
-
 
 # A part of a loop becomes part of its text. As a function of its own it would be compiled twice, alone and within the
 # loop, to codes that add up in another order; which of the two is called depends on whether the loop comes from the
 # cache on disk, so that the first run on a machine would differ from all others in the last digits.
-_part = numba.njit(inline="always", **_OPTIONS)
+_part = numba.njit(inline="always", nogil=True, fastmath=set(SUMS))
+_loop = functools.partial(compiled, fastmath=SUMS)
 
 
 @_part
@@ -40,7 +33,7 @@ def _raise(real, imag, sign, number, best, which):
         best[h] = value if better else best[h]
 
 
-@_compiled
+@_loop
 def best_of_shifts(
     real,  # (B, T, H) float32, products of the real parts
     imag,  # (B, T, H) float32, of the imaginary parts
@@ -147,7 +140,7 @@ def _weigh(re, im, moved_re, moved_im, w, z_re, z_im):
     return total, size
 
 
-@_compiled
+@_loop
 def score(
     flat,  # all transforms (k, 2N+1, 2N+1, N+1, 2), flattened
     n,
@@ -196,7 +189,7 @@ def score(
                         best[b, i] = 2 * t
 
 
-@_compiled
+@_loop
 def normal_equations(
     flat,
     n,

@@ -7,31 +7,11 @@ Frequencies beyond the stored radius, NaN included, read zero and insert nothing
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 
+from .compiled import available, compiled
+
 __all__ = ["extract", "insert", "available"]
-
-
-@functools.cache
-def _compiled():
-    """The two compiled loops, or None where numba cannot be imported."""
-    try:
-        import numba
-    except ImportError:
-        return None
-    # only fused multiply-adds are allowed: NaN must keep its meaning in the range check
-    options = {"nogil": True, "fastmath": {"contract"}}
-    try:
-        return numba.njit(cache=True, **options)(_extract), numba.njit(cache=True, **options)(_insert)
-    except RuntimeError:  # no place on disk to keep the compiled code
-        return numba.njit(**options)(_extract), numba.njit(**options)(_insert)
-
-
-def available() -> bool:
-    """Whether the compiled loops can be used."""
-    return _compiled() is not None
 
 
 def extract(
@@ -43,7 +23,7 @@ def extract(
 ) -> np.ndarray:  # (b, P, 2)
     """Trilinear slices; see `slices.extract_slices`."""
     out = np.zeros((rotation.shape[0], xy.shape[0], 2), transforms.dtype)
-    _compiled()[0](transforms, which, xy, rotation, pad, out)
+    compiled(_extract)(transforms, which, xy, rotation, pad, out)
     return out
 
 
@@ -56,7 +36,7 @@ def insert(
     pad: int,
 ) -> None:
     """Adjoint of `extract`, with weights; see `slices.insert_slices`."""
-    _compiled()[1](data, values, weights, xy, rotation, pad)
+    compiled(_insert)(data, values, weights, xy, rotation, pad)
 
 
 def _extract(transforms, which, xy, rotation, pad, out):
