@@ -33,7 +33,7 @@ class LatentSpace:
     """The principal axes of the pooled scales, and the bank.
 
     mean (d,), components (k, d), variances (k,): z = (pooled - mean) @ components.T. bank_z (n, k): centres;
-    bank_tokens (n, t, dim) float16: the mean tokens of the particles around each; bank_spread: typical distance.
+    bank_tokens (n, t, dim) float16: the mean tokens of the particles around each.
     """
 
     mean: Tensor
