@@ -7,12 +7,13 @@ import shutil
 import numpy as np
 import pytest
 
+from cryosuite.analysis.class_files import write_classes
 from cryosuite.data.export import _image_names, export_particles
 from cryosuite.data.open import open_particles
 from cryosuite.data.preprocess import PreprocessOptions, preprocess
 from cryosuite.data.star_tables import star_tables
 from cryosuite.errors import InputError
-from cryosuite.formats.cs import read_cs
+from cryosuite.formats.cs import read_cs, write_cs
 from cryosuite.formats.pickles import read_indices
 from cryosuite.formats.star import read_star, write_star
 
@@ -267,3 +268,39 @@ def test_a_forced_file_type_stays_when_a_name_becomes_absolute(golden, tmp_path)
     (tmp_path / "far").mkdir()
     export_particles(open_particles(source / "run.star"), tmp_path / "far/out.star")
     assert read_star(tmp_path / "far/out.star")["particles"]["rlnImageName"][0] == f"000001@{source}/p.mrc:mrcs"
+
+
+@pytest.mark.parametrize("kind", ["star", "cs"])
+def test_a_source_that_has_changed_since_preprocess_is_refused(golden, tmp_path, kind):
+    """Rows are joined by their number: of another file they would be other particles, and nobody would see it."""
+    source = tmp_path / f"p.{kind}"
+    shutil.copy(golden / f"adversarial/good.{kind}", source)
+    preprocess(open_particles(source, datadir=golden / "adversarial"), tmp_path / "w", PreprocessOptions(16))
+    work = open_particles(tmp_path / "w")
+    export_particles(work, tmp_path / f"same.{kind}")
+    _keep(source, slice(None, None, -1))
+    with pytest.raises(InputError, match=r"particle 0 \(from 0\) is not the one that preprocess read.*changed since"):
+        export_particles(work, tmp_path / f"turned.{kind}")
+    _keep(source, slice(0, 4))
+    with pytest.raises(InputError, match="has 4 particles, but particle 7 of it"):
+        export_particles(work, tmp_path / f"short.{kind}")
+    assert not list(tmp_path.glob("turned.*")) and not list(tmp_path.glob("short.*"))
+    export_particles(work, tmp_path / "own.star", binned=True)
+    with pytest.warns(UserWarning, match="changed since"):
+        write_classes(tmp_path / "classes", work, np.zeros(len(work), int))
+
+
+def _keep(source, rows):
+    if source.suffix == ".cs":
+        write_cs(source, read_cs(source)[rows])
+        return
+    blocks = read_star(source)
+    write_star(source, {**blocks, "particles": blocks["particles"].iloc[rows].reset_index(drop=True)})
+
+
+def test_rows_added_to_the_source_after_preprocess_change_nothing(golden, tmp_path):
+    source = tmp_path / "p.star"
+    shutil.copy(golden / "adversarial/good.star", source)
+    preprocess(open_particles(source, datadir=golden / "adversarial"), tmp_path / "w", PreprocessOptions(16))
+    _keep(source, [0, 1, 2, 3, 4, 5, 6, 7, 3])
+    assert len(read_star(export_particles(open_particles(tmp_path / "w"), tmp_path / "out.star"))["particles"]) == 8

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 
+from cryosuite.data.open import open_particles
 from cryosuite.data.particles import ParticleSet
+from cryosuite.data.preprocess import PreprocessOptions, preprocess
 from cryosuite.data.rows import random_halves
+from cryosuite.formats.star import read_star, write_star
 
 
 def test_half_sets_follow_no_order_of_the_rows():
@@ -42,3 +46,20 @@ def test_equal_numbers_share_a_half():
     half = random_halves(keys).reshape(50, 3)
     assert (half == half[:, :1]).all() and half[:, 0].sum() == 25
     assert random_halves(np.zeros(0, np.int64)).shape == (0,)
+
+
+def test_copies_of_an_image_stay_together_after_preprocess(golden, tmp_path):
+    """The work folder gives each copy a slice of its own: without their identity the halves would share images."""
+    blocks = read_star(golden / "relion/particles.star")
+    table = blocks["particles"].drop(columns="rlnRandomSubset")
+    blocks["particles"] = pd.concat([table.iloc[:40], table.iloc[:40]], ignore_index=True)
+    write_star(tmp_path / "twice.star", blocks)
+    source = open_particles(tmp_path / "twice.star", datadir=golden / "relion")
+    preprocess(source, tmp_path / "w", PreprocessOptions(32))
+    preprocess(open_particles(tmp_path / "w"), tmp_path / "again", PreprocessOptions(16))
+    for folder in ("w", "again"):
+        work = open_particles(tmp_path / folder)
+        half = work.half_sets()
+        assert np.array_equal(half[:40], half[40:]) and half.sum() == 40
+        assert np.array_equal(half, source.half_sets())
+        assert len(np.unique(work.images.identity())) == 40

@@ -15,6 +15,7 @@ from cryosuite.data.cs_rows import cs_details
 from cryosuite.data.export import load_metadata
 from cryosuite.data.open import open_particles
 from cryosuite.data.orientations import from_cryosparc, from_euler, to_cryosparc, to_euler
+from cryosuite.data.preprocess import PreprocessOptions, preprocess
 from cryosuite.data.rows import Given
 from cryosuite.data.star_rows import star_rows
 from cryosuite.errors import InputError
@@ -196,6 +197,25 @@ def test_rows_that_show_one_image_share_a_half_set(golden):
     half, identity = particles.half_sets(), particles.images.identity()
     for image in np.unique(identity):
         assert len(np.unique(half[identity == image])) == 1
+
+
+def test_a_stack_given_by_its_path_is_that_stack(golden, tmp_path, monkeypatch):
+    """Not one of the same relative name inside its own folder, nor one under --datadir."""
+    whole = golden / "adversarial/good.mrcs"
+    monkeypatch.chdir(tmp_path)
+    preprocess(open_particles(whole, need_poses=False, need_ctf=False), Path("work"), PreprocessOptions(16))
+    wanted = open_particles("work", need_poses=False, need_ctf=False).read(slice(None))
+    for other in ("work/work/particles.mrcs", "d/work/particles.mrcs", "d/particles.mrcs"):
+        Path(other).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(whole, other)
+    Path("list.txt").write_text("particles.mrcs\n")
+    for path, datadir in (("work", None), ("work/particles.mrcs", None), ("work/particles.mrcs", "d")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = open_particles(path, need_poses=False, need_ctf=False, datadir=datadir)
+        assert np.array_equal(found.read(slice(None)), wanted)
+    listed = open_particles("list.txt", need_poses=False, need_ctf=False, datadir="d")
+    assert listed.box_size == open_particles(whole, need_poses=False, need_ctf=False).box_size
 
 
 def test_bookkeeping_is_small(golden):

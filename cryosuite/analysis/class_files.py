@@ -59,7 +59,11 @@ def write_classes(
             old.unlink()  # of an earlier run with more classes
     endings = _endings(particles, binned)
     # read once, however many classes there are
-    source = None if not endings else load_metadata(particles) if binned else source_rows(particles)
+    try:
+        source = None if not endings else load_metadata(particles) if binned else source_rows(particles)
+    except InputError as error:  # the file has changed since preprocess read it
+        notice(f"no star or cs files per class: {error}")
+        source, endings = None, ()
     rows = []
     for label in range(int(labels.max(initial=-1)) + 1):
         own = np.flatnonzero(labels == label)

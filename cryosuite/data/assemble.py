@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cryosuite.data.images import StackImages
-from cryosuite.data.locate import open_stacks
+from cryosuite.data.locate import StackFinder, open_stacks
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.rows import Details, Given, Rows, pixel_size_in_file
 from cryosuite.errors import InputError, notice
@@ -60,8 +60,9 @@ def assemble(
     unit = {".star": "rlnImageName", ".cs": "blob/idx"}.get(rows.path.suffix.lower(), "image")
     used, file_id = np.unique(rows.file_id, return_inverse=True)
     names = [rows.files[number] for number in used]
-    paths, boxes, header_sizes, cache = open_stacks(rows.path, names, file_id, rows.slices, sources.datadir, unit)
-    images = StackImages(paths, file_id, rows.slices, cache=cache)
+    finder = None if rows.found else StackFinder(rows.path, sources.datadir)
+    paths, boxes, header_sizes, cache = open_stacks(rows.path, names, file_id, rows.slices, finder, unit)
+    images = StackImages(paths, file_id, rows.slices, cache=cache, image=rows.image)
     box = _box(rows, images, boxes, sources)
     pixel_size = _pixel_size(rows, table, box, header_sizes, file_id, sources)
     in_file = pixel_size_in_file(rows, box, pixel_size)
@@ -73,7 +74,7 @@ def assemble(
         found.ctf = table
     sign, sign_from = _sign(rows, images, sources)
     half = _unmixed_halves(rows, images)
-    if unit != "rlnImageName":
+    if unit != "rlnImageName" and rows.image is None:  # of a work directory preprocess has said it
         _notice_duplicates(rows.path, images)
     return ParticleSet(
         images=images,
@@ -86,6 +87,7 @@ def assemble(
         optics_group=rows.optics_group,
         index=chosen.astype(np.int64) if index is None else np.asarray(index)[chosen].astype(np.int64),
         uid=rows.uid,
+        row_key=rows.row_key,
         half=half,
         sign=sign,
         sign_from=sign_from,

@@ -15,6 +15,7 @@ from cryosuite.data.export_poses import with_poses
 from cryosuite.data.export_relion import as_relion_30, columns_of_cs, relion_form
 from cryosuite.data.locate import StackFinder, plain_name
 from cryosuite.data.particles import ParticleSet
+from cryosuite.data.row_keys import require_rows, require_same_rows, row_keys
 from cryosuite.data.rows import Given
 from cryosuite.data.star_tables import star_tables
 from cryosuite.data.workdir import DATASET, WorkDir
@@ -26,7 +27,10 @@ from cryosuite.formats.star import ParticleTables, particle_tables, pixel_sizes_
 
 @dataclass(frozen=True)
 class Origin:
-    """Where rows came from first: a table or stack and the rows of it; ``how``: other options it was opened with."""
+    """Where rows came from first: a table or stack and the rows of it; ``how``: other options it was opened with.
+
+    keys (n,): ``row_keys`` of the rows when preprocess read them, or None.
+    """
 
     source: Path  # what was opened
     table: Path  # the star, cs or stack itself
@@ -34,6 +38,7 @@ class Origin:
     passthrough: tuple[Path, ...] = ()
     datadir: Path | None = None
     how: dict[str, Any] = field(default_factory=dict)
+    keys: np.ndarray | None = None
 
 
 def load_metadata(particles: ParticleSet) -> ParticleTables | np.ndarray | None:
@@ -52,7 +57,7 @@ def load_metadata(particles: ParticleSet) -> ParticleTables | np.ndarray | None:
 def source_rows(particles: ParticleSet) -> ParticleTables | np.ndarray | None:
     """Rows of the set these particles were first taken from (``origin``), in their order; None for bare stacks."""
     start = origin(particles)
-    return _rows_of(start.table, start.rows, start.passthrough)
+    return _rows_of(start.table, start.rows, start.passthrough, start.keys)
 
 
 def some_rows(metadata: ParticleTables | np.ndarray | None, rows: np.ndarray) -> ParticleTables | np.ndarray | None:
@@ -62,13 +67,20 @@ def some_rows(metadata: ParticleTables | np.ndarray | None, rows: np.ndarray) ->
     return None if metadata is None else metadata[rows]
 
 
-def _rows_of(table: Path, rows: np.ndarray, passthrough: Sequence[Path]) -> ParticleTables | np.ndarray | None:
+def _rows_of(
+    table: Path, rows: np.ndarray, passthrough: Sequence[Path], keys: np.ndarray | None = None
+) -> ParticleTables | np.ndarray | None:
     suffix = table.suffix.lower()
     if suffix == ".star" and table.is_file():
-        return take_rows(particle_tables(table), rows)
-    if suffix == ".cs":
-        return read_cs(table, passthrough=passthrough)[rows]
-    return None
+        whole: ParticleTables | np.ndarray = particle_tables(table)
+    elif suffix == ".cs":
+        whole = read_cs(table, passthrough=passthrough)
+    else:
+        return None
+    require_rows(table, len(whole), rows)
+    found = take_rows(whole, rows) if isinstance(whole, ParticleTables) else whole[rows]
+    require_same_rows(table, None if keys is None else row_keys(found), rows, keys)
+    return found
 
 
 def take_rows(tables: ParticleTables, rows: np.ndarray) -> ParticleTables:
@@ -107,6 +119,7 @@ def origin(particles: ParticleSet) -> Origin:
             passthrough=tuple(Path(path) for path in dataset.get("passthrough") or ()),
             datadir=Path(dataset["datadir"]) if dataset.get("datadir") else None,
             how=_opened_with(dataset),
+            keys=particles.row_key,
         )
         dataset = WorkDir(folder).read_dataset() if folder.is_dir() else {}
     here = Origin(
@@ -164,7 +177,7 @@ def export_particles(
         write_pickle(out, particles.index)
         return out
     if metadata is None:
-        metadata = _rows_of(start.table, start.rows, start.passthrough)
+        metadata = _rows_of(start.table, start.rows, start.passthrough, start.keys)
     if poses and metadata is not None:
         width = particles.width_in_file
         if binned and particles.dataset:  # its own table has its own measure
@@ -229,6 +242,7 @@ def _star_blocks(
             start.source, passthrough=start.passthrough, datadir=start.datadir, need_poses=False, need_ctf=False,
             mixed_boxes=True, **start.how,
         )  # fmt: skip
+        require_rows(start.source, len(opened), start.rows)
         found = opened.subset(start.rows)
         particles = replace(found, **_moved(particles, found)) if poses else found
     box = box_of(particles, np.arange(len(particles)))

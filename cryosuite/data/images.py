@@ -28,6 +28,10 @@ class Images(Protocol):
         """The images of some rows, renumbered from 0."""
         ...
 
+    def identity(self) -> np.ndarray:
+        """A number (N,) int64 per row, the same for rows that show the same image."""
+        ...
+
 
 class ArrayImages:
     """Images held in memory, (N, D, D); for tests and small synthetic sets."""
@@ -88,6 +92,7 @@ class StackImages:
         file_id: (N,) row -> position in ``files``.
         slices: (N,) row -> image in that stack, counted from 0.
         signs: (N,) int8 +1/-1 for sets in which the contrast differs from row to row, else None.
+        image: (N,) number of the image a row shows, where several slices are copies of one image, else None.
     """
 
     def __init__(
@@ -97,11 +102,12 @@ class StackImages:
         slices: np.ndarray,
         signs: np.ndarray | None = None,
         cache: StackCache | None = None,
+        image: np.ndarray | None = None,
     ) -> None:
         self.files = list(files)
         self.file_id = np.asarray(file_id, dtype=np.int32)
         self.slices = np.asarray(slices, dtype=np.int32)
-        self.signs = signs
+        self.signs, self.image = signs, image
         self.cache = cache or StackCache()
 
     @classmethod
@@ -114,11 +120,13 @@ class StackImages:
 
     def subset(self, rows: np.ndarray) -> StackImages:
         """The images of some rows; readers are shared with this set."""
-        signs = None if self.signs is None else self.signs[rows]
-        return StackImages(self.files, self.file_id[rows], self.slices[rows], signs, self.cache)
+        signs, image = (None if values is None else values[rows] for values in (self.signs, self.image))
+        return StackImages(self.files, self.file_id[rows], self.slices[rows], signs, self.cache, image)
 
     def identity(self) -> np.ndarray:
         """A number (N,) int64 per row, the same for rows that show the same image."""
+        if self.image is not None:
+            return self.image.astype(np.int64)
         known: dict[str, int] = {}  # a list may name a stack twice
         number = np.array([known.setdefault(str(path), place) for place, path in enumerate(self.files)], np.int64)
         return (number[self.file_id] << 32) | self.slices

@@ -96,19 +96,19 @@ def _tails(path: Path) -> list[Path]:
 
 
 def open_stacks(
-    table: Path, names: Sequence[str], file_id: np.ndarray, slices: np.ndarray, datadir: Path | None, unit: str
+    table: Path, names: Sequence[str], file_id: np.ndarray, slices: np.ndarray, finder: StackFinder | None, unit: str
 ) -> tuple[list[Path], np.ndarray, list[float | None], StackCache]:
-    """Find and check the stacks of some rows.
+    """Find (``finder`` None: the names are paths as they stand) and check the stacks of some rows.
 
     Returns paths, box size of each stack (F,) int32, pixel size of each header (A, None when it has none), and the
     cache with readers. Raises InputError for a missing, damaged, non-square or odd stack, and for a row that names an
     image beyond its stack (``unit`` is the column that names it).
     """
-    finder, cache = StackFinder(table, datadir), StackCache()
+    cache = StackCache()
     paths, boxes, pixel_sizes, problems = [], [], [], []
     counts = np.empty(len(names), np.int64)
     for number, name in enumerate(names):
-        path = finder.find(name)
+        path = Path(name) if finder is None else finder.find(name)
         reader = cache.get(path)
         boxes.append(reader.require_square())
         counts[number] = reader.count

@@ -24,7 +24,8 @@ from cryosuite.formats.pickles import read_array, read_poses, safe_load
 
 KINDS = "a work directory, a .star, .cs, .mrcs, .mrc or .txt file"
 PIXEL_SIZES = ("pixel_size", "file_pixel_size")  # columns of rows.pkl
-LARGEST = {"index": 2**53, "optics_group": 99_999, "half": 1}  # columns of rows.pkl that are whole numbers from 0
+# columns of rows.pkl that are whole numbers from 0
+LARGEST = {"index": 2**53, "optics_group": 99_999, "half": 1, "image": 2**53, "row_key": 2**32 - 1}
 
 
 def open_particles(
@@ -179,7 +180,7 @@ def _stack_rows(path: Path, stacks: list[Path], sources: Sources) -> Rows:
     counts = [read_header(stack).nz for stack in stacks]
     file_id = np.repeat(np.arange(len(stacks), dtype=np.int32), counts)
     slices = np.concatenate([np.arange(count, dtype=np.int64) for count in counts])
-    rows = Rows(path, sum(counts), [str(stack) for stack in stacks], file_id, slices)
+    rows = Rows(path, sum(counts), [str(stack) for stack in stacks], file_id, slices, found=True)
     if sources.given.pixel_size is not None:
         rows.pixel_size = np.full(rows.n, sources.given.pixel_size)
     for need, have, what, option in (
@@ -254,6 +255,7 @@ def _apply_table(work: WorkDir, rows: Rows) -> dict[str, np.ndarray]:
             raise InputError(f"{work.rows}: {name} is damaged: whole numbers from 0 are expected; run preprocess again")
     rows.optics_group = table.get("optics_group")
     rows.half = table.get("half")
+    rows.image, rows.row_key = table.get("image"), table.get("row_key")
     for name in [name for name in PIXEL_SIZES if name in table]:
         size = table[name] = np.asarray(table[name], np.float64)
         if size.ndim != 1 or not ((size > 0) & np.isfinite(size)).all():

@@ -35,6 +35,7 @@ class ParticleSet:
         optics_group: (N,) int32, counted from 0.
         index: (N,) int64, position in the ORIGINAL set (row of the first star/cs, image of the first stack).
         uid: (N,) uint64 of cryoSPARC, or None.
+        row_key: (N,) uint32, ``row_keys`` of the original set when ``preprocess`` read it, or None.
         half: (N,) int8 0/1, the half set of the refinement the poses come from, or of whole helices, or None.
         sign: +1 or -1, the factor that makes particles white; ``read`` applies it.
         sign_from: who says so: "blob/sign", "option", "dataset.yaml", "data", "assumed".
@@ -59,6 +60,7 @@ class ParticleSet:
     optics_group: np.ndarray | None = None
     index: np.ndarray | None = None
     uid: np.ndarray | None = None
+    row_key: np.ndarray | None = None
     half: np.ndarray | None = None
     sign: int = 1
     sign_from: str = "assumed"

@@ -53,7 +53,8 @@ class Rows:
 
     files, file_id (N,), slices (N,): where the image of each row lies (names as written in the file; slices from 0).
     box (N,) pixels: as the file says, or None. pixel_size (N,) A: the user's, else own_pixel_size, the file's, or None.
-    signs (N,): +1 white, -1 dark, or None.
+    signs (N,): +1 white, -1 dark, or None. image (N,): as ``StackImages`` takes it. row_key: as of ``ParticleSet``.
+    found: the files are paths as they stand, not names to be looked for.
     tables: the star tables or cs array as read, in file order.
     """
 
@@ -69,6 +70,9 @@ class Rows:
     uid: np.ndarray | None = None
     half: np.ndarray | None = None
     signs: np.ndarray | None = None
+    image: np.ndarray | None = None
+    row_key: np.ndarray | None = None
+    found: bool = False
     ctf_premultiplied: bool = False
     extras: dict[str, np.ndarray] = field(default_factory=dict)
     details: DetailsOf = no_details

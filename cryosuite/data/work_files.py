@@ -11,6 +11,7 @@ import pandas as pd
 from cryosuite import __version__
 from cryosuite.data.export import load_metadata
 from cryosuite.data.particles import ParticleSet
+from cryosuite.data.row_keys import row_keys
 from cryosuite.data.star_tables import star_tables
 from cryosuite.data.workdir import WorkDir
 from cryosuite.formats.config import write_yaml
@@ -36,6 +37,7 @@ def write_work_files(
     """
     n = len(particles)
     carried = load_metadata(particles)
+    keys = row_keys(carried) if particles.row_key is None else particles.row_key
     carried = carried if isinstance(carried, ParticleTables) else None
     names = pd.array([f"{number + 1:06d}@{work.particles.name}" for number in range(n)], dtype="str")
     write_star(work.star, star_tables(particles, names, box_size, pixel_size, carried))
@@ -52,6 +54,11 @@ def write_work_files(
     rows = {"index": particles.index, "optics_group": particles.optics_group, **particles.extras}
     if particles.half is not None:
         rows["half"] = particles.half
+    if keys is not None:
+        rows["row_key"] = keys
+    distinct, image = np.unique(particles.images.identity(), return_inverse=True)
+    if len(distinct) < n:  # each copy has a slice of its own here, but the half sets must know that they are one image
+        rows["image"] = image.reshape(-1).astype(np.int32)
     if n and (pixel_size != pixel_size[0]).any():  # dataset.yaml has but one
         rows["pixel_size"] = np.asarray(pixel_size, np.float32)
     if particles.file_pixel_size is not None:
