@@ -70,6 +70,13 @@ def test_nothing_is_replaced_unless_asked(star, maps):
     run("backproject", star, "-o", maps, "--overwrite", "--first", 150)
 
 
+def test_a_mask_of_the_users_is_not_replaced_unless_asked(star, tmp_path):
+    (tmp_path / "mask.mrc").write_bytes(b"mine")
+    with pytest.raises(InputError, match="mask.mrc: is already there.*--overwrite"):
+        run("backproject", star, "-o", tmp_path)
+    assert (tmp_path / "mask.mrc").read_bytes() == b"mine"
+
+
 def test_classes_clusters_and_selections(star, tmp_path):
     labels = tmp_path / "labels.pkl"
     write_pickle(labels, np.arange(200) % 2)

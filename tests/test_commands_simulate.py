@@ -47,6 +47,14 @@ def test_what_is_typed_wins_over_compat(tmp_path):
     assert record["simulation"]["bfactor"] == 100.0 and record["snr_nominal"] == 0.01
 
 
+def test_the_maps_imaged_are_not_replaced_by_those_written(tmp_path):
+    _run("-o", tmp_path / "sim", "-n", 8, "-D", 16, "--structures", "phantom:2")
+    maps = {path: path.read_bytes() for path in (tmp_path / "sim" / "volumes").iterdir()}
+    with pytest.raises(InputError, match="would write over vol_00.*which it reads from"):
+        _run("-o", tmp_path / "sim", "-n", 8, "-D", 16, "--structures", tmp_path / "sim" / "volumes", "--overwrite")
+    assert all(path.read_bytes() == data for path, data in maps.items())
+
+
 def test_preset(shared, tmp_path, monkeypatch):
     monkeypatch.setenv("CRYOSUITE_SHARED", str(shared))
     assert _run("-o", tmp_path, "--preset", "mini-igg10", "-n", 20, "-D", 32).exit_code == 0

@@ -14,7 +14,7 @@ from cryosuite.cli import app
 from cryosuite.data.latents import fingerprint
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.workdir import RunDir
-from cryosuite.errors import UserNotice
+from cryosuite.errors import InputError, UserNotice
 from cryosuite.formats.config import write_yaml
 from cryosuite.formats.pickles import write_pickle
 from cryosuite.methods import LoadedRun
@@ -61,6 +61,20 @@ def test_loop_direct_and_film(run: RunDir, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["trajectory", str(run.path), *words])
     assert done.exit_code == 0, done.output
     assert (out / "movie.gif").is_file() and (out / "morph.cxc").read_text().count("open vol_000.mrc") == 2
+
+
+def test_volumes_of_others_stay(run: RunDir, tmp_path: Path) -> None:
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "vol_011.mrc").write_text("mine")
+    words = ["trajectory", str(run.path), "--from", "0", "--to", "2", "-n", "3", "--no-movie", "-o", str(out)]
+    done = CliRunner().invoke(app, words)
+    assert isinstance(done.exception, InputError) and "holds vol_011.mrc" in str(done.exception)
+    assert (out / "vol_011.mrc").read_text() == "mine"
+    (out / "vol_011.mrc").rename(out / "other.mrc")
+    for _ in range(2):
+        assert CliRunner().invoke(app, words).exit_code == 0
+    assert (out / "other.mrc").exists() and not (out / ".unfinished").exists()
 
 
 def test_components_and_files(run: RunDir, tmp_path: Path) -> None:

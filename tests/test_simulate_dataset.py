@@ -298,9 +298,24 @@ def test_impossible_options_are_refused(states, tmp_path, change, match):
 def test_nothing_of_an_earlier_simulation_stays_that_does_not_belong_to_the_new_one(states, tmp_path):
     simulate(states, replace(BASE, n_particles=6, pose_error_deg=3.0, keep_clean=True), tmp_path)
     assert (tmp_path / "truth_poses.pkl").exists() and (tmp_path / "clean.mrcs").exists()
-    simulate(states, replace(BASE, n_particles=6, keep_clean=False), tmp_path)
+    with pytest.raises(InputError, match="holds a simulated set already: add --overwrite"):
+        simulate(states, replace(BASE, n_particles=6), tmp_path)
+    simulate(states, replace(BASE, n_particles=6, keep_clean=False), tmp_path, overwrite=True)
     left = {entry.name for entry in tmp_path.iterdir()}
     assert "dataset.yaml" in left and not left & {"truth_poses.pkl", "truth_ctf.pkl", "clean.mrcs"}
+
+
+def test_files_of_others_are_not_replaced_unless_asked(states, tmp_path):
+    (tmp_path / "volumes").mkdir()
+    for name in ("particles.star", "volumes/vol_000.mrc"):
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(
+        InputError, match=r"volumes/vol_000\.mrc, but no dataset\.yaml.*--overwrite"
+    ):
+        simulate(states, replace(BASE, n_particles=6), tmp_path)
+    assert (tmp_path / "volumes/vol_000.mrc").read_text() == (tmp_path / "particles.star").read_text() == "mine"
+    simulate(states, replace(BASE, n_particles=6), tmp_path, overwrite=True)
+    assert not (tmp_path / ".unfinished").exists()
 
 
 def test_does_not_overwrite_another_kind_of_set(states, tmp_path):

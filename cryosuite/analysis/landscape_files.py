@@ -37,12 +37,12 @@ from cryosuite.analysis.volumes import (
     VolumeOptions,
     check_options,
     draw_volumes,
-    make_folder,
     prepare,
     write_volumes,
 )
 from cryosuite.console import Progress, say
 from cryosuite.data.analysis_dir import AnalysisDir, LandscapeDir
+from cryosuite.data.claim import claim, finished
 from cryosuite.data.latents import fingerprint
 from cryosuite.data.particles import ParticleSet
 from cryosuite.errors import InputError, notice
@@ -127,7 +127,7 @@ def make_landscape(
     chosen = sketch(good, options.count, options.seed)
     if len(chosen.rows) < 2:
         raise InputError("all latents are equal: there is one volume, and no landscape.")
-    make_folder(out.path)
+    claim(out.path, out.summary, [*out.names(), "vol_[0-9]*.mrc", "clusters/cluster_*", "component*/vol_[0-9]*.mrc"])
     say(f"{len(chosen.rows)} volumes stand for {len(rows):,} particles, compared at {box} voxels")
     with _decoded(out, good[chosen.rows], decode, pixel_size, box_size, small) as (maps, size):
         mask = _mask(options.mask, maps, box, box_size)
@@ -363,3 +363,4 @@ def _summarise(
         "intervals": "95 %, " + ("micrographs" if found.by_micrograph else "particles") + " drawn again",
         "colours": list(found.colours), "levels": [file.level for file in found.files],
     })  # fmt: skip
+    finished(out.path)

@@ -19,10 +19,10 @@ from cryosuite.analysis.volumes import (
     VolumeOptions,
     check_options,
     draw_volumes,
-    make_folder,
     write_volumes,
 )
 from cryosuite.console import Progress
+from cryosuite.data.claim import claim, finished
 from cryosuite.data.latents import fingerprint
 from cryosuite.data.workdir import VolumeDir
 from cryosuite.errors import InputError
@@ -136,11 +136,11 @@ def make_trajectory(
     if decode is None:
         raise InputError("this run makes no volumes of latents, so there is nothing to walk through.")
     check_options(options, box_size)
-    make_folder(folder.path)
     rows = np.flatnonzero(np.isfinite(z).all(axis=1))
     model = pca(z[rows])
     count, table = len(path.z), folder.path / "trajectory.csv"
     names = ("movie.gif", "movie.mp4", "pca_traversal.png", "umap_traversal.png", "particles.csv")
+    claim(folder.path, folder.summary, [*folder.names(), table.name, *names, "vol_[0-9]*.mrc"])
     for old in (folder.summary, table, *(folder.path / name for name in names)):  # of an earlier path in this folder
         old.unlink(missing_ok=True)
     frames = frame_count(count, loop=path.loop) if film and count > 1 else 0
@@ -160,4 +160,5 @@ def make_trajectory(
         "counting": "volumes and rows count from 0; principal components from 1", "n_particles": len(z),
         "latents": fingerprint(z), "volumes": asdict(options),
     })  # fmt: skip
+    finished(folder.path)
     return files

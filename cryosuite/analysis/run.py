@@ -31,10 +31,10 @@ from cryosuite.analysis.volumes import (
     VolumeOptions,
     check_options,
     draw_volumes,
-    make_folder,
     write_volumes,
 )
 from cryosuite.console import Progress, say
+from cryosuite.data.claim import claim, finished
 from cryosuite.data.latents import fingerprint
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.workdir import AnalysisDir, VolumeDir
@@ -126,7 +126,7 @@ def analyze(
     _check(options, particles, len(z))
     rows = latents.finite_rows(np.asarray(z))
     good = np.ascontiguousarray(z[rows], np.float32)
-    make_folder(out.path)
+    claim(out.path, out.summary, [*out.names(), "clusters/cluster_*", "*/vol_[0-9]*.mrc"])
     clock = _Clock()
 
     model = latents.pca(good)
@@ -389,3 +389,4 @@ def _summarise(
         "volumes": dict(made),
         "seconds": dict(result.seconds),
     })  # fmt: skip
+    finished(result.out.path)

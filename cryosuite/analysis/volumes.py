@@ -56,17 +56,6 @@ class VolumeFile:
     reach: float
 
 
-def make_folder(path: Path) -> None:
-    """Make a folder for results; InputError when nothing can be written there."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path / ".writable") as probe:
-            Path(probe).touch()
-        (path / ".writable").unlink()
-    except (OSError, InputError) as error:
-        raise InputError(f"{path}: cannot write there ({error}). Give another folder with -o.") from error
-
-
 def flip_hand(volumes: np.ndarray) -> np.ndarray:
     """Mirror (..., D, D, D) in z about voxel D//2."""
     return np.roll(volumes[..., ::-1, :, :], 1, axis=-3)

@@ -98,7 +98,7 @@ def main(
     if labels is not None and class_column is not None:
         raise _error("give either --labels or --class-column, not both")
     out = MapsDir(outdir)
-    there = next((path for path in (out.map, out.labels) if path.exists()), None)  # of one map, of classes
+    there = next((path for path in _files(out, mask) if path.exists()), None)
     if there is not None and not overwrite:
         raise _error(f"{there}: is already there. Add --overwrite to replace it, or choose another -o.")
     if WorkDir(outdir).exists() and WorkDir(outdir).read_dataset().get("truth"):
@@ -137,15 +137,18 @@ def main(
     _print(rows, next(iter(maps.values())), outdir)
 
 
+def _files(folder: MapsDir, mask: Path | None) -> list[Path]:
+    """What is written to a folder of maps, but not the mask that the user gave."""
+    files = [folder.labels, folder.index, folder.map, folder.half_a, folder.half_b, folder.fsc, folder.plot]
+    return files if mask is not None and folder.mask.resolve() == mask.resolve() else [*files, folder.mask]
+
+
 def _remove(out: MapsDir, mask: Path | None) -> None:
     """Delete the maps of before, of which not all may be written again, and what is beside them; not the mask given."""
     from cryosuite.data.results import MapsDir
 
     for folder in (out, *(MapsDir(path) for path in out.path.glob("class_[0-9]*") if path.is_dir())):
-        files = [folder.labels, folder.index, folder.map, folder.half_a, folder.half_b, folder.fsc, folder.plot]
-        if mask is None or folder.mask.resolve() != mask.resolve():
-            files.append(folder.mask)
-        for path in files:
+        for path in _files(folder, mask):
             path.unlink(missing_ok=True)
         if folder is not out and not any(folder.path.iterdir()):
             folder.path.rmdir()

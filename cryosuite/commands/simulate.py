@@ -9,6 +9,7 @@ from typing import Any
 
 import typer
 
+from cryosuite.commands.options import Overwrite
 from cryosuite.data.typed import typed
 
 WHAT, IMAGING, NOISE, ROBUST = "What is imaged", "Microscope", "Noise", "Imperfections (for tests of robustness)"
@@ -115,6 +116,7 @@ def main(
         0, help="Random seed: the same seed gives the same set; the noise level changes nothing else."
     ),
     device: str = typer.Option("cpu", help="Where to compute: cpu or cuda."),
+    overwrite: Overwrite = False,
 ) -> None:
     """Make a particle set whose truth is known: images from atoms, with poses, CTF, labels and true maps.
 
@@ -175,9 +177,22 @@ def _run(v: dict[str, Any]) -> None:
         recipe=v["recipe"], structures=v["structures"], n_states=v["states"], blocks=v["blocks"],
         moving=v["moving"], hinge=v["hinge"], towards=v["towards"], occupancies=v["occupancies"],
     )  # fmt: skip
+    _require_inputs_elsewhere(v["structures"], v["out"])
     states = build_states(recipe, options.seed, options.optics.render_pixel)
-    record = simulate(states, options, v["out"], shlex.join(["cryosuite", *sys.argv[1:]]))
+    record = simulate(states, options, v["out"], shlex.join(["cryosuite", *sys.argv[1:]]), v["overwrite"])
     _table(record, states, v["out"])
+
+
+def _require_inputs_elsewhere(structures: str, out: Path) -> None:
+    """InputError when a map that is to be imaged would itself be replaced by the maps written."""
+    from cryosuite.errors import InputError
+    from cryosuite.simulate.sources import find_files
+
+    written = out.resolve()
+    lost = [path for path in find_files(structures) if path.resolve().parent in (written, written / "volumes")]
+    lost = [path for path in lost if path.name == "mask.mrc" or path.match("volumes/vol_*.mrc")]
+    if lost:
+        raise InputError(f"{out}: simulate would write over {lost[0].name}, which it reads from. Choose another -o.")
 
 
 def _table(record: dict[str, Any], states: Any, out: Path) -> None:

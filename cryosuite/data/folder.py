@@ -15,6 +15,11 @@ class Folder:
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path))
 
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The names of all its files."""
+        return tuple(entry.name for entry in vars(cls).values() if isinstance(entry, File))
+
 
 class File:
     """A file (or folder) with a fixed name in a ``Folder``: read from a folder, its whole path."""

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from cryosuite.console import Progress
+from cryosuite.data.claim import claim, finished
 from cryosuite.data.workdir import WorkDir
 from cryosuite.errors import InputError, notice
 from cryosuite.formats.stacks import StackReader, StackWriter
@@ -105,7 +106,9 @@ def _add_noise(
             progress.advance(len(rows))
 
 
-def simulate(states: StateSet, options: SimulateOptions, out: Path | str, command: str = "") -> dict[str, Any]:
+def simulate(
+    states: StateSet, options: SimulateOptions, out: Path | str, command: str = "", overwrite: bool = False
+) -> dict[str, Any]:
     """Make a particle set with its ground truth in the folder ``out``.
 
     Args:
@@ -113,16 +116,17 @@ def simulate(states: StateSet, options: SimulateOptions, out: Path | str, comman
         options: how to image it.
         out: folder, made when absent; it becomes a work directory that all commands take.
         command: what the user typed, for dataset.yaml.
+        overwrite: replace what is in the folder under the names of a particle set.
 
     Returns:
         The contents of dataset.yaml.
 
     Raises:
-        InputError: impossible options, a full disk.
+        InputError: impossible options, a folder with files that would be replaced, a full disk.
     """
     options.check()
     work = WorkDir(Path(out))
-    _make_folder(work)
+    _make_folder(work, overwrite)
     particles = draw_particles(states, options)
     renderer = Renderer(states.states, options.optics, options.device)
     _warn_large(states, options.optics)
@@ -170,15 +174,19 @@ def simulate(states: StateSet, options: SimulateOptions, out: Path | str, comman
         "truth": truth,
     }  # fmt: skip
     write_metadata(work, particles, noise.shells(), options, record)
+    finished(work.path)
     return record
 
 
-def _make_folder(work: WorkDir) -> None:
+def _make_folder(work: WorkDir, overwrite: bool) -> None:
     """Make the output folder; of an earlier simulation remove what says that it is complete, and what may not be
     written again: maps, clean images, true poses."""
     if work.exists() and work.read_dataset().get("kind") != "simulated":
         raise InputError(f"{work.path}: holds a particle set that was not simulated; choose another folder (-o).")
-    work.path.mkdir(parents=True, exist_ok=True)
+    if work.exists() and not overwrite:
+        raise InputError(f"{work.path}: holds a simulated set already: add --overwrite, or choose another folder (-o).")
+    names = [*work.names(), *SOMETIMES, "volumes/vol_*.mrc"]
+    claim(work.path, work.dataset, names, overwrite, " or add --overwrite")
     work.dataset.unlink(missing_ok=True)  # written last: its presence says the folder is complete
     for old in [*work.volume(0).parent.glob("vol_*.mrc"), *(work.path / name for name in SOMETIMES)]:
         old.unlink(missing_ok=True)

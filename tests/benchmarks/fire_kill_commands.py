@@ -121,7 +121,7 @@ def others(base: Path) -> Iterable[Command]:
     yield Command("fastar-infer", ("fastar-infer", particles, "--map", str(base / "map/backproject.mrc"), *ONE))
     sharpen = ("lvm-sharpen", str(base / "map/backproject.mrc"), "--apix", "1.2", "--stride", "24", *CPU, *ONE)
     yield Command("lvm-sharpen", sharpen, overwrites=False, target=lambda out: out / "sharp.mrc")
-    yield Command("simulate", ("simulate", "--structures", "phantom:2", "-n", "120", "-D", "24"), overwrites=False)
+    yield Command("simulate", ("simulate", "--structures", "phantom:2", "-n", "120", "-D", "24"))
 
 
 def commands(base: Path) -> list[Command]:
