@@ -222,7 +222,7 @@ def test_a_mask_says_where_volumes_are_compared(tmp_path: Path) -> None:
     make_landscape(out, z, both, PIXEL, D, options, pixels=24)
     labels = read_labels(out.labels)
     assert abs(adjusted_rand_score(z[:, 0] > 0, labels)) == pytest.approx(1.0)
-    write_map(tmp_path / "mask.mrc", mask[:8, :8, :8], PIXEL)
+    write_map(tmp_path / "mask.mrc", mask[8:, :8, :8], PIXEL)
     with pytest.raises(InputError, match="mask of .*expected a box of 16"):
         make_landscape(out, z, both, PIXEL, D, options)
 

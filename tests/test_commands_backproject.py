@@ -140,7 +140,7 @@ def test_mistakes_are_named(star, tmp_path):
         (["--first", "0"], "at least 1"),
         (["--cluster", "1"], "needs --labels"),
         (["-d", "63"], "even box"),
-        (["--mask", str(tmp_path / "flat.mrc")], "a box of 64 x 64 x 32, the map one of 64"),
+        (["--mask", str(tmp_path / "flat.mrc")], "this mask has 64 x 64 x 32 voxels, expected a cube"),
     ):
         with pytest.raises(InputError, match=words):
             run("backproject", star, "-o", tmp_path / "no", *options)

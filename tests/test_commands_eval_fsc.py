@@ -42,6 +42,35 @@ def test_two_maps_and_half_maps(golden, tmp_path):
     assert "unmasked" in compat
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{half1}", "{half2}", "--truth", "nowhere"], "--truth has no meaning for two maps"),
+        (["{half1}", "{half2}", "--oracle", "--epoch", "3"], "--epoch, --oracle have no meaning for two maps"),
+        (["{folder}", "--align"], "--align has no meaning for the half maps of"),
+        (["--map", "{half1}", "--model", "x.cif", "--images", "5"], "--images has no meaning with --model"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(golden, tmp_path, words, message):
+    relion = golden / "relion"
+    for name, to in (("half1", "half_map_a"), ("half2", "half_map_b")):
+        (tmp_path / f"{to}.mrc").write_bytes((relion / f"{name}.mrc").read_bytes())
+    paths = {"half1": relion / "half1.mrc", "half2": relion / "half2.mrc", "folder": tmp_path}
+    with pytest.raises(InputError, match=message):
+        run("eval-fsc", *(word.format(**paths) for word in words))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [(np.nan, "not finite"), (0.0, "hides everything"), (2.0, "between 0 and 1")]
+)
+def test_masks_that_are_none_are_refused(golden, tmp_path, value, message):
+    half = golden / "relion" / "half1.mrc"
+    write_map(tmp_path / "mask.mrc", np.full(read_map(half).data.shape, value, np.float32), 3.0)
+    for words in ((half, golden / "relion" / "half2.mrc"), ("--half-maps", half, golden / "relion" / "half2.mrc")):
+        with pytest.raises(InputError, match=f"mask.mrc: .*{message}"):
+            run("eval-fsc", *words, "--mask", tmp_path / "mask.mrc")
+
+
 def test_maps_that_do_not_fit(golden, tmp_path):
     half = golden / "relion" / "half1.mrc"
     data = read_map(half).data

@@ -17,6 +17,7 @@ from cryosuite.data.export import load_metadata
 from cryosuite.data.latents import fingerprint
 from cryosuite.data.open import open_particles
 from cryosuite.data.preprocess import PreprocessOptions, preprocess
+from cryosuite.data.rows import rows_of_indices
 from cryosuite.errors import InputError
 from cryosuite.formats.config import write_yaml
 from cryosuite.formats.cs import read_cs
@@ -339,3 +340,10 @@ def test_confidence_is_that_of_the_labels_given(toy: Toy, tmp_path: Path) -> Non
     write_pickle(tmp_path / "own.pkl", own)
     sure = chosen(tmp_path, run.run.path, "--labels", tmp_path / "own.pkl", "--where", "confidence > 0.9")
     assert sure == where(round_confidence(run.z, own) > 0.9) and len(sure) > 60
+
+
+def test_copies_are_named_once_and_rows_as_often_as_they_are_asked_for():
+    index = np.array([4, 7, 4, 9])
+    rows, missing = rows_of_indices(index, np.array([9, 4, 9, 5, 4]))
+    assert rows.tolist() == [3, 0, 2, 3] and missing == 1
+    assert rows_of_indices(index, np.array([1]))[0].tolist() == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+import pytest
 
 from cryosuite.data.open import open_particles
 from cryosuite.data.particles import ParticleSet
@@ -63,3 +64,10 @@ def test_copies_of_an_image_stay_together_after_preprocess(golden, tmp_path):
         assert np.array_equal(half[:40], half[40:]) and half.sum() == 40
         assert np.array_equal(half, source.half_sets())
         assert len(np.unique(work.images.identity())) == 40
+
+
+def test_particles_of_one_half_set_only_get_new_ones(golden):
+    whole = open_particles(golden / "relion/particles.star")
+    with pytest.warns(UserWarning, match="of one half set of the refinement: new half sets are made"):
+        some = open_particles(golden / "relion/particles.star", ind=np.flatnonzero(whole.half == 1))
+    assert some.half is None and abs(2 * some.half_sets().sum() - len(some)) <= 1

@@ -136,3 +136,9 @@ def test_shifts_of_a_bare_stack_are_fractions_whatever_its_pixel_size(golden, tm
     export_particles(open_particles(tmp_path / "w"), tmp_path / "out.star", poses=True)
     again = open_particles(tmp_path / "out.star")
     assert np.allclose(again.pixel_size, 3.09) and np.abs(again.shift - plain.shift).max() < 1e-6
+
+
+@pytest.mark.parametrize("size", [0.0, -1.0, np.nan, np.inf])
+def test_a_pixel_size_is_a_positive_number(golden, size):
+    with pytest.raises(InputError, match="--Apix.*positive number of Angstrom"):
+        open_particles(golden / "relion/particles.mrcs", pixel_size=size, need_poses=False, need_ctf=False)

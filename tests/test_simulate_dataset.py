@@ -309,9 +309,7 @@ def test_files_of_others_are_not_replaced_unless_asked(states, tmp_path):
     (tmp_path / "volumes").mkdir()
     for name in ("particles.star", "volumes/vol_000.mrc"):
         (tmp_path / name).write_text("mine")
-    with pytest.raises(
-        InputError, match=r"volumes/vol_000\.mrc, but no dataset\.yaml.*--overwrite"
-    ):
+    with pytest.raises(InputError, match=r"volumes/vol_000\.mrc, but no dataset\.yaml.*--overwrite"):
         simulate(states, replace(BASE, n_particles=6), tmp_path)
     assert (tmp_path / "volumes/vol_000.mrc").read_text() == (tmp_path / "particles.star").read_text() == "mine"
     simulate(states, replace(BASE, n_particles=6), tmp_path, overwrite=True)

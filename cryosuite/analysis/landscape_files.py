@@ -44,11 +44,12 @@ from cryosuite.console import Progress, say
 from cryosuite.data.analysis_dir import AnalysisDir, LandscapeDir
 from cryosuite.data.claim import claim, finished
 from cryosuite.data.latents import fingerprint
+from cryosuite.data.masks import read_mask
 from cryosuite.data.particles import ParticleSet
 from cryosuite.errors import InputError, notice
 from cryosuite.formats.atomic import reserve
 from cryosuite.formats.config import write_yaml
-from cryosuite.formats.mrc import read_map, write_map
+from cryosuite.formats.mrc import write_map
 from cryosuite.formats.pickles import write_pickle
 
 SKETCH_BOX = 64  # voxels: maps are compared at this size unless -d says otherwise
@@ -198,13 +199,11 @@ def _mask(path: Path | None, maps: np.ndarray, box: int, box_size: int) -> np.nd
         return auto_mask(torch.from_numpy(maps[some]) * soft_sphere(box)).numpy()
     from cryosuite.kernels.fourier import fourier_crop_volume
 
-    given = read_map(path).data
-    if given.shape not in ((box,) * 3, (box_size,) * 3):
-        raise InputError(f"{path}: a mask of {given.shape} voxels; expected a box of {box_size} (or {box}).")
+    given = read_mask(path)
+    if given.shape[0] not in (box, box_size):
+        raise InputError(f"{path}: a mask of {given.shape[0]} voxels; expected a box of {box_size} (or {box}).")
     mask = torch.from_numpy(np.array(given, np.float32))
     mask = (fourier_crop_volume(mask[None], box)[0] if given.shape[0] != box else mask).clamp(0, 1).numpy()
-    if not (mask > 0.5).any():
-        raise InputError(f"{path}: no voxel of this mask is above 0.5.")
     return mask
 
 

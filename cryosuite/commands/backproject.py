@@ -68,7 +68,7 @@ def main(
     seed: int = _option(
         0, "--seed", help="Random seed of the phases behind the corrected FSC.", panel=MAP, callback=check_seed
     ),
-    threads: int = typer.Option(0, "--threads", help="Processor threads to use; 0: all."),
+    threads: int = typer.Option(0, "--threads", min=0, help="Processor threads to use; 0: all."),
 ) -> None:
     """Reconstruct a map from particles whose orientations are known.
 
@@ -116,7 +116,7 @@ def main(
     if not 8 <= box <= found.box_size or box % 2:
         raise _error(f"--downsample {downsample}: an even box from 8 to {found.box_size} is needed")
     if given is not None and given.shape != (box,) * 3:
-        raise _error(f"{mask}: has a box of {' x '.join(map(str, given.shape[::-1]))}, the map one of {box}")
+        raise _error(f"{mask}: this mask has a box of {given.shape[0]}, the map one of {box}")
     maps = reconstruct_classes(
         found, keys, halves=not no_half_maps, regularise=_fraction(regularise), passes=passes, progress="backproject",
         map_box=box, processes=processes,
@@ -176,9 +176,9 @@ def _read_mask(path: Path | None) -> Any:
         return None
     import torch
 
-    from cryosuite.formats.mrc import read_map
+    from cryosuite.data.masks import read_mask
 
-    return torch.from_numpy(read_map(path).data)
+    return torch.from_numpy(read_mask(path))
 
 
 def class_labels(

@@ -7,9 +7,17 @@ from typing import Any
 
 import typer
 
-from cryosuite.commands.options import check_seed
+from cryosuite.commands.options import check_seed, typed_beside
 
 RUN, MAPS, MODEL = "A run against its truth", "Two maps", "A map against an atomic model"
+
+# options that mean something, by what is compared
+OF_ALL = {"outdir", "seed", "threads"}
+OF_MODEL = {"map_", "model", "half1", "half2", "resolution", "apix"}
+OF_MAPS = {"mask", "compat", "apix", "half_maps", "align"}
+OF_POLISHED = {"truth", "mask", "compat", "images", "sampler", "polished", "shapes", "local", "align", "oracle"}
+OF_RUN = OF_POLISHED | {"epoch", "no_clustering", "cluster_seeds", "gmm_seeds", "umap", "volume_from"}
+OF_SET = {"truth", "mask", "compat", "oracle"}
 
 
 def _option(default: Any, *names: str, help: str, panel: str, **more: Any) -> Any:
@@ -17,6 +25,7 @@ def _option(default: Any, *names: str, help: str, panel: str, **more: Any) -> An
 
 
 def main(
+    context: typer.Context,
     inputs: list[Path] = typer.Argument(
         None,
         help="Two maps; or a folder of backproject; or the folder of a training run; or a simulated set.",
@@ -94,7 +103,7 @@ def main(
     volume_from: str = _option(
         None, "--volume-from", help="How the run makes its volumes, if not as trained (image, knn, ...).", panel=RUN
     ),
-    threads: int = typer.Option(0, "--threads", help="Processor threads to use; 0: all."),
+    threads: int = typer.Option(0, "--threads", min=0, help="Processor threads to use; 0: all."),
 ) -> None:
     """Compare maps shell by shell (FSC), or judge a run against a known truth.
 
@@ -130,10 +139,7 @@ def main(
 
         if inputs:
             raise _error(f"{inputs[0]}: give either maps and folders to compare, or --map and --model, not both")
-        unused = {"--mask": mask, "--compat": compat, "--align": align, "--half-maps": half_maps, "--truth": truth}
-        for name, value in unused.items():
-            if value:
-                raise _error(f"{name} has no meaning with --model, which makes its masks itself; leave it out")
+        _require_meaning(context, OF_MODEL, "with --model, which makes its masks itself")
         evaluate_model(ModelOptions(map_, model, half1, half2, resolution, apix, outdir))
         return
     if not inputs:
@@ -141,12 +147,15 @@ def main(
     if len(inputs) > 2:
         raise _error(f"{len(inputs)} inputs given: two maps or one folder are expected")
     if len(inputs) == 2 or not inputs[0].is_dir():
+        _require_meaning(context, OF_MAPS, "for two maps")
         _two_maps(inputs, mask, outdir, bool(compat), half_maps, apix, seed, align)
         return
     from cryosuite.data.results import MapsDir
 
     folder = MapsDir(inputs[0])
     if folder.half_a.exists() and folder.half_b.exists():
+        here = f"for the half maps of {inputs[0]} (another comparison: give its {folder.map.name} and another map)"
+        _require_meaning(context, OF_MAPS - {"align"}, here)
         own = str(folder.mask) if mask is None and folder.mask.exists() else mask
         _two_maps([folder.half_a, folder.half_b], own, outdir, bool(compat), True, apix, seed)
         return
@@ -164,13 +173,24 @@ def main(
         seed, outdir, volume_from, shapes, polished, local, align,
     )  # fmt: skip
     if is_run(inputs[0]):
+        _require_meaning(context, OF_RUN, "for a run")
         evaluate_run(inputs[0], options)
     elif is_polished(inputs[0]):
+        _require_meaning(context, OF_POLISHED, "for a folder of polish")
         evaluate_polished(inputs[0], options)
     elif polished:
         raise _error(f"--polished: {inputs[0]} is not a training run")
     else:
+        _require_meaning(context, OF_SET, "for a particle set")
         evaluate_set(inputs[0], options)
+
+
+def _require_meaning(context: typer.Context, used: set[str], here: str) -> None:
+    """InputError for options that were typed and would be ignored: a score they do not change would be misread."""
+    idle = typed_beside(context, OF_ALL | used)
+    if idle:
+        many = "have" if len(idle) > 1 else "has"
+        raise _error(f"{', '.join(idle)} {many} no meaning {here}; leave {'them' if len(idle) > 1 else 'it'} out")
 
 
 def _error(message: str) -> Exception:
@@ -197,7 +217,7 @@ def _two_maps(
     a, b, pixel_size = _read_pair(paths, apix)
     if align:
         a = _aligned(a, b, pixel_size)
-    chosen = _mask_of(mask, a, b, half_maps)
+    chosen = _mask_of(mask, a, b, half_maps, pixel_size)
     table = fsc_table(a, b, pixel_size, chosen, corrected=half_maps, compat=compat, seed=seed)
     _print(table, paths)
     if outdir is not None:
@@ -261,11 +281,11 @@ def _finite(data: Any) -> bool:
     return bool(np.isfinite(data.sum(dtype=np.float64)))
 
 
-def _mask_of(mask: str | None, a: Any, b: Any, half_maps: bool) -> Any:
+def _mask_of(mask: str | None, a: Any, b: Any, half_maps: bool, pixel_size: float) -> Any:
     """The mask tensor: from a file, made from the mean of the maps, or None."""
     import torch
 
-    from cryosuite.formats.mrc import read_map
+    from cryosuite.data.masks import read_mask
     from cryosuite.kernels import shells
     from cryosuite.reconstruct.masks import half_map_mask
 
@@ -273,13 +293,7 @@ def _mask_of(mask: str | None, a: Any, b: Any, half_maps: bool) -> Any:
         return None
     if mask in (None, "auto"):
         return half_map_mask((a + b) / 2, shells.fsc(a, b) if half_maps else None)
-    found = torch.from_numpy(read_map(Path(mask)).data)
-    if found.shape != a.shape:
-        raise _error(f"{mask}: has a box of {found.shape[-1]}, the maps one of {a.shape[-1]}")
-    low, high = float(found.min()), float(found.max())
-    if low < -0.01 or high > 1.01:
-        raise _error(f"{mask}: holds values from {low:.3g} to {high:.3g}; a mask lies between 0 and 1")
-    return found
+    return torch.from_numpy(read_mask(Path(mask), a.shape[-1], pixel_size))
 
 
 def _print(table: Any, paths: list[Path]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from cryosuite.commands.eval_latents import extra_rows, finite_rows, label_scores, latent_scores, pose_scores
 from cryosuite.console import say, table
+from cryosuite.data.masks import read_mask
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.results import PolishDir, ScoresDir, oracle_cache, run_polish, run_scores
 from cryosuite.data.truth import Truth, find_truth
@@ -109,7 +110,7 @@ def open_truth(where: Path, options: RunOptions, box_size: int, pixel_size: floa
     if path is None or options.mask == "auto":
         maps.mask = union_mask(torch.stack([maps.read(state) for state in range(len(truth.volumes))]))
     else:
-        mask = torch.from_numpy(read_map(path).data)
+        mask = torch.from_numpy(read_mask(path))
         if mask.shape[-1] < box_size:
             raise InputError(f"{path}: has a box of {mask.shape[-1]}, the volumes one of {box_size}")
         maps.mask = fourier_crop_volume(mask, box_size).clamp(0, 1)

@@ -108,7 +108,7 @@ def main(
     accelerator: str = _option(
         "auto", "--accelerator", "--device", help="Where to compute: cpu, gpu, or auto.", panel=MACHINE
     ),
-    threads: int = _option(0, "--threads", help="Processor threads to use; 0: all.", panel=MACHINE),
+    threads: int = _option(0, "--threads", min=0, help="Processor threads to use; 0: all.", panel=MACHINE),
 ) -> None:
     """Sharpen a map, add detail, or fill a missing wedge, with a network trained on simulated maps.
 

@@ -63,7 +63,7 @@ AmplitudeContrast = Annotated[
         "-w", "--amplitude-contrast", help="Amplitude contrast, a fraction from 0 to 1.", rich_help_panel=INPUT
     ),
 ]
-Threads = Annotated[int, typer.Option("--threads", help="Processor threads to use; 0: all.")]
+Threads = Annotated[int, typer.Option("--threads", min=0, help="Processor threads to use; 0: all.")]
 Sources = Annotated[
     list[str],
     typer.Argument(
@@ -125,17 +125,22 @@ def say_not_used(context: typer.Context, used: Iterable[str]) -> None:
     """A notice for options that were typed beside --resume and change nothing; ``used``: those that do."""
     from cryosuite.errors import notice
 
-    used = {"resume", "outdir", *used}
-    idle = [
+    idle = typed_beside(context, {"resume", "outdir", *used})
+    if idle:
+        notice(f"{', '.join(idle)}: not used, a run goes on with the options it began with")
+
+
+def typed_beside(context: typer.Context, used: Iterable[str]) -> list[str]:
+    """Options as --words, in order, that the user typed and whose names are not among ``used``."""
+    known = set(used)
+    return sorted(
         max(parameter.opts, key=len)
         for parameter in context.command.params
         if parameter.param_type_name == "option"
-        and parameter.name not in used
+        and parameter.name not in known
         # by name: Typer may bring its own copy of click, whose enumeration is another class
         and not getattr(context.get_parameter_source(parameter.name), "name", "DEFAULT").startswith("DEFAULT")
-    ]
-    if idle:
-        notice(f"{', '.join(sorted(idle))}: not used, a run goes on with the options it began with")
+    )
 
 
 def say_without_effect(idle: Mapping[str, str], renamed: Mapping[str, str] | None = None) -> None:

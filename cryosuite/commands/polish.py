@@ -102,7 +102,7 @@ def main(
     memory: float = _option(
         4.0, "--memory", help="GiB for sums of classes; the rest goes to files in the output folder.", panel=MACHINE
     ),
-    threads: int = _option(0, "--threads", help="Processor threads to use; 0: all.", panel=MACHINE),
+    threads: int = _option(0, "--threads", min=0, help="Processor threads to use; 0: all.", panel=MACHINE),
 ) -> None:
     """Turn latents or classes into maps as sharp as the data allow.
 

@@ -11,7 +11,7 @@ import numpy as np
 from cryosuite.data.images import StackImages
 from cryosuite.data.locate import StackFinder, open_stacks
 from cryosuite.data.particles import ParticleSet
-from cryosuite.data.rows import Details, Given, Rows, pixel_size_in_file
+from cryosuite.data.rows import Details, Given, Rows, pixel_size_in_file, rows_of_indices
 from cryosuite.errors import InputError, notice
 from cryosuite.formats.checks import name_rows
 from cryosuite.formats.pickles import checked_indices, read_ctf, read_indices, read_poses
@@ -163,15 +163,12 @@ def _chosen(sources: Sources, n: int, index: np.ndarray | None) -> np.ndarray:
         raise InputError(f"{origin}: the indices select 0 particles.")
     if index is None:
         return wanted
-    order = np.argsort(index, kind="stable")
-    place = np.minimum(np.searchsorted(index[order], wanted), n - 1)
-    found = order[place]
-    present = index[found] == wanted
-    if not present.any():
+    found, missing = rows_of_indices(index, wanted)
+    if not len(found):
         raise InputError(f"{origin}: none of its {len(wanted)} original indices is in {sources.path}.")
-    if not present.all():
-        notice(f"{origin}: {(~present).sum()} of {len(wanted)} original indices are not in {sources.path}.")
-    return found[present]
+    if missing:
+        notice(f"{origin}: {missing} of {len(wanted)} original indices are not in {sources.path}.")
+    return found
 
 
 def _box(rows: Rows, images: StackImages, boxes: np.ndarray, sources: Sources) -> np.ndarray:
@@ -275,8 +272,14 @@ def _notice_duplicates(path: Path, images: StackImages) -> None:
 
 
 def _unmixed_halves(rows: Rows, images: StackImages) -> np.ndarray | None:
-    """The half sets of the refinement, or None with a notice when some image is in both of them."""
+    """The half sets of the refinement; None, with a notice, where some image is in both of them or all are in one."""
     if rows.half is None:
+        return None
+    if rows.n > 1 and (rows.half == rows.half[0]).all():
+        notice(
+            f"{rows.path}: all {rows.n} particles are of one half set of the refinement: new half sets are made, which "
+            "share what the refinement took from them (its poses)"
+        )
         return None
     _, number = np.unique(images.identity(), return_inverse=True)
     seen = [np.bincount(number, rows.half == half) > 0 for half in (0, 1)]

@@ -65,6 +65,8 @@ def open_particles(
         InputError: one message that names the file, the row or field, and what to do.
     """
     path = Path(path)
+    if pixel_size is not None and not 0 < pixel_size < float("inf"):
+        raise InputError(f"--Apix {pixel_size:g}: the pixel size must be a positive number of Angstrom")
     given = Given(pixel_size, voltage_kv, cs_mm, amplitude_contrast)
     sources = Sources(
         path=path,

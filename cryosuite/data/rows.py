@@ -143,6 +143,23 @@ def random_halves(keys: np.ndarray) -> np.ndarray:
     return half[number.reshape(-1)]
 
 
+def rows_of_indices(index: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, int]:
+    """Rows (m,) whose original index (N,) is ``wanted`` (k,), in that order, and how many of them are nowhere.
+
+    An index that several rows have (copies) stands for all of these, once however often it is named; one row that is
+    named twice comes twice.
+    """
+    order = np.argsort(index, kind="stable")
+    known = index[order]
+    first, last = np.searchsorted(known, wanted, "left"), np.searchsorted(known, wanted, "right")
+    number = last - first
+    again = np.ones(len(wanted), bool)
+    again[np.unique(wanted, return_index=True)[1]] = False
+    number[again & (number > 1)] = 0
+    place = np.repeat(first - np.concatenate([[0], number.cumsum()[:-1]]), number) + np.arange(number.sum())
+    return order[place], int((first == last).sum())
+
+
 def group_codes(columns: Sequence[np.ndarray]) -> np.ndarray:
     """A number (N,) int64 from 0 per row, the same for rows that agree in all columns (N,) or (N, k), in their order.
 

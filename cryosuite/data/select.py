@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cryosuite.data.particles import ParticleSet
+from cryosuite.data.rows import rows_of_indices
 from cryosuite.errors import InputError, notice
 from cryosuite.formats.checks import name_rows, printable, read_bytes
 from cryosuite.formats.pickles import read_indices
@@ -79,17 +80,12 @@ def rows_in_clusters(labels: np.ndarray, clusters: list[int], source: Path | Non
 def rows_by_index(particles: ParticleSet, path: Path) -> np.ndarray:
     """Rows of the particles whose original index a .pkl lists, in its order; a notice for those that are not here."""
     wanted = read_indices(path)
-    order = np.argsort(particles.index, kind="stable")
-    known = particles.index[order]
-    first, last = np.searchsorted(known, wanted, "left"), np.searchsorted(known, wanted, "right")
-    missing = int((first == last).sum())
-    if missing == len(wanted):
+    rows, missing = rows_of_indices(particles.index, wanted)
+    if not len(rows):
         raise InputError(f"{path}: none of its {len(wanted)} original indices is among these particles")
     if missing:
         notice(f"{path}: {missing} of {len(wanted)} original indices are not among these particles")
-    number = last - first  # more than one where a particle was expanded by symmetry
-    place = np.repeat(first - np.concatenate([[0], number.cumsum()[:-1]]), number) + np.arange(number.sum())
-    return order[place]
+    return rows
 
 
 def rows_from(path: Path, count: int, run: str = "", epoch: int | None = None) -> np.ndarray:

@@ -20,10 +20,12 @@ from cryosuite.formats.zernike import odd_zernike, wavelength_a
 
 _LARGEST_TILT = 0.05  # rad; microscopes are aligned to better than 0.005
 
+# not every command has --passthrough
+_JOIN = "cryosuite preprocess THIS.cs --passthrough OTHER.cs -o work"
 _ADVICE = {
-    "blob": "it lists no images: give preprocess the job's other .cs file, or the extraction's, as well: --passthrough",
-    "alignments3D": "give the .cs of a refinement or ab-initio job, or add its other .cs file: --passthrough",
-    "ctf": "add the job's other .cs file, or that of a CTF estimation (they are joined by uid): --passthrough",
+    "blob": f"it lists no images: join it with the job's other .cs file, or the extraction's ({_JOIN})",
+    "alignments3D": f"give the .cs of a refinement or ab-initio job, or join it with the other .cs file ({_JOIN})",
+    "ctf": f"join it with the job's other .cs file, or that of a CTF estimation ({_JOIN})",
 }
 
 
