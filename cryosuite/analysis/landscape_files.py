@@ -123,6 +123,7 @@ def make_landscape(
     box = options.box or min(box_size, SKETCH_BOX)
     small = replace(options.volumes, downsample=box)
     check_options(small, box_size)
+    given = _given_mask(options.mask, box, box_size)
     rows = finite_rows(np.asarray(z))
     good = np.ascontiguousarray(z[rows], np.float32)
     chosen = sketch(good, options.count, options.seed)
@@ -131,7 +132,7 @@ def make_landscape(
     claim(out.path, out.summary, [*out.names(), "vol_[0-9]*.mrc", "clusters/cluster_*", "component*/vol_[0-9]*.mrc"])
     say(f"{len(chosen.rows)} volumes stand for {len(rows):,} particles, compared at {box} voxels")
     with _decoded(out, good[chosen.rows], decode, pixel_size, box_size, small) as (maps, size):
-        mask = _mask(options.mask, maps, box, box_size)
+        mask = _found_mask(maps, box) if given is None else given
         found = _among_maps(good, rows, len(z), chosen, maps, mask, options, particles)
         _drop_earlier(out)
         write_map(out.mask, mask, size)
@@ -188,23 +189,29 @@ def _decoded(
         path.unlink(missing_ok=True)
 
 
-def _mask(path: Path | None, maps: np.ndarray, box: int, box_size: int) -> np.ndarray:
-    """The mask (d, d, d) in 0..1: the user's, or one around what is dense in any of some maps."""
+def _given_mask(path: Path | None, box: int, box_size: int) -> np.ndarray | None:
+    """The user's mask (d, d, d) in 0..1, brought to the box of the comparison."""
+    if path is None:
+        return None
     import torch
 
-    from cryosuite.reconstruct.masks import auto_mask, soft_sphere
-
-    if path is None:
-        some = np.linspace(0, len(maps) - 1, min(len(maps), MASKED_FROM)).astype(int)
-        return auto_mask(torch.from_numpy(maps[some]) * soft_sphere(box)).numpy()
     from cryosuite.kernels.fourier import fourier_crop_volume
 
     given = read_mask(path)
     if given.shape[0] not in (box, box_size):
         raise InputError(f"{path}: a mask of {given.shape[0]} voxels; expected a box of {box_size} (or {box}).")
     mask = torch.from_numpy(np.array(given, np.float32))
-    mask = (fourier_crop_volume(mask[None], box)[0] if given.shape[0] != box else mask).clamp(0, 1).numpy()
-    return mask
+    return (fourier_crop_volume(mask[None], box)[0] if given.shape[0] != box else mask).clamp(0, 1).numpy()
+
+
+def _found_mask(maps: np.ndarray, box: int) -> np.ndarray:
+    """A mask (d, d, d) around what is dense in any of some maps."""
+    import torch
+
+    from cryosuite.reconstruct.masks import auto_mask, soft_sphere
+
+    some = np.linspace(0, len(maps) - 1, min(len(maps), MASKED_FROM)).astype(int)
+    return auto_mask(torch.from_numpy(maps[some]) * soft_sphere(box)).numpy()
 
 
 def _among_maps(
