@@ -1,8 +1,8 @@
 """CryoHype (arXiv 2512.06332): a transformer reads a particle and writes the weights of that particle's own volume.
 
 Poses and CTF are known. What differs from the paper by default: complex field on the half disc, whitened loss, learnt
-positions, frequency marching, averaged tokens for volumes, some volumes read in part from another image (hype_views);
-``--preset paper`` goes back.
+positions, frequency marching, averaged tokens for volumes, each image read as two halves that judge one another, some
+volumes read in part from another image (hype_views); ``--preset paper`` goes back.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ from cryosuite.training.method import Step
 from cryosuite.training.schedule import march
 
 FULL_SET_AFTER = 0.85  # of the training: no coefficient sampling any more
+
+# what the encoder sees (P,) or None for all, which coefficients judge it, and their weight in the loss
+Reading = tuple[Tensor | None, Tensor | slice, Tensor | float]
 
 
 class Hype:
@@ -74,26 +77,26 @@ class Hype:
 
     def loss(self, model: HypeModel, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Whitened squared error per coefficient of the half disc: 1 for pure noise."""
-        target, image = model.prepare(batch)
-        tokens = model.tokens(image, batch)
-        if model.other_views is not None:
-            share = self.options.other_views if step.fraction >= BEGIN else 0.0
-            tokens = model.other_views.blended(tokens, model.pool(tokens.detach()), batch.rotation[:, 2], share)
-        condition = model.condition(tokens)
         device = batch.images.device
         disc = fourier.half_disc(model.box_size, device=device)
         half = model.box_size / 2
         # whole rings: for every new number of points the CPU's kernels keep buffers, gigabytes over a run
         r_max = math.ceil(march(step.fraction, self.options.march_from * half, half, self.options.march_over))
         count = disc.count(r_max)
-        chosen, weight = self._choose(model, disc, count, step)
-        with torch.autocast(device.type, enabled=False):
-            q = slice_frequencies(disc.frequency[chosen], slice_matrices(batch, self.pixel_size))
-        values = model.values(q, q.norm(dim=-1) * model.box_size, condition)
-        with torch.autocast(device.type, enabled=False):
-            difference = torch.view_as_real(target.values[:, chosen]) - target.ctf[:, chosen, None] * values
-            error = difference.square().sum(-1)
-            return {"loss": (error.mean() if weight is None else (error * weight).sum(1).mean() / count)}
+        target, total = model.target(batch), 0.0
+        for seen, points, weight in self._readings(model, disc, count, step):
+            tokens = model.tokens(model.image(target, batch, seen), batch)
+            if model.other_views is not None:
+                share = self.options.other_views if step.fraction >= BEGIN else 0.0
+                tokens = model.other_views.blended(tokens, model.pool(tokens.detach()), batch.rotation[:, 2], share)
+            condition = model.condition(tokens)
+            with torch.autocast(device.type, enabled=False):
+                q = slice_frequencies(disc.frequency[points], slice_matrices(batch, self.pixel_size))
+            values = model.values(q, q.norm(dim=-1) * model.box_size, condition)
+            with torch.autocast(device.type, enabled=False):
+                difference = torch.view_as_real(target.values[:, points]) - target.ctf[:, points, None] * values
+                total = total + (difference.square().sum(-1) * weight).sum(1).mean()
+        return {"loss": total}
 
     def encode(self, model: HypeModel, batch: Batch) -> Tensor:
         """Latents (b, 64); pooled scales before the principal axes are known; all tokens with ``--latent tokens``."""
@@ -156,21 +159,48 @@ class Hype:
 
     # parts -----------------------------------------------------------------------------------------------------------
 
-    def _choose(self, model: HypeModel, disc: fourier.HalfDisc, count: int, step: Step):
-        """Which of the first ``count`` coefficients to use and their weights: all, or a sample that follows the SNR.
+    def _readings(self, model: HypeModel, disc: fourier.HalfDisc, count: int, step: Step) -> list[Reading]:
+        """How the images of a step are read: whole, or as two halves that are judged by one another.
 
-        The sample is drawn on the CPU, so that a GPU need not be waited for.
+        Of the first ``count`` coefficients all are judged, or a sample that follows the SNR. What is drawn is drawn on
+        the CPU, so that a GPU need not be waited for.
         """
-        if not self.options.sample_coefficients or step.fraction >= FULL_SET_AFTER:
-            return slice(0, count), None
+        cross, sample = self.options.cross_halves, self.options.sample_coefficients and step.fraction < FULL_SET_AFTER
+        if not sample and not cross:
+            return [(None, slice(0, count), 1 / count)]
+        chance = self._chance(model, disc, count) if sample else None
+        points = torch.arange(count) if chance is None else systematic_sample(chance)
+        if not cross:
+            return [(None, points.to(disc.device), (1 / chance[points] / count).to(disc.device))]
+        made = []
+        for seen, own in two_halves(points, len(disc)):
+            weight = 1 / (2 * len(own)) if chance is None else (1 / chance[own] / count).to(disc.device)
+            made.append((seen.to(disc.device), own.to(disc.device), weight))
+        return made
+
+    def _chance(self, model: HypeModel, disc: fourier.HalfDisc, count: int) -> Tensor:
+        """Chances (count,) of the coefficients to be drawn."""
         if count not in self._chances:
             shell, radius = disc.shell[:count].cpu(), disc.radius[:count].cpu()
             snr = (model.envelope.square() / model.noise_amplitude.square().mean(0)).cpu()[shell]
             always = radius <= self.options.sample_radius * model.box_size / 2
             self._chances[count] = inclusion(snr, always, max(1, round(self.options.sample_fraction * count)))
-        chance = self._chances[count]
-        chosen = systematic_sample(chance)
-        return chosen.to(disc.device), (1 / chance[chosen]).to(disc.device)
+        return self._chances[count]
+
+
+def two_halves(points: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:  # (m,) -> two of (size,), (m // 2,)
+    """Two readings of an image with ``size`` coefficients: which the encoder sees, and by which it is judged.
+
+    Each of ``points`` is seen in one reading and judges the other (of an odd number one judges neither); the rest
+    goes to either at random. No coefficient is seen by the reading that it judges: what an image's own noise does to
+    its volume is then no help to guess the image (noise2self, arXiv 1901.11365).
+    """
+    order = points[torch.randperm(len(points))]
+    half = len(points) // 2
+    first, second = order[:half].sort()[0], order[half : 2 * half].sort()[0]
+    seen = torch.rand(size) < 0.5
+    seen[first], seen[second] = True, False
+    return [(seen, second), (~seen, first)]
 
 
 def slice_frequencies(frequency: Tensor, rotation: Tensor) -> Tensor:  # (P, 2), (b, 3, 3) -> (b, P, 3)

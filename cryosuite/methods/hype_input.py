@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cryosuite.data.loader import Batch
-from cryosuite.kernels import chance, fourier
+from cryosuite.kernels import fourier
 from cryosuite.kernels.upright import turn
 from cryosuite.methods.hype_options import HypeOptions
 
@@ -22,9 +22,6 @@ class EncoderInput(nn.Module):
     ``encoder_scale`` sets the weight of each shell after the phase flip: "noise" divides by the noise amplitude (the
     default), "total" by that of noise and signal together (all shells of unit variance), "wiener" multiplies with the
     CTF and the Wiener factor instead of flipping signs.
-
-    ``encoder_drop`` hides a random share of the coefficients in training: what the encoder has not seen it cannot
-    pass on, so less of the image's own noise ends up in its volume.
     """
 
     def __init__(self, box_size: int, options: HypeOptions, spectra: Spectra) -> None:
@@ -43,18 +40,18 @@ class EncoderInput(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("signal", spectra.signal.clone())
 
-    def forward(self, target: Target, disc: fourier.HalfDisc, batch: Batch) -> Tensor:
-        """The image (b, S, S), float32, values of order one."""
+    def forward(
+        self, target: Target, disc: fourier.HalfDisc, batch: Batch, seen: Tensor | None = None
+    ) -> Tensor:  # -> (b, S, S)
+        """The image, float32, values of order one; of the ``seen`` half of the coefficients (P,) only, twice those."""
         if self.options.encoder_scale == "wiener":
             gain = target.ctf * self.signal.sqrt()[disc.shell]  # CTF times signal over noise, in amplitudes
             weight = gain / (1 + gain.square())
         else:
             weight = torch.sign(target.ctf)
         coeffs = target.values * (weight * self.scale[disc.shell])
-        drop = self.options.encoder_drop
-        if self.training and drop > 0:
-            kept = chance.rand(*coeffs.shape, device=coeffs.device) >= drop
-            coeffs = coeffs * (kept / (1 - drop))
+        if seen is not None:
+            coeffs = coeffs * (2.0 * seen)
         small = disc
         if self.size < self.box_size:
             small = fourier.half_disc(self.size, device=disc.device)

@@ -78,11 +78,20 @@ class HypeModel(nn.Module):
 
     def prepare(self, batch: Batch) -> tuple[Target, Tensor]:
         """The target on the half disc and the encoder's image (b, S, S), all in float32."""
+        target = self.target(batch)
+        return target, self.image(target, batch)
+
+    def target(self, batch: Batch) -> Target:
+        """The whitened coefficients on the half disc, float32."""
         with torch.autocast(batch.images.device.type, enabled=False):
             disc = fourier.half_disc(self.box_size, device=batch.images.device)
             mask = fourier.window_mask(self.box_size, device=disc.device) if self.options.window else None
-            target = whitened(batch, disc, self.noise_amplitude, self.premultiplied, mask)
-            return target, self.input(target, disc, batch)
+            return whitened(batch, disc, self.noise_amplitude, self.premultiplied, mask)
+
+    def image(self, target: Target, batch: Batch, seen: Tensor | None = None) -> Tensor:  # -> (b, S, S)
+        """The encoder's image, float32; of the half of the coefficients that is ``seen`` (P,) only."""
+        with torch.autocast(batch.images.device.type, enabled=False):
+            return self.input(target, fourier.half_disc(self.box_size, device=batch.images.device), batch, seen)
 
     # network ---------------------------------------------------------------------------------------------------------
 

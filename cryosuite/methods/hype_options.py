@@ -57,7 +57,7 @@ class HypeOptions:
     encoder_rmax: int = 0
     encoder_lowpass: float = 0.0
     encoder_align: bool = True  # undo the known in-plane angle, mirror views of the lower hemisphere
-    encoder_drop: float = 0.0  # share of the coefficients hidden from the encoder in each training step
+    cross_halves: bool = True  # read each image as two random halves of its coefficients, each judged by the other
     other_views: float = 0.5  # share of the images whose volume is read in part from their likeness from another side
     pose_context: bool = False  # tell the encoder the viewing direction
     window: bool = True
@@ -74,8 +74,6 @@ class HypeOptions:
         for name in POSITIVE:
             if getattr(self, name) < 1:
                 raise InputError(f"{flag(name)} {getattr(self, name)}: expected 1 or more")
-        if not 0 <= self.encoder_drop < 1:
-            raise InputError(f"--encoder-drop {self.encoder_drop}: expected 0 or more and below 1")
         if not 0 <= self.other_views < 1:
             raise InputError(f"--other-views {self.other_views}: expected 0 or more and below 1")
         for name in ("march_from", "sample_fraction"):
@@ -108,7 +106,7 @@ class HypeOptions:
     def from_dict(values: dict[str, Any]) -> HypeOptions:
         """From the mapping of a config.yaml; names that are not options are left out."""
         known = {field.name for field in fields(HypeOptions)}
-        before = {"other_views": 0.0}  # what configs written without the option meant
+        before = {"other_views": 0.0, "cross_halves": False}  # what configs written without the option meant
         return HypeOptions(**before | {name: value for name, value in values.items() if name in known})
 
 
@@ -152,6 +150,7 @@ PRESETS = {
             encoder_input="hartley",
             encoder_align=False,
             other_views=0.0,
+            cross_halves=False,
         ),  # fmt: skip
         {
             "lr": 1e-4,

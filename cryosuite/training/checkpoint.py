@@ -133,8 +133,8 @@ def refuse_differences(path: Path, then: dict[str, Any], now: dict[str, Any]) ->
 
 
 def _same(before: dict[str, Any], after: dict[str, Any], name: str) -> bool:
-    """Whether an option is what it was; one that came with a later version and is off now was off before."""
-    return before.get(name) == after.get(name) or (name not in before and not after[name])
+    """Whether an option is what it was; off in one version is the same as not there in another."""
+    return before.get(name) == after.get(name) or not (before.get(name) or after.get(name))
 
 
 def _shown(value: object) -> str:
