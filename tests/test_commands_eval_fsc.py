@@ -14,7 +14,7 @@ from cryosuite.cli import app
 from cryosuite.commands import eval_run
 from cryosuite.data.results import run_polish
 from cryosuite.data.truth import find_truth
-from cryosuite.errors import InputError
+from cryosuite.errors import InputError, UserNotice
 from cryosuite.formats.config import write_yaml
 from cryosuite.formats.mrc import read_map, write_map
 from cryosuite.formats.pickles import safe_load, write_pickle
@@ -176,6 +176,13 @@ def test_polished_maps_of_a_run(simulated, tmp_path, monkeypatch):
     run(*words)
     scores = json.loads(out.scores.summary.read_text())
     assert scores["polished"] and scores["per_image"]["auc_masked_normalised"] > 0.8
+    partly = np.where(np.arange(240) < 60, -1, labels)
+    write_pickle(tmp_path / "partly.pkl", partly)
+    run("polish", simulated, "--labels", tmp_path / "partly.pkl", "-o", out.path, "--passes", 0, "--overwrite")
+    with pytest.warns(UserNotice, match="60 particles that polish left in no class"):
+        run(*words)
+    scores = json.loads(out.scores.summary.read_text())
+    assert scores["n_particles"] == 180 and scores["per_image"]["auc_masked_normalised"] > 0.8
     write_pickle(tmp_path / "few.pkl", np.arange(200))
     few = ("--ind", tmp_path / "few.pkl", "--labels", truth.labels)
     run("polish", simulated, *few, "-o", out.path, "--passes", 0, "--overwrite")
@@ -205,9 +212,11 @@ def test_latents_that_are_not_numbers_are_left_out(simulated, tmp_path, monkeypa
     z = np.random.default_rng(0).normal(size=(240, 2)).astype(np.float32)
     z[7] = np.nan
     fake_run(tmp_path / "run", simulated, z, volumes, monkeypatch)
+    (tmp_path / "run" / "analyze.1").mkdir()  # whose clusters leave the same particle out
+    write_pickle(tmp_path / "run" / "analyze.1" / "labels.pkl", np.where(np.isnan(z[:, 0]), -1, np.arange(240) % 3))
     run("eval-fsc", tmp_path / "run", "--images", 6, "--cluster-seeds", 1, "--gmm-seeds", 1, "--local")
     scores = json.loads((tmp_path / "run" / "eval.1" / "scores.json").read_text())
-    assert scores["n_particles"] == 239
+    assert scores["n_particles"] == 239 and scores["analysis"]["clusters"] == 3
     assert 0 < scores["per_image"]["local_auc_median"] < 1
     assert "landscape" not in scores and "poses" not in scores  # unrelated states; the true poses
 
@@ -267,6 +276,28 @@ def test_kept_floor_and_ceiling_are_those_of_the_set_that_lies_there(simulated, 
         path.touch()
         run("eval-fsc", simulated)
         assert made, path
+
+
+def test_kept_floor_and_ceiling_are_those_of_these_poses_and_optics(simulated):
+    from dataclasses import replace
+
+    from cryosuite.data.open import open_particles
+
+    one = open_particles(simulated)
+    changes = {
+        "rotation": one.rotation[::-1], "shift": one.shift + 0.01, "ctf": one.ctf * 1.01, "sign": -one.sign,
+        "index": one.index[::-1], "extras": {"bfactor": np.ones(len(one), np.float32)},
+    }  # fmt: skip
+    prints = {eval_run._fingerprint(replace(one, **{name: value})) for name, value in changes.items()}
+    assert len(prints) == len(changes) and eval_run._fingerprint(one) not in prints
+    assert eval_run._fingerprint(open_particles(simulated)) == eval_run._fingerprint(one)
+
+
+def test_volume_from_is_of_train_hype(tmp_path):
+    made = {"method": "kraqen", "particles": "x", "options": {}, "training": {}}
+    write_yaml(tmp_path / "config.yaml", made)
+    with pytest.raises(InputError, match="--volume-from .* one of kraqen"):
+        run("eval-fsc", tmp_path, "--volume-from", "image")
 
 
 @pytest.mark.slow

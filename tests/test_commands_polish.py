@@ -14,6 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import reconstruct_toy as toy
 
+from cryosuite.analysis.polished import polish_to
 from cryosuite.cli import main
 from cryosuite.data.cryodrgn_run import is_cryodrgn_run, open_cryodrgn_run
 from cryosuite.data.map_weights import save_map_weights
@@ -25,6 +26,8 @@ from cryosuite.nets.scunet import Scunet, ScunetSpec
 from cryosuite.reconstruct.bins import bins_of
 from cryosuite.reconstruct.local import local_gain, local_resolution
 from cryosuite.reconstruct.masks import soft_sphere
+from cryosuite.reconstruct.polish import PolishOptions
+from cryosuite.reconstruct.weights import ClassWeights
 
 N, D = 120, 32
 
@@ -89,11 +92,21 @@ def test_latents_of_another_program(stack, tmp_path, capsys, monkeypatch):
     assert "learnt from both half sets" in capsys.readouterr().err
 
 
-def test_kernel_mode(stack, tmp_path, monkeypatch):
+def test_kernel_mode(stack, tmp_path, monkeypatch, capsys):
     out = PolishDir(tmp_path / "maps")
-    latents = ["--z", stack / "z.pkl", "-k", 2, "--mode", "kernel"]
+    latents = ["--z", stack / "z.pkl", "-k", 2, "--mode", "kernel", "--passes", 1, "--window", 12]
     assert run(monkeypatch, "polish", *given(stack), *latents, "-o", out.path) == 0
     assert np.corrcoef(read_map(out.map(0)).data.ravel(), toy.volume(D).numpy().ravel())[0, 1] > 0.9
+    assert "--passes: no effect with --mode kernel" in " ".join(capsys.readouterr().err.split())
+
+
+def test_kernel_mode_leaves_out_particles_whose_latents_are_not_numbers(tmp_path):
+    particles, labels = toy.particles(N, D, noise=1.0), np.arange(N) % 2
+    z = np.where(np.arange(N)[:, None] == 3, np.nan, labels[:, None]).astype(np.float32)
+    weights, points = ClassWeights.from_labels(labels), np.array([[0.0], [1.0]], np.float32)
+    out = PolishDir(tmp_path / "maps")
+    polish_to(out, particles, weights, PolishOptions(), mode="kernel", latents=(z, points), refine_shifts=False)
+    assert np.isfinite(read_map(out.map(1)).data).all()
 
 
 def test_a_run_of_cryodrgn(shared: Path, tmp_path, capsys, monkeypatch):

@@ -16,7 +16,7 @@ from hype_toy import blob_particles, blobs
 
 from cryosuite.cli import main
 from cryosuite.data.workdir import RunDir
-from cryosuite.errors import InputError
+from cryosuite.errors import InputError, UserNotice
 from cryosuite.formats.pickles import read_latent, read_poses, write_pickle
 from cryosuite.formats.stacks import StackWriter
 from cryosuite.methods import load_run
@@ -108,10 +108,28 @@ def test_resume_needs_no_option_again(run, stack):
     assert "--dim: not used" in done.stderr and "no GPU is used" not in done.stderr
     assert RunDir(run[0]).epochs() == [1, 2, 3]
     assert load_run(run[0]).z.shape == (40, 64)
+    other = cryosuite("train-hype", stack, "-o", run[0], "--resume")
+    assert other.returncode == 2 and "was begun with" in other.stderr
+
+
+def test_volumes_come_from_the_bank_where_the_particles_are_gone(run, tmp_path):
+    import shutil
+
+    shutil.copytree(run[0], tmp_path / "run")
+    expected = load_run(run[0], 2, volume_from="bank")
+    config = RunDir(tmp_path / "run").config
+    values = yaml.safe_load(config.read_text())
+    config.write_text(yaml.safe_dump(values | {"particles": "/no/where", "particles_relative": "no/where"}))
+    with pytest.warns(UserNotice, match="particles cannot be opened .*token bank"):
+        loaded = load_run(tmp_path / "run", 2)
+    assert loaded.particles is None and (loaded.box_size, loaded.pixel_size) == (16, 6.0)
+    assert np.array_equal(loaded.decode(loaded.z[:2]), expected.decode(expected.z[:2]))
+    with pytest.raises(InputError, match="were they moved"):
+        load_run(tmp_path / "run", 2, volume_from="knn")
 
 
 def test_load_latest_of_cryodrgn_means_resume(run, stack):
-    done = cryosuite("train-hype", stack.parent / "unused", "-o", run[0], "--load", "latest", "-n", 3)
+    done = cryosuite("train-hype", stack / "particles.mrcs", "-o", run[0], "--load", "latest")
     assert done.returncode == 0 and "--resume" in done.stderr
     refused = cryosuite("train-hype", stack.parent / "unused", "-o", run[0], "--load", "weights.3.pkl")
     assert refused.returncode == 2 and "weights.3.pkl" in refused.stderr

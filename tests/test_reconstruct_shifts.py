@@ -11,9 +11,11 @@ import torch
 from forked import each
 from hype_toy import blob_particles, blobs
 
+from cryosuite.data.images import ArrayImages
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.processes import ALONE, Processes
 from cryosuite.kernels import fourier, slices
+from cryosuite.kernels.ctf import ctf
 from cryosuite.reconstruct import held_out, shifts
 from cryosuite.reconstruct.class_images import ClusterImages
 from cryosuite.reconstruct.class_work import ClassWork
@@ -89,6 +91,37 @@ def test_one_map_of_unlike_molecules_moves_nothing_and_their_own_maps_do(molecul
     assert refined(bad)[0] is None, "their mean explains too little of them"
     found, _ = refined(bad, labels)
     assert off(particles, found.shift) < 0.5 * ERROR
+
+
+def test_classes_that_mix_molecules_pull_no_shifts():
+    """Unlike molecules in one class pull right shifts off by more than a tenth of a pixel, and farther each time."""
+    particles, labels = blob_particles([blobs(BOX, seed, 3) for seed in range(4)], 320, noise=2.0, seed=5)
+    work, half = ClassWork(ClusterImages(particles)), particles.half_sets()
+    for mixed in (labels // 2, np.random.default_rng(0).integers(0, 16, len(labels))):
+        with work.threads_of_torch():
+            maps = held_out.half_maps(work, ClassWeights.from_labels(mixed), half).flip(0)
+            assert shifts.measure(work, maps, mixed, half, particles.shift).error > shifts.LEAST
+        assert refined(particles, mixed, rounds=1)[0] is None and refined(particles, mixed)[0] is None
+    assert refined(wrong(particles, ERROR), labels)[0].error == pytest.approx(ERROR, rel=0.15)
+
+
+def test_images_multiplied_by_their_ctf_move_as_if_they_were_not(toy):
+    params = toy.ctf_params()
+    frequency = torch.fft.fftfreq(BOX)
+    grid = torch.stack(torch.meshgrid(frequency, frequency, indexing="xy"), -1).reshape(-1, 2)
+    transfer = ctf(grid, params).reshape(-1, BOX, BOX)
+    images = torch.from_numpy(toy.read(np.arange(COUNT)))
+    again = torch.fft.ifft2(torch.fft.fft2(images) * transfer).real.numpy()
+    disc = fourier.half_disc(BOX)
+    square = ctf(disc.frequency, params).square().mean(0)
+    shells = torch.zeros(BOX // 2 + 1).index_add_(0, disc.shell, square) / torch.bincount(disc.shell)
+    noise = toy.noise * shells.numpy()  # that of the multiplied images
+    multiplied = replace(toy, images=ArrayImages(again), noise=noise, ctf_premultiplied=True)
+    plain, made = (next(ClusterImages(one).chunks(np.arange(9), BOX // 2)) for one in (toy, multiplied))
+    assert torch.allclose(made.weights, plain.weights, rtol=1e-3, atol=1e-3 * float(plain.weights.max()))
+    assert torch.allclose(made.values, plain.values, rtol=0, atol=2e-3 * float(plain.values.abs().max()))
+    assert refined(multiplied)[0] is None
+    assert refined(wrong(multiplied, ERROR))[0].error == pytest.approx(ERROR, rel=0.15)
 
 
 def test_noise_moves_nothing(toy):

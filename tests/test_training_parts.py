@@ -28,7 +28,7 @@ from cryosuite.training.launch import (
 )
 from cryosuite.training.method import Method, Step
 from cryosuite.training.options import TrainOptions, plain
-from cryosuite.training.runs import make_config, particles_path, read_run_config, start_run, train_options
+from cryosuite.training.runs import go_on_with, make_config, particles_path, read_run_config, start_run, train_options
 from cryosuite.training.schedule import lr_factor, march
 from cryosuite.training.shard import GlobalBatches, pieces
 
@@ -212,7 +212,7 @@ def test_a_run_is_never_overwritten_by_accident(tmp_path: Path) -> None:
     run.checkpoint.write_bytes(b"x")
     with pytest.raises(InputError, match="add --resume"):
         start_run(run, config_of(run, tmp_path))
-    again = start_run(run, config_of(run, tmp_path / "typed-otherwise"), resume=True)
+    again = start_run(run, config_of(run, tmp_path / "." / "run" / ".."), resume=True)  # the same, typed otherwise
     assert again["particles"] == stored["particles"]
     with pytest.raises(InputError, match="is a run of train-toy, not of train-hype"):
         start_run(run, config_of(run, tmp_path, "hype"), resume="auto")
@@ -222,6 +222,33 @@ def test_a_run_is_never_overwritten_by_accident(tmp_path: Path) -> None:
     start_run(run, config_of(run, tmp_path), overwrite=True)
     left = sorted(path.name for path in run.path.iterdir())
     assert left == ["analyze.3", "config.yaml", "notes.txt", "weights.best.pkl"]
+
+
+def test_a_run_goes_on_with_its_own_particles_wherever_they_are_now(tmp_path: Path) -> None:
+    run, work = RunDir(tmp_path / "run"), tmp_path / "work"
+    other = tmp_path / "other"
+    work.mkdir()
+    other.mkdir()
+    start_run(run, config_of(run, work / "dataset.yaml"))
+    (work / "dataset.yaml").touch()
+    run.checkpoint.write_bytes(b"x")
+    assert particles_path(start_run(run, config_of(run, work), resume=True), run) == work / "dataset.yaml"
+    for wrong in (other, tmp_path / "absent"):
+        with pytest.raises(InputError, match=f"{wrong}: .* was begun with {work}"):
+            start_run(run, config_of(run, wrong), resume=True)
+    work.rename(tmp_path / "moved")
+    again = start_run(run, config_of(run, tmp_path / "moved"), resume=True)
+    assert particles_path(again, run) == tmp_path / "moved"
+
+
+def test_another_end_is_remembered(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    config = start_run(run, config_of(run, tmp_path))
+    assert go_on_with(run, config, epochs=9, devices=2, max_minutes=3.0).devices == 2
+    kept = read_run_config(run)
+    assert kept["training"] == config["training"] | {"epochs": 9}
+    before = run.config.stat().st_mtime_ns
+    assert go_on_with(run, kept).epochs == 9 and run.config.stat().st_mtime_ns == before
 
 
 def test_only_the_first_process_writes_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,8 +199,8 @@ def _by_kernel(
     sums: ClassSums,
     how: dict[str, Any],
 ) -> Polished:
-    """Kernel maps at the points of the classes; particles that belong to no class take no part."""
-    used = np.nonzero(weights.labels() >= 0)[0]
+    """Kernel maps at the points of the classes; particles without class or latent take no part."""
+    used = np.nonzero((weights.labels() >= 0) & np.isfinite(latents[0]).all(1))[0]
     made = kernel_maps(
         particles.subset(used),
         latents[0][used],

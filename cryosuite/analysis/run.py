@@ -126,7 +126,7 @@ def analyze(
     _check(options, particles, len(z))
     rows = latents.finite_rows(np.asarray(z))
     good = np.ascontiguousarray(z[rows], np.float32)
-    claim(out.path, out.summary, [*out.names(), "clusters/cluster_*", "*/vol_[0-9]*.mrc"])
+    claim(out.path, out.summary, out.of_analyze())
     clock = _Clock()
 
     model = latents.pca(good)

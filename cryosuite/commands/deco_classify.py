@@ -181,10 +181,11 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     from cryosuite.training.launch import process_rank, tune_process, was_restarted
     from cryosuite.training.runs import (
         begin_run,
+        go_on_with,
         make_config,
         particles_path,
         read_run_config,
-        train_options,
+        with_particles,
         without_limit,
     )
 
@@ -196,7 +197,7 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     how = {key: values[key] for key in WAYS_IN} | {"sign": -1 if values["invert_data"] else None}
     if resume and can_resume(run):
         config = read_run_config(run)
-        config = without_limit(config) if values["resume"] else config
+        config = with_particles(without_limit(config) if values["resume"] else config, values["particles"], run)
         kept = sorted(typed & {*METHOD, *WAYS_IN, "preset", "k", "zdim", "ab_initio", "invert_data"})
         if kept:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in kept)
@@ -212,7 +213,7 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
         config = begin_run(run, config, training, resume=values["resume"], overwrite=values["overwrite"])
         resume = False
     again = typed_again(values | {"resume": resume}, typed, TRAIN)
-    result = train(particles, run, DecoOptions.from_dict(config["options"]), train_options(config, **again), resume)
+    result = train(particles, run, DecoOptions.from_dict(config["options"]), go_on_with(run, config, **again), resume)
     if process_rank() == 0:
         _report(run, values["particles"], result)
     return result.exit_code

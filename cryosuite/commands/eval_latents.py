@@ -49,7 +49,7 @@ def latent_scores(
     if path.exists():
         from cryosuite.metrics.clustering import v_measure
 
-        found = np.asarray(read_labels(path))
+        found = np.asarray(read_labels(path, unlabelled=True))
         if len(found) == len(loaded.z):
             known = found[good] >= 0
             clusters = len(np.unique(found[good][known]))

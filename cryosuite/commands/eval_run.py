@@ -133,11 +133,7 @@ def evaluate_run(run: Path, options: RunOptions) -> None:
     good = finite_rows(loaded.z)
     if len(good) < len(loaded.z):
         notice(f"{len(loaded.z) - len(good)} particles whose latents are not numbers (NaN, infinite) are not judged")
-    labels = maps.truth.labels_of(loaded.particles.index)[good]
-    sampler = options.sampler or ("compat" if options.compat else "random-per-class")
-    rows = sample_rows(labels, options.images, sampler, options.seed)
-    shared = (loaded.decode, loaded.z[good], labels, maps.read, loaded.pixel_size)
-    folder = run_polish(run, loaded.epoch)
+    folder, decode, points = run_polish(run, loaded.epoch), loaded.decode, loaded.z
     if options.polished:
         decode, shares = _polished(folder, loaded.box_size)
         if len(shares) != len(loaded.z):
@@ -147,7 +143,14 @@ def evaluate_run(run: Path, options: RunOptions) -> None:
             )
         if folder.summary.stat().st_mtime_ns < _stamp(RunDir(run).z(loaded.epoch)):
             notice(f"{folder.path} is older than the latents of the run: if it was trained anew, polish it again")
-        shared = (decode, shares[good], *shared[2:])
+        points, classed = shares, shares[good].sum(1) > 0
+        if not classed.all():
+            notice(f"{(~classed).sum()} particles that polish left in no class are not judged: they have no map")
+        good = good[classed]
+    labels = maps.truth.labels_of(loaded.particles.index)[good]
+    sampler = options.sampler or ("compat" if options.compat else "random-per-class")
+    rows = sample_rows(labels, options.images, sampler, options.seed)
+    shared = (decode, points[good], labels, maps.read, loaded.pixel_size)
     say(f"decoding {len(rows)} volumes")
     extra = Extra(options.shapes, options.local, options.align)
     images = per_image(*shared, rows, maps.mask, options.compat, extra=extra)
@@ -256,7 +259,7 @@ def oracle(particles: ParticleSet, labels: np.ndarray, maps: TruthMaps, options:
     from cryosuite.reconstruct.backproject import reconstruct, reconstruct_classes
 
     settings = {
-        "particles": str(particles.path), "n": len(particles), "index_sum": int(particles.index.sum()),
+        "particles": str(particles.path), "n": len(particles), "posed": _fingerprint(particles),
         "box_size": particles.box_size, "shells": "cryobench" if options.compat else "ours",
         "mask": options.mask or "truth", "estimator": "plain, 0.1 of the shell mean, sphere",
         "made": [_stamp(path) for path in (maps.truth.labels, *maps.truth.volumes, options.mask or maps.truth.mask)],
@@ -279,6 +282,18 @@ def oracle(particles: ParticleSet, labels: np.ndarray, maps: TruthMaps, options:
         except (InputError, OSError):
             continue  # the truth may lie where nobody may write
     return found
+
+
+def _fingerprint(particles: ParticleSet) -> str:
+    """Of all that floor and ceiling depend on besides the images: which particles, their poses, optics and sign."""
+    import hashlib
+
+    made = hashlib.sha256(repr((particles.sign, particles.ctf_premultiplied, sorted(particles.extras))).encode())
+    arrays = [particles.index, particles.rotation, particles.shift, particles.pixel_size, particles.optics_group]
+    arrays += [particles.ctf, particles.noise, *(particles.extras[name] for name in sorted(particles.extras))]
+    for array in arrays:
+        made.update(b"-" if array is None else np.ascontiguousarray(array).tobytes())
+    return made.hexdigest()[:16]
 
 
 def _stamp(path: Path | str | None) -> int:

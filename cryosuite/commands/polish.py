@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from cryosuite.commands.options import check_seed
+from cryosuite.commands.options import check_seed, say_without_effect
+from cryosuite.commands.training_options import typed_values
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +29,7 @@ def _option(default: Any, *names: str, help: str, panel: str, **more: Any) -> An
 
 
 def main(
+    context: typer.Context,
     path: Path = typer.Argument(
         ..., help="Folder of a training run (ours or cryoDRGN's); or particles with --z or --labels.", metavar="PATH"
     ),
@@ -139,6 +141,9 @@ def main(
         raise InputError(f"--memory {memory}: expected GiB above 0")
     if mode not in MODES:
         raise InputError(f"--mode {mode}: expected one of {', '.join(MODES)}")
+    idle = {"prior": ("passes", "window", "basis"), "kernel": ("passes", "basis")}.get(mode, ())
+    typed = typed_values(context)[1]
+    say_without_effect({name: f"with --mode {mode}" for name in idle if name in typed})
     if sharpen:
         weights_at_hand()
     options = PolishOptions(passes=passes, window_A=window, basis=basis)

@@ -168,7 +168,7 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     from cryosuite.methods.iev_run import make_corpus, sets_from, simulated_from
     from cryosuite.training.launch import meet, process_rank, resolve_accelerator, tune_process
     from cryosuite.training.loop import fit
-    from cryosuite.training.runs import begin_run, make_config, train_options
+    from cryosuite.training.runs import begin_run, go_on_with, make_config
 
     if values["weights"] is not None:
         raise InputError("--weights goes with --encode: training starts from nothing (to go on with a run: --resume)")
@@ -191,7 +191,7 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
         encoder_file(run).unlink(missing_ok=True)  # of a run that was replaced
     chosen = IevOptions.from_dict(config["options"])
     longer_by, command = longer(values, config)  # then the learning rate rises again
-    training = train_options(config, **typed_again(values, typed, TRAIN), **longer_by)
+    training = go_on_with(run, config, **typed_again(values, typed, TRAIN), **longer_by)
     processes = meet(training)  # which share the making of the files
     device = resolve_accelerator(values["accelerator"])
     corpus, held = make_corpus(

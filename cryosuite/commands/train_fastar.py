@@ -137,7 +137,7 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     from cryosuite.methods.fastar_validate import Examiner
     from cryosuite.training.launch import meet, process_rank, tune_process
     from cryosuite.training.loop import fit
-    from cryosuite.training.runs import begin_run, make_config, train_options
+    from cryosuite.training.runs import begin_run, go_on_with, make_config
 
     tune_process()
     run = RunDir(values["outdir"])
@@ -153,7 +153,7 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     chosen = FastarOptions.from_dict(config["options"])
     longer_by, command = longer(values, config)  # then the last fifth moves to the new end
     again = typed_again(values, typed, TRAIN) | {"max_minutes": values["max_minutes"]} | longer_by
-    wanted = train_options(config, **again)
+    wanted = go_on_with(run, config, **again)
     # what one process cannot read ends all of them: the others would wait for it
     molecules, held = meet(wanted).each(lambda: make_molecules(chosen, config["epoch_images"], run))
     method = Fastar(chosen, config["warmup"], load=fresh)

@@ -185,11 +185,12 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     from cryosuite.data.workdir import RunDir
     from cryosuite.methods.hype import Hype
     from cryosuite.methods.hype_options import HypeOptions
-    from cryosuite.methods.hype_run import epoch_writer, open_for
+    from cryosuite.methods.hype_run import VOXEL, epoch_writer, open_for
+    from cryosuite.reconstruct.backproject import common_pixel_size
     from cryosuite.training.launch import meet, process_rank, tune_process
     from cryosuite.training.loop import fit
     from cryosuite.training.poses import begin_with_refined_shifts
-    from cryosuite.training.runs import begin_run, make_config, particles_path, train_options
+    from cryosuite.training.runs import begin_run, go_on_with, make_config, particles_path
 
     run = RunDir(values["outdir"])
     tune_process()
@@ -201,12 +202,15 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
         say_without_effect(idle, RENAMED)
         Hype(options).check(particles)  # before the folder is touched
     wanted = name != "paper" if values["refine_shifts"] is None else values["refine_shifts"]
-    config = make_config("hype", values["particles"], run, options, training, preset=name, refine_shifts=wanted, **how)
+    voxel = {} if particles is None else {VOXEL: common_pixel_size(particles.pixel_size)}
+    config = make_config(
+        "hype", values["particles"], run, options, training, preset=name, refine_shifts=wanted, **how, **voxel
+    )
     config = begin_run(run, config, training, resume=values["resume"], overwrite=values["overwrite"])
     if particles is None:
         particles = open_for(particles_path(config, run), config)
     again = typed_again(values, typed, TRAIN)
-    training = train_options(config, **again)
+    training = go_on_with(run, config, **again)
     particles = begin_with_refined_shifts(particles, run, config, meet(training))
     method = Hype(HypeOptions.from_dict(config["options"]), training.precision)
     result = fit(

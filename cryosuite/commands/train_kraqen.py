@@ -180,7 +180,7 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     from cryosuite.ranks import process_count
     from cryosuite.training.launch import process_rank, resolve_accelerator, was_restarted
     from cryosuite.training.options import TrainOptions
-    from cryosuite.training.runs import begin_run, make_config, particles_path, start_run, train_options
+    from cryosuite.training.runs import begin_run, go_on_with, make_config, particles_path, start_run
 
     run, resume = RunDir(values["outdir"]), values["resume"]
     if values["threads"] > 0:
@@ -214,7 +214,7 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     options = KraqenOptions.from_dict(config["options"])
     if resume and options.field == "voxel" and typed & {*OF_NETWORKS}:
         say_without_effect({name: "with --field voxel" for name in OF_NETWORKS if name in typed})
-    result = train(particles, run, options, train_options(config, **again), resume, engine)
+    result = train(particles, run, options, go_on_with(run, config, **again), resume, engine)
     if process_rank() == 0:
         _report(run, values["particles"], result)
     return result.exit_code

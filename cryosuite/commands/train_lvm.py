@@ -144,7 +144,7 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
     from cryosuite.methods.lvm_validate import Examiner
     from cryosuite.training.launch import meet, process_rank, tune_process
     from cryosuite.training.loop import fit
-    from cryosuite.training.runs import begin_run, make_config, train_options
+    from cryosuite.training.runs import begin_run, go_on_with, make_config
 
     tune_process()
     run = RunDir(values["outdir"])
@@ -157,7 +157,7 @@ def _train(values: dict[str, Any], typed: set[str]) -> int:
             path.unlink(missing_ok=True)
     chosen = TrainLvmOptions.from_dict(config["options"])
     changed, command = again(values, typed, config)
-    wanted = train_options(config, **changed)
+    wanted = go_on_with(run, config, **changed)
     # what one process cannot read ends all of them: the others would wait for it
     crops = meet(wanted).each(lambda: make_crops(chosen, chosen.task, config["epoch_images"], run))
     notes = {"command": command, "seed": wanted.seed, "trained_by": "cryosuite train-lvm"}

@@ -22,6 +22,13 @@ class AnalysisDir(Folder):
     confounds = File("confounds.csv")  # what the latents and clusters have to do with microscope and view
     summary = File("analyze.yaml")  # what was done, as YAML
 
+    @classmethod
+    def of_analyze(cls) -> tuple[str, ...]:
+        """Patterns of what ``analyze`` writes; trajectories, landscapes and polished maps are of other commands."""
+        folders = ("kmeans[0-9]*", "gmm[0-9]*", "pc[0-9]*", "*-[0-9]*")
+        own = [name for name in cls.names() if name != "trajectories"]
+        return *own, "clusters/cluster_*", *(f"{folder}/vol_[0-9]*.mrc" for folder in folders)
+
     @property
     def landscape(self) -> LandscapeDir:
         """The folder of the landscape of volumes."""

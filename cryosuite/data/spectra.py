@@ -85,6 +85,23 @@ def undo_multiplication(coeffs: Tensor, transfer: Tensor) -> tuple[Tensor, Tenso
     return coeffs * inverse, transfer * seen
 
 
+def noise_before_ctf(noise: Tensor, particles: ParticleSet, rows: np.ndarray) -> Tensor:  # (G, D//2 + 1), twice
+    """Noise spectra of images that were multiplied by their CTF, as they were before: divided by the mean CTF^2 of the
+    rows of each optics group. Others come back as they are."""
+    if not particles.ctf_premultiplied or not len(rows) or particles.ctf_params(rows[:1]) is None:
+        return noise
+    disc = fourier.half_disc(particles.box_size)
+    square = torch.zeros(len(noise), noise.shape[1], dtype=torch.float64)
+    for part in np.array_split(rows, math.ceil(len(rows) / 64)):
+        own = ctf_kernel.ctf(disc.frequency, particles.ctf_params(part)).square().double()
+        shells = torch.zeros(len(part), noise.shape[1], dtype=torch.float64).index_add_(1, disc.shell, own)
+        square.index_add_(0, torch.from_numpy(particles.optics_group[part]).long(), shells)
+    count = torch.from_numpy(np.bincount(particles.optics_group[rows], minlength=len(noise)))[:, None]
+    points = torch.bincount(disc.shell, minlength=noise.shape[1])
+    mean = torch.where(count > 0, square / count, (square.sum(0) / len(rows))) / points.clamp_min(1)
+    return noise / mean.clamp_min(1e-3).to(noise)
+
+
 @torch.no_grad()
 def measure_spectra(particles: ParticleSet, window: bool) -> Spectra:
     """Noise (the set's own, else estimated outside the particles) and signal per shell, from up to 2,000 images."""

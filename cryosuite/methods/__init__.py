@@ -69,6 +69,11 @@ def load_run(run: Path | str, epoch: int | None = None, **options: Any) -> Loade
     datadir = options.pop("datadir", None)
     if datadir is not None:
         config = {**config, "datadir": str(Path(datadir).absolute())}
+    if options and config["method"] != "hype":
+        raise InputError(
+            f"{folder.path}: --volume-from chooses how a run of train-hype makes volumes; this is one of "
+            f"{config['method']}: leave it out"
+        )
     number = folder.epoch(epoch) if epoch not in (None, -1) else last_whole_epoch(folder)
     return _within_memory(import_module(METHODS[config["method"]]).load(folder, config, number, **options))
 

@@ -28,6 +28,7 @@ from cryosuite.training.poses import with_poses
 from cryosuite.training.runs import particles_path
 
 # how the particles were opened: keys of config.yaml that are arguments of open_particles
+VOXEL = "volume_pixel_size"  # in config.yaml: A per voxel of the volumes, for when the particles are gone
 OPENED_WITH = ("poses", "ctf", "ind", "datadir", "pixel_size", "sign")
 
 
@@ -65,24 +66,24 @@ def load(run: RunDir, config: dict[str, Any], epoch: int, volume_from: str | Non
     options = HypeOptions.from_dict(config["options"])
     if volume_from not in (None, "bank"):
         options = replace(options, volume_from=volume_from)
-    particles = open_for(particles_path(config, run), config)
-    if config.get("poses_found"):
-        particles = with_poses(particles, run, epoch)
+    particles = _particles_of(run, config, epoch, volume_from)
     state = load_state(run.weights(epoch), "weights")["model_state_dict"]
     noise = state.get("noise_amplitude")
-    if noise is None or noise.shape[1] != particles.box_size // 2 + 1:
-        raise InputError(f"{run.weights(epoch)}: not made for particles of box {particles.box_size} ({particles.path})")
+    box = particles.box_size if particles is not None else 0 if noise is None else 2 * (noise.shape[1] - 1)
+    if noise is None or noise.shape[1] != box // 2 + 1:
+        where = "" if particles is None else f" ({particles.path})"
+        raise InputError(f"{run.weights(epoch)}: not made for particles of box {box}{where}")
     nothing = Spectra(torch.ones_like(noise), torch.ones_like(noise[0]))
-    model = HypeModel(particles.box_size, options, nothing, particles.ctf_premultiplied)
+    model = HypeModel(box, options, nothing, particles is not None and particles.ctf_premultiplied)
     load_into(model, state, run.weights(epoch))
     model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     z = read_latent(run.z(epoch), finite=False)[0]  # analyze names bad rows and leaves them out
-    if len(z) != len(particles):
+    if particles is not None and len(z) != len(particles):
         raise InputError(f"{run.z(epoch)}: {len(z)} latents for {len(particles)} particles: did the set change?")
     method = Hype(options)
     if options.latent != "tokens":
         method.space = LatentSpace.load(run.latent_space(epoch))
-        if volume_from != "bank":
+        if volume_from != "bank" and particles is not None:
             try:
                 particles.read(np.arange(1))
                 method.use_images(model, particles, z)
@@ -95,5 +96,19 @@ def load(run: RunDir, config: dict[str, Any], epoch: int, volume_from: str | Non
         with torch.no_grad():
             return method.decode(model, latents).cpu().numpy()
 
-    pixel_size = common_pixel_size(particles.pixel_size)
-    return LoadedRun("hype", particles, z, epoch, pixel_size, particles.box_size, decode, config)
+    pixel_size = config[VOXEL] if particles is None else common_pixel_size(particles.pixel_size)
+    return LoadedRun("hype", particles, z, epoch, pixel_size, box, decode, config)
+
+
+def _particles_of(run: RunDir, config: dict[str, Any], epoch: int, volume_from: str | None) -> ParticleSet | None:
+    """The particles of a run; None, and a notice, where they are gone but volumes can come from the token bank."""
+    try:
+        particles = open_for(particles_path(config, run), config)
+    except InputError as error:
+        if volume_from not in (None, "bank") or not config.get(VOXEL) or config["options"].get("latent") == "tokens":
+            raise
+        notice(
+            f"the particles cannot be opened ({error}): volumes come from the token bank, the rest goes without them"
+        )
+        return None
+    return with_poses(particles, run, epoch) if config.get("poses_found") else particles

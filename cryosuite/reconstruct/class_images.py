@@ -21,6 +21,7 @@ from cryosuite.data.loader import read_ahead
 from cryosuite.data.noise import noise_spectrum
 from cryosuite.data.particles import ParticleSet
 from cryosuite.data.processes import Processes
+from cryosuite.data.spectra import noise_before_ctf
 from cryosuite.errors import InputError, notice
 from cryosuite.kernels import fourier
 from cryosuite.kernels.class_slices import disc_power
@@ -82,9 +83,11 @@ class ClusterImages:
         """(G, P) 1 / sigma^2 of the coefficients, in the grey values of the cluster box."""
         source, particles = self._source, self.particles
         rows = _sample(len(particles))
-        noise = np.asarray(noise_spectrum(particles, rows), np.float32)
+        noise = noise_before_ctf(
+            torch.from_numpy(np.asarray(noise_spectrum(particles, rows), np.float32)), particles, rows
+        )
         shells = source.disc.shell.clamp(max=noise.shape[1] - 1)
-        level = torch.from_numpy(noise)[:, shells] * source.crop_scale**2
+        level = noise[:, shells] * source.crop_scale**2
         typical = level[level > 0].median() if bool((level > 0).any()) else torch.tensor(1.0)
         return 1 / torch.where(torch.isfinite(level), level, typical).clamp_min(1e-6 * float(typical))
 

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from cryosuite import __version__
-from cryosuite.data.workdir import RunDir
+from cryosuite.data.workdir import DATASET, RunDir
 from cryosuite.errors import InputError
 from cryosuite.formats.checks import printable
 from cryosuite.formats.config import write_yaml
 from cryosuite.training.launch import meet, process_rank, was_restarted
 from cryosuite.training.options import TrainOptions, plain
+
+KEPT = ("epochs", "save_every", "log_every", "checkpoint_every_minutes")  # options that a continued run keeps
 
 
 def make_config(
@@ -70,6 +72,7 @@ def start_run(
         stored = read_run_config(run)
         if stored["method"] != config["method"]:
             raise InputError(f"{run.path}: is a run of train-{stored['method']}, not of train-{config['method']}")
+        stored = with_particles(stored, config["particles"], run)
         return without_limit(stored) if asked else stored
     if not first:
         return config
@@ -144,6 +147,35 @@ def train_options(config: dict[str, Any], **changed: Any) -> TrainOptions:
     stored = config["training"]
     known = {name: stored[name] for name in TrainOptions.__dataclass_fields__ if name in stored}
     return TrainOptions(**{**known, **changed})
+
+
+def go_on_with(run: RunDir, config: dict[str, Any], **changed: Any) -> TrainOptions:
+    """``train_options`` of a run that goes on; another end and other intervals are kept in its config.yaml, so that
+    the next ``--resume`` goes on with them."""
+    options = train_options(config, **changed)
+    kept = {name: getattr(options, name) for name in KEPT if name in changed}
+    if any(config["training"].get(name) != value for name, value in kept.items()) and process_rank() == 0:
+        write_yaml(run.config, config | {"training": config["training"] | kept})
+    return options
+
+
+def with_particles(config: dict[str, Any], given: Path | str, run: RunDir) -> dict[str, Any]:
+    """The config of a run that goes on with the particles the user names, which may have been moved since.
+
+    Raises InputError for other particles than the run's.
+    """
+    now = Path(given).absolute()
+    try:
+        then = particles_path(config, run)
+    except InputError:
+        return config | {"particles": str(now), "particles_relative": os.path.relpath(now, run.path.absolute())}
+    folders = [path.parent if path.name == DATASET else path for path in (now, then)]
+    if not (now.exists() and os.path.samefile(*folders)):
+        raise InputError(
+            f"{given}: {run.path} was begun with {then}. Give these particles with --resume, or start a new run in "
+            "another folder (-o)"
+        )
+    return config
 
 
 def particles_path(config: dict[str, Any], run: RunDir) -> Path:
