@@ -123,7 +123,7 @@ def tiny_set():
 
 
 def test_tokens_are_moved_once_the_training_has_begun(tiny_set):
-    method = Hype(replace(TINY, other_views=0.9, cross_halves=False))
+    method = Hype(replace(TINY, other_views=0.9))
     batch = first_batch(tiny_set)
     torch.manual_seed(0)
     model = method.build(tiny_set)
@@ -147,7 +147,7 @@ def test_the_memory_is_part_of_checkpoints_and_not_of_the_weights(tiny_set, tmp_
     whole = fit(method, tiny_set, RunDir(tmp_path / "whole"), options).model
     state = load_state(RunDir(tmp_path / "whole").weights(4), "weights")["model_state_dict"]
     assert not [name for name in state if name.startswith("other_views")]
-    assert int(whole.other_views.seen) == 2 * 4 * len(tiny_set)  # each image as two halves
+    assert int(whole.other_views.seen) == 4 * len(tiny_set)
     for part in range(2):
         fit(method, tiny_set, run, replace(options, max_minutes=1e-9), resume=part > 0)
     again = fit(method, tiny_set, run, options, resume=True).model

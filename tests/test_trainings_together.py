@@ -27,7 +27,7 @@ from cryosuite.training.logs import read_metrics
 pytestmark = pytest.mark.slow
 N, D = 78, 16  # 78 = 4 * 16 + 14: the last batch is short
 HYPE = ["--dim", 16, "--depth", 1, "--heads", 2, "--patch", 4, "--groups", 2, "--inr-dim", 16, "--inr-layers", 2,
-        "--knn", 4, "-n", 2, "-b", 16, "--log-interval", 1, "--precision", 32]  # fmt: skip
+        "--knn", 4, "-n", 2, "-b", 16, "--log-interval", 1, "--precision", 32, "--reading", "halves"]  # fmt: skip
 DECO = ["--encoder", "random", "--encoder-size", "micro", "--zdim", 4, "--dim", 32, "--layers", 1, "--features", 16,
         "--precision", 32, "-n", 2, "-b", 16, "-k", 2, "--cluster", "gmm-direct"]  # fmt: skip
 NET = ["--field", "triplane", "--n-codes", 3, "--rank", 3, "-n", 2, "-b", 16, "--em-finish", 2, "--width", 16]

@@ -18,7 +18,7 @@ RENAMED = {"inr_dim": "inr_width", "features": "n_frequencies", "march": "march_
 METHOD = (
     "dim", "depth", "heads", "patch", "pos_embed", "groups", "hyper", "conditioning", "inr", "inr_dim", "inr_layers",
     "features", "feat_sigma", "field", "loss", "march", "march_over", "sample_coefficients", "encoder_input",
-    "encoder_scale", "encoder_rmax", "encoder_lowpass", "encoder_align", "cross_halves", "other_views", "pose_context",
+    "encoder_scale", "encoder_rmax", "encoder_lowpass", "encoder_align", "reading", "other_views", "pose_context",
     "window", "low_memory", "latent", "volume_from", "knn",
 )  # fmt: skip
 TRAIN = ENGINE | {
@@ -114,17 +114,17 @@ def main(
     encoder_align: bool = option(
         None, "--encoder-align/--no-encoder-align", help="Turn images upright by their known angle.", panel=ENCODER
     ),
-    cross_halves: bool = option(
+    reading: str = option(
         None,
-        "--cross-halves/--no-cross-halves",
-        help="Read each image twice in a step, from two random halves of its Fourier coefficients, each judged by the "
-        "other, so that no image's own noise is learnt. Takes half as long again.",
+        help="How images are read in training. whole; halves: twice in a step, from two random halves of the Fourier "
+        "coefficients, each judged by the other, so that no image's own noise is learnt (half as much time again); "
+        "auto: halves where images hold very little signal.",
         panel=ENCODER,
     ),
     other_views: float = option(
         None,
         help="Share of the images, in each step, whose volume is read in part from a particle like them that is "
-        "seen from another side, so that latents tell molecules and not views; 0: none.",
+        "seen from another side, so that latents tell molecules and not views; 0: none. Of images read whole.",
         panel=ENCODER,
     ),
     pose_context: bool = option(

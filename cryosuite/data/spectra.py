@@ -33,10 +33,12 @@ class Spectra:
     """Radial statistics of a data set at integer shells 0 .. D/2, for unnormalised centred transforms.
 
     noise: (G, D//2 + 1) E|n|^2 per optics group. signal: (D//2 + 1) E|F|^2 of the particles' slices (CTF divided out).
+    seen: signal over noise, CTF included, summed over the coefficients of an image: what an image can tell.
     """
 
     noise: Tensor
     signal: Tensor
+    seen: float = 0.0
 
 
 def whitened(
@@ -135,4 +137,7 @@ def measure_spectra(particles: ParticleSet, window: bool) -> Spectra:
     # what is left above the noise; a shell without visible signal keeps a small share, or nothing could grow there
     signal = torch.maximum(power / points - expected, 0.003 * expected) / (ctf2 / points)
     signal[0] = signal[1]
-    return Spectra(noise.clamp_min(1e-12), signal.float())
+    above = (power / points - expected) / expected.clamp_min(1e-12)
+    seen = 2 * float((torch.bincount(disc.shell, minlength=len(above)) * above).sum().clamp_min(0))
+    seen *= float(mask.square().mean())  # what a window takes of the noise tells no more
+    return Spectra(noise.clamp_min(1e-12), signal.float(), seen)

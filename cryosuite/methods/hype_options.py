@@ -18,6 +18,7 @@ CHOICES = {
     "volume_from": ("knn", "cluster", "image"),
     "latent": ("pca64", "tokens"),
     "encoder_input": ("hartley", "real"),
+    "reading": ("auto", "whole", "halves"),
     "encoder_scale": ("noise", "total", "wiener"),
 }
 TYPED_AS = {"march_from": "march", "inr_width": "inr-dim", "n_frequencies": "features"}  # where it differs
@@ -57,8 +58,8 @@ class HypeOptions:
     encoder_rmax: int = 0
     encoder_lowpass: float = 0.0
     encoder_align: bool = True  # undo the known in-plane angle, mirror views of the lower hemisphere
-    cross_halves: bool = True  # read each image as two random halves of its coefficients, each judged by the other
-    other_views: float = 0.5  # share of the images whose volume is read in part from their likeness from another side
+    reading: str = "auto"  # whole, or as two halves of the coefficients, each judged by the other; auto: by the noise
+    other_views: float = 0.5  # of images read whole: share whose volume is read in part from their likeness elsewhere
     pose_context: bool = False  # tell the encoder the viewing direction
     window: bool = True
     low_memory: bool = False
@@ -98,6 +99,7 @@ class HypeOptions:
             (self.inr == "triplane", "--inr triplane", ("n_frequencies", "feat_sigma")),
             (self.latent == "tokens", "--latent tokens", ("volume_from", "knn")),
             (self.march_from == 1, "--march 1", ("march_over",)),
+            (self.reading == "halves", "--reading halves", ("other_views",)),
         ]
         found = {name: f"with {why}" for holds, why, which in idle if holds for name in which}
         return {name: found[name] for name in names if name in found}
@@ -106,7 +108,7 @@ class HypeOptions:
     def from_dict(values: dict[str, Any]) -> HypeOptions:
         """From the mapping of a config.yaml; names that are not options are left out."""
         known = {field.name for field in fields(HypeOptions)}
-        before = {"other_views": 0.0, "cross_halves": False}  # what configs written without the option meant
+        before = {"reading": "whole", "other_views": 0.0}  # what configs written without the option meant
         return HypeOptions(**before | {name: value for name, value in values.items() if name in known})
 
 
@@ -149,8 +151,8 @@ PRESETS = {
             volume_from="image",
             encoder_input="hartley",
             encoder_align=False,
+            reading="whole",
             other_views=0.0,
-            cross_halves=False,
         ),  # fmt: skip
         {
             "lr": 1e-4,

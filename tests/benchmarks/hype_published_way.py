@@ -147,7 +147,8 @@ def plain_modulate(base: Tensor, scale: Tensor) -> Tensor:
 def measure(name: str, rounds: int) -> list[dict]:
     """Images per second of every variant of one size."""
     size = SIZES[name]
-    full = {"march_from": 1.0}
+    whole = {"reading": "whole", "other_views": 0.0}  # images read once, as published
+    full = {"march_from": 1.0, **whole}
     bf16 = fast_bf16()
     variants = [
         Variant(
@@ -158,8 +159,12 @@ def measure(name: str, rounds: int) -> list[dict]:
     ]
     if bf16:
         variants.append(Variant("bfloat16 products", size, bf16=True, **full))
-    over_a_run = [Variant("frequency marching, over a run (the default)", size, bf16=bf16)]
-    over_a_run.append(Variant("--sample-coefficients, over a run", size, bf16=bf16, sample_coefficients=True))
+    sampled = {"sample_coefficients": True, **whole}
+    over_a_run = [
+        Variant("frequency marching, over a run (the default)", size, bf16=bf16, **whole),
+        Variant("--sample-coefficients, over a run", size, bf16=bf16, **sampled),
+        Variant("without it, images read as two halves", size, bf16=bf16, reading="halves"),
+    ]
     seconds: dict[str, list[float]] = {}
     for number in range(rounds + 1):  # the first round warms up
         for variant in variants:

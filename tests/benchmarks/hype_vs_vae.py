@@ -43,6 +43,7 @@ def train_hype(source: Path, out: Path, arguments: argparse.Namespace) -> dict:
     """Our CPU seconds and the loss at each logging interval."""
     options = ["--preset", "small", "--inr-dim", str(arguments.width), "--inr-layers", str(arguments.depth)]
     options += ["--loss", "mse", "--march", "1", "-n", str(arguments.epochs), "--seed", str(arguments.seed)]
+    options += ["--reading", "whole", "--other-views", "0"]  # each image read once, and its loss is that of the VAE
     command = [*CRYOSUITE, "train-hype", str(source), "-o", str(out), *options, "--overwrite"]
     timing = timed(command, env=ONE_THREAD)
     curve = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
