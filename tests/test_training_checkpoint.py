@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from cryosuite.errors import InputError
-from cryosuite.training.checkpoint import refuse_differences
+from cryosuite.methods.hype_options import HypeOptions
+from cryosuite.training.checkpoint import refuse_differences, with_later_options
+from cryosuite.training.options import plain
 
 RUN = Path("run/weights.3.pkl")
 
@@ -38,3 +40,14 @@ def test_options_that_are_off_are_as_good_as_not_there(then: dict, now: dict):
 def test_an_option_that_changed_is_named(then: dict, now: dict, name: str):
     with pytest.raises(InputError, match=name):
         refuse_differences(RUN, written(then), written(now))
+
+
+def test_options_that_came_later_are_what_earlier_runs_meant():
+    """Runs of train-hype from before --reading and --other-views read images whole, and from one side."""
+    stored = plain(HypeOptions(dim=64, heads=2))
+    early = {name: value for name, value in stored.items() if name not in ("reading", "other_views")}
+    then = with_later_options(written(early), HypeOptions())
+    refuse_differences(RUN, then, written(plain(HypeOptions.from_dict(early))))
+    with pytest.raises(InputError, match="--reading was whole, now halves"):
+        refuse_differences(RUN, then, written(plain(HypeOptions.from_dict(early | {"reading": "halves"}))))
+    assert with_later_options(written(stored), HypeOptions()) == written(stored)

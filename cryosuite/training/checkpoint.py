@@ -19,7 +19,7 @@ from cryosuite.formats.atomic import atomic_path, require_space, write_error
 from cryosuite.formats.checks import printable
 from cryosuite.formats.pickles import torch_source
 from cryosuite.kernels.memory import out_of_memory
-from cryosuite.training.options import FREE_ON_RESUME
+from cryosuite.training.options import FREE_ON_RESUME, plain
 
 if TYPE_CHECKING:
     from cryosuite.data.particles import ParticleSet
@@ -100,6 +100,16 @@ def fingerprint(particles: ParticleSet) -> dict[str, Any]:
         "choice of particles": zlib.crc32(np.ascontiguousarray(particles.index, dtype=np.int64).tobytes()),
         "images": zlib.crc32(images.tobytes()),
     }
+
+
+def with_later_options(then: dict[str, Any], options: object) -> dict[str, Any]:
+    """What a checkpoint was made with, and options of the method that came later as runs of then mean them now: as
+    ``from_dict`` of the method's ``options`` reads a config.yaml without them."""
+    read = getattr(options, "from_dict", None)
+    if read is None:
+        return then
+    stored = then["method"]["options"]
+    return then | {"method": then["method"] | {"options": plain(read(stored)) | stored}}
 
 
 def refuse_differences(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:

@@ -299,7 +299,8 @@ class Session:
         """Take up the checkpoint; raises InputError where it belongs to another training."""
         path = self.run.checkpoint
         state = checkpoint.load_state(path, "a checkpoint")
-        checkpoint.refuse_differences(path, state, self.identity)
+        then = checkpoint.with_later_options(state, self.method.options)
+        checkpoint.refuse_differences(path, then, self.identity)
         self.place = Place(**state["place"])
         before = state["options"]["epochs"]
         if before != self.options.epochs:
